@@ -1,0 +1,278 @@
+"""From tensors to registered operators: dispatch to a backend, fake implementations, autograd Functions.
+
+The operators are registered with `torch.library`, so that `torch.compile(fullgraph=True)`, fake tensors and
+`opcheck` see one node each. The public functions in `fastguard.loss` validate first; nothing here does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastguard import torch_backend
+from fastguard.torch_backend import compute_dtype
+
+BACKENDS = ("auto", "triton", "torch")
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Options(NamedTuple):
+    """Validated options of a loss; the floats are runtime arguments of the kernels, never compiled in."""
+
+    objective: str
+    clip_low: float
+    clip_high: float
+    log_clip_low: float
+    log_clip_high: float
+    adv_clip: float
+    kl_threshold: float
+    kl_weight: float
+    velocity_kl: bool
+    invert_weight: bool
+    reduction: str
+    backend: str
+
+
+def resolve_backend(backend: str, tensor: Tensor) -> str:
+    """'triton' or 'torch' for the latents at hand. A backend asked for by name is taken or refused, never replaced.
+
+    `auto` takes Triton on CUDA where it is installed, and torch elsewhere and for float64.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "torch":
+        return "torch"
+    installed = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        return "triton" if tensor.is_cuda and installed and tensor.dtype in TRITON_DTYPES else "torch"
+    if not installed:
+        raise ValueError("backend='triton' needs the package triton, which is not installed; use backend='torch'")
+    if tensor.dtype not in TRITON_DTYPES:
+        raise ValueError(
+            f"backend='triton' takes bfloat16, float16 and float32; got {tensor.dtype}; use backend='torch'"
+        )
+    if tensor.device.type == "cpu":
+        from fastguard.kernels.common import interpreted
+
+        if not interpreted():
+            raise ValueError(
+                "backend='triton' needs CUDA tensors; got CPU tensors. Use backend='torch', or set "
+                "TRITON_INTERPRET=1 before triton is first imported to run the kernels in its interpreter"
+            )
+    return "triton"
+
+
+def _transition(backend: str) -> ModuleType:
+    if backend == "triton":
+        from fastguard.kernels import transition
+
+        return transition
+    return torch_backend
+
+
+def _sde_step(backend: str) -> ModuleType:
+    if backend == "triton":
+        from fastguard.kernels import sde_step
+
+        return sde_step
+    return torch_backend
+
+
+# --- sums: the moments of a transition, up to their scale -----------------------------------------------------------
+
+
+@torch.library.custom_op("fastguard::transition_sums", mutates_args=())
+def transition_sums(
+    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool, backend: str
+) -> Tensor:
+    """(2, B), or (3, B) with a reference: `<noise, v - v_old>`, `|v - v_old|^2`, `|v - v_ref|^2`."""
+    with torch.cuda.device_of(velocity):
+        return _transition(backend).transition_partials(velocity, old, noise, ref, from_means=from_means).sum(-1)
+
+
+@transition_sums.register_fake
+def _(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool, backend: str) -> Tensor:
+    return velocity.new_empty((2 if ref is None else 3, velocity.shape[0]), dtype=compute_dtype(velocity.dtype))
+
+
+class TransitionSumsFunction(torch.autograd.Function):
+    """Sums differentiable with respect to the velocity; keeps nothing but references to the caller's tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, backend: str) -> Tensor:
+        ctx.save_for_backward(velocity, old, noise, ref)
+        ctx.backend = backend
+        return transition_sums(velocity, old, noise, ref, False, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        velocity, old, noise, ref = ctx.saved_tensors
+        alpha, beta = grad_sums[0], 2 * grad_sums[1]
+        gamma = torch.zeros_like(alpha) if ref is None else 2 * grad_sums[2]
+        coefs, one = torch.stack([alpha, beta, gamma]), torch.ones_like(alpha)
+        grad = transition_bwd(one, coefs, noise, velocity, old, ref, velocity.dtype, False, True, ctx.backend)
+        return grad, None, None, None, None
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastguard::guard_loss", mutates_args=())
+def guard_loss(
+    velocity: Tensor,
+    old: Tensor,
+    noise: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    velocity_coef: Tensor | None,
+    std: Tensor,
+    weight: Tensor | None,
+    objective: str,
+    clip_low: float,
+    clip_high: float,
+    log_clip_low: float,
+    log_clip_high: float,
+    adv_clip: float,
+    kl_threshold: float,
+    kl_weight: float,
+    velocity_kl: bool,
+    invert_weight: bool,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss () or (B,); stats (8, B) rows log_ratio, ratio, cross, drift, kl, alpha, beta, gamma; clipped (B,) bool.
+
+    Without velocity_coef the inputs are means (see `fastguard.kernels.transition`). Per-sample inputs are (B,).
+    """
+    module = _transition(backend)
+    with torch.cuda.device_of(velocity):
+        partials = module.transition_partials(velocity, old, noise, ref, from_means=velocity_coef is None)
+        return module.guard_epilogue(
+            partials,
+            advantages,
+            velocity_coef,
+            std,
+            weight,
+            velocity[0].numel(),
+            invert_weight=invert_weight,
+            objective=objective,
+            clip=(clip_low, clip_high),
+            log_clip=(log_clip_low, log_clip_high),
+            adv_clip=adv_clip,
+            kl_threshold=kl_threshold,
+            kl_weight=kl_weight,
+            velocity_kl=velocity_kl,
+            reduction=reduction,
+        )
+
+
+@guard_loss.register_fake
+def _(velocity: Tensor, old: Tensor, noise: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    n_samples, reduction = velocity.shape[0], rest[-2]
+    stats = velocity.new_empty((8, n_samples), dtype=compute_dtype(velocity.dtype))
+    loss = stats.new_empty((n_samples,) if reduction == "none" else ())
+    return loss, stats, velocity.new_empty((n_samples,), dtype=torch.bool)
+
+
+class GuardLossFunction(torch.autograd.Function):
+    """The loss, differentiable with respect to the velocity; keeps 8 scalars per sample and what backward reads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        velocity: Tensor,
+        old: Tensor,
+        noise: Tensor,
+        ref: Tensor | None,
+        advantages: Tensor,
+        velocity_coef: Tensor | None,
+        std: Tensor,
+        weight: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, stats, clipped = guard_loss(velocity, old, noise, ref, advantages, velocity_coef, std, weight, *options)
+        ctx.mark_non_differentiable(stats, clipped)
+        ctx.from_means = velocity_coef is None
+        ctx.has_drift = options.objective != "grpo_guard"
+        ctx.dtype, ctx.backend = velocity.dtype, options.backend
+        ref = ref if options.kl_weight != 0 else None
+        ctx.save_for_backward(
+            stats,
+            noise,
+            velocity if ctx.has_drift or ref is not None else None,
+            old if ctx.has_drift or ctx.from_means else None,
+            ref,
+        )
+        return loss, stats, clipped
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        stats, noise, velocity, old, ref = ctx.saved_tensors
+        grad = transition_bwd(
+            grad_loss,
+            stats[5:],
+            noise,
+            velocity,
+            old,
+            ref,
+            ctx.dtype,
+            ctx.from_means,
+            ctx.has_drift,
+            ctx.backend,
+        )
+        return grad, None, None, None, None, None, None, None, None
+
+
+@torch.library.custom_op("fastguard::transition_bwd", mutates_args=())
+def transition_bwd(
+    grad_loss: Tensor,
+    coefs: Tensor,
+    noise: Tensor,
+    velocity: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    dtype: torch.dtype,
+    from_means: bool,
+    has_drift: bool,
+    backend: str,
+) -> Tensor:
+    """`g (alpha noise + beta (v - v_old) + gamma (v - v_ref))`, of noise's shape, in `dtype`, contiguous."""
+    with torch.cuda.device_of(noise):
+        return _transition(backend).transition_bwd(
+            grad_loss, coefs, noise, velocity, old, ref, dtype, from_means=from_means, has_drift=has_drift
+        )
+
+
+@transition_bwd.register_fake
+def _(grad_loss: Tensor, coefs: Tensor, noise: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(noise.shape, dtype=rest[3], device=noise.device)
+
+
+# --- the rollout step -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastguard::sde_step", mutates_args=())
+def sde_step(
+    latents: Tensor,
+    velocity: Tensor,
+    seeds: Tensor | None,
+    latents_coef: Tensor,
+    velocity_coef: Tensor,
+    std: Tensor,
+    noise_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Next latents (dtype of `latents`) and noise (`noise_dtype`; empty without seeds), both contiguous."""
+    with torch.cuda.device_of(latents):
+        return _sde_step(backend).sde_step(latents, velocity, seeds, latents_coef, velocity_coef, std, noise_dtype)
+
+
+@sde_step.register_fake
+def _(latents: Tensor, velocity: Tensor, seeds: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    noise_shape = latents.shape if seeds is not None else (0,)
+    next_latents = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
+    return next_latents, torch.empty(noise_shape, dtype=rest[3], device=latents.device)

@@ -1,0 +1,231 @@
+"""Stochastic samplers of flow matching as Gaussian transitions.
+
+Axes: B sample. `sigma` is the flow time in [0, 1] (1 = noise, 0 = image).
+
+One denoising step from `t = sigma` to `t' = sigma_next` draws
+
+    x' ~ N(A x + B v, s^2 I),        dt = t' - t < 0
+
+where `v` is the model's velocity (noise - image). Every sampler here is a choice of (A, B, s); docs/math.md
+derives them. Coefficients are computed on the host in float64, one set per sample, so a batch may mix times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# From this flow time on, a step counts as the schedule's first: t / (1 - t) has no use there. An exact test for
+# t == 1 would let 0.9999 (a rounded 1) through, with std 70 and A = -611.
+FIRST_STEP = 0.999
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The Gaussian of one denoising step, one entry per sample: `x' ~ N(latents_coef x + velocity_coef v, std^2)`.
+
+    Build it with `flow_sde`, `dance_sde`, `cps` or `ode`; they check the schedule on the host, so that the losses
+    need not look at values on the GPU.
+
+    Fields:
+        kind: the sampler's name.
+        latents_coef, velocity_coef, std, dt: (B,) float32 (float64 if sigma was float64). `std` includes
+            sqrt(|dt|); `dt` is negative. A leading size of 1 broadcasts over any batch.
+        std_range: smallest and largest std, known on the host so that nobody has to ask the GPU; None computes it.
+    """
+
+    kind: str
+    latents_coef: Tensor
+    velocity_coef: Tensor
+    std: Tensor
+    dt: Tensor
+    std_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(coef.shape) for coef in self._coefs()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+            raise ValueError(f"Transition coefficients must share one shape (B,); got {sorted(shapes)}")
+        if self.std_range is None:
+            std_range = (self.std.min().item(), self.std.max().item()) if len(self) else (math.inf, math.inf)
+            object.__setattr__(self, "std_range", std_range)
+
+    @property
+    def has_density(self) -> bool:
+        """Whether every std is positive, so that a log-ratio exists."""
+        assert self.std_range is not None
+        return self.std_range[0] > 0
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether every std is zero, so that a step draws no noise."""
+        assert self.std_range is not None
+        return self.std_range[1] == 0
+
+    def _coefs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.latents_coef, self.velocity_coef, self.std, self.dt
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Transition:
+        """Apply a function that keeps the set of values."""
+        latents_coef, velocity_coef, std, dt = (fn(coef) for coef in self._coefs())
+        return Transition(self.kind, latents_coef, velocity_coef, std, dt, self.std_range)
+
+    def __len__(self) -> int:
+        return self.std.shape[0]
+
+    def to(self, device: torch.device | str) -> Transition:
+        """The same transition on another device."""
+        return self._map(lambda coef: coef.to(device, non_blocking=True))
+
+    def expand(self, batch_size: int) -> Transition:
+        """One entry per sample of a batch: repeats a transition of length 1, leaves one of length B as it is."""
+        if len(self) == batch_size:
+            return self
+        if len(self) != 1:
+            raise ValueError(
+                f"the transition has {len(self)} entries, the batch {batch_size} samples; "
+                "build it with one sigma per sample, or with a single sigma"
+            )
+        return self._map(lambda coef: coef.expand(batch_size))
+
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Transition:
+        """The transition of some samples; `index` is a slice, a list, or a 1-D tensor."""
+        picked = self._map(lambda coef: coef[index])
+        return picked if self.has_density or self.is_deterministic else replace(picked, std_range=None)
+
+    @classmethod
+    def cat(cls, steps: Sequence[Transition]) -> Transition:
+        """Join the transitions of several batches, in order. They must come from one sampler."""
+        kinds = {step.kind for step in steps}
+        if len(kinds) != 1:
+            raise ValueError(f"cat needs transitions of one sampler; got {sorted(kinds) or 'none'}")
+        latents_coef, velocity_coef, std, dt = (
+            torch.cat(c) for c in zip(*(step._coefs() for step in steps), strict=True)
+        )
+        ranges = [step.std_range for step in steps if step.std_range is not None]
+        std_range = min(low for low, _ in ranges), max(high for _, high in ranges)
+        return cls(steps[0].kind, latents_coef, velocity_coef, std, dt, std_range)
+
+
+def flow_sde(
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    noise_level: float = 0.7,
+    sigma_max: float | Tensor | None = None,
+) -> Transition:
+    """Flow-GRPO's SDE (arXiv 2505.05470): diffusion `noise_level * sqrt(t / (1 - t))`.
+
+    Args:
+        sigma, sigma_next: float, or tensor 0-d or (B,); 0 <= sigma_next < sigma <= 1. A tensor on a GPU is read
+            back once, so hand over the schedule from the host.
+        noise_level: eta >= 0; 0 makes the step deterministic.
+        sigma_max: the schedule's second sigma (`sigmas[1]`), which stands in for t where `1 - t` would vanish:
+            needed when a sigma is above 0.999, that is, at the first step.
+    """
+    t, t_next, like = _schedule(sigma, sigma_next)
+    _check_noise_level(noise_level, upper=None)
+    first = t > FIRST_STEP
+    if sigma_max is None:
+        if bool(first.any()):
+            raise ValueError(
+                f"flow_sde needs sigma_max at sigma = {t[first][0].item():g}, where 1 - sigma vanishes; "
+                "pass sigma_max=sigmas[1], the schedule's second sigma"
+            )
+        regular_t = t
+    else:
+        second = _host(sigma_max, "sigma_max").expand(t.shape)
+        if not bool(((second > 0) & (second < 1)).all()):
+            raise ValueError(
+                f"sigma_max must lie strictly between 0 and 1; got {second.tolist()}. It is sigmas[1], the second "
+                "sigma of the schedule; a schedule that stays at 1 has no usable first step"
+            )
+        regular_t = torch.where(first, torch.minimum(t, second), t)
+    diffusion = noise_level * torch.sqrt(t / (1 - regular_t))
+    return _euler_maruyama("flow_sde", t, t_next, diffusion, like)
+
+
+def dance_sde(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 0.7) -> Transition:
+    """DanceGRPO's SDE (arXiv 2505.07818): constant diffusion `noise_level`. Arguments as for `flow_sde`."""
+    t, t_next, like = _schedule(sigma, sigma_next)
+    _check_noise_level(noise_level, upper=None)
+    return _euler_maruyama("dance_sde", t, t_next, torch.full_like(t, noise_level), like)
+
+
+def cps(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 0.7) -> Transition:
+    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952). Arguments as for `flow_sde`.
+
+    `noise_level` lies in [0, 1]. The last step (sigma_next == 0) is deterministic and has no density.
+    """
+    t, t_next, like = _schedule(sigma, sigma_next)
+    _check_noise_level(noise_level, upper=1.0)
+    # t' cos(eta pi / 2) instead of sqrt(t'^2 - std^2), which loses all digits near eta = 1.
+    kept = t_next * math.cos(noise_level * math.pi / 2)
+    std = t_next * math.sin(noise_level * math.pi / 2)
+    return _transition("cps", 1 - t_next + kept, kept * (1 - t) - t * (1 - t_next), std, t_next - t, like)
+
+
+def ode(sigma: float | Tensor, sigma_next: float | Tensor) -> Transition:
+    """The deterministic Euler step: for sampling only, since it has no density."""
+    t, t_next, like = _schedule(sigma, sigma_next)
+    return _transition("ode", torch.ones_like(t), t_next - t, torch.zeros_like(t), t_next - t, like)
+
+
+def _euler_maruyama(kind: str, t: Tensor, t_next: Tensor, diffusion: Tensor, like: Tensor | None) -> Transition:
+    """Euler-Maruyama step of the reverse SDE that keeps the marginals of the flow, for any diffusion sigma_t."""
+    dt = t_next - t
+    latents_coef = 1 + diffusion**2 * dt / (2 * t)
+    velocity_coef = dt * (1 + diffusion**2 * (1 - t) / (2 * t))
+    return _transition(kind, latents_coef, velocity_coef, diffusion * torch.sqrt(-dt), dt, like)
+
+
+def _transition(
+    kind: str, latents_coef: Tensor, velocity_coef: Tensor, std: Tensor, dt: Tensor, like: Tensor | None
+) -> Transition:
+    """Hand the float64 coefficients on in float32 (float64 stays float64), on the device that sigma came from."""
+    dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
+    device = torch.device("cpu") if like is None else like.device
+    step = Transition(kind, latents_coef.to(dtype), velocity_coef.to(dtype), std.to(dtype), dt.to(dtype))
+    return step.to(device)  # built on the host, where its std_range is found
+
+
+def _host(value: float | Tensor, name: str) -> Tensor:
+    """A float64 vector on the host, of length 1 for scalars."""
+    tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    if tensor.ndim > 1:
+        raise ValueError(f"{name} must be a float or a tensor of shape () or (B,); got shape {tuple(tensor.shape)}")
+    return tensor.reshape(-1)
+
+
+def _schedule(sigma: float | Tensor, sigma_next: float | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check one step of a schedule; returns t, t_next as float64 (B,) and the tensor whose dtype and device count."""
+    t, t_next = _host(sigma, "sigma"), _host(sigma_next, "sigma_next")
+    if len(t) != len(t_next) and 1 not in (len(t), len(t_next)):
+        raise ValueError(f"sigma has {len(t)} entries, sigma_next {len(t_next)}; they must match")
+    t, t_next = torch.broadcast_tensors(t, t_next)
+    for name, value in (("sigma", t), ("sigma_next", t_next)):
+        outside = ~((value >= 0) & (value <= 1))  # catches NaN as well
+        if bool(outside.any()):
+            index = int(outside.nonzero()[0])
+            raise ValueError(
+                f"{name} must lie in [0, 1]; got {value[index].item():g} at sample {index}. "
+                "A timestep of 0 to 1000 has to be divided by 1000"
+            )
+    rising = t_next >= t
+    if bool(rising.any()):
+        index = int(rising.nonzero()[0])
+        raise ValueError(
+            f"sigma_next must be below sigma (sampling runs from 1, noise, to 0, image); "
+            f"got sigma = {t[index].item():g}, sigma_next = {t_next[index].item():g} at sample {index}"
+        )
+    like = next((value for value in (sigma, sigma_next) if isinstance(value, Tensor)), None)
+    return t, t_next, like
+
+
+def _check_noise_level(noise_level: float, upper: float | None) -> None:
+    limit = math.inf if upper is None else upper
+    if not (0 <= noise_level <= limit and math.isfinite(noise_level)):
+        expected = "a finite number >= 0" if upper is None else f"between 0 and {upper:g}"
+        raise ValueError(f"noise_level must be {expected}; got {noise_level}")

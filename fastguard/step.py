@@ -1,0 +1,104 @@
+"""One rollout step: validate, then one operator that makes noise and next latents.
+
+Axes: B sample; every further axis of the latents counts as elements, D of them per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastguard import ops
+from fastguard.loss import _check_latents
+from fastguard.sde import Transition
+
+
+class SdeStep(NamedTuple):
+    """What a step returns.
+
+    Fields:
+        latents: (B, ...) the next latents, dtype of the input latents.
+        noise: (B, ...) the noise exactly as used, or None for a deterministic step.
+        log_prob: (B,) float32 (float64 for float64 velocity), Gaussian log-density averaged over the elements, if
+            asked for.
+    """
+
+    latents: Tensor
+    noise: Tensor | None
+    log_prob: Tensor | None
+
+
+@torch.no_grad()
+def sde_step(
+    latents: Tensor,
+    velocity: Tensor,
+    step: Transition,
+    *,
+    seeds: Tensor | None = None,
+    noise_dtype: torch.dtype | None = None,
+    return_log_prob: bool = False,
+    backend: str = "auto",
+) -> SdeStep:
+    """Draw `x' = A x + B v + s eps`; eps is rounded to its storage dtype first, so that storing it is lossless.
+
+    Element e of a sample's noise is Philox4x32-10 keyed by the sample's seed: it depends neither on the batch, nor on
+    the number of GPUs, nor (up to a float32 rounding of log and cos) on the device. A seed used twice gives the same
+    noise, so take a new one for every step.
+
+    Args:
+        latents: (B, ...) floating.
+        velocity: (B, ...) floating, the model's output at `latents`; its dtype may differ from that of the latents.
+        step: the Transition of each sample's step.
+        seeds: (B,) int64, one per sample, on the device of the latents. Needed unless the step is deterministic.
+        noise_dtype: storage dtype of the noise; that of the velocity unless given.
+        return_log_prob: also return the log-density of the draw (one more pass over the noise).
+        backend: as in `guard_loss`.
+
+    Raises:
+        ValueError, TypeError: what came and what was expected.
+    """
+    _check_latents({"latents": latents, "velocity": velocity}, same_dtype=("latents",))
+    if not isinstance(step, Transition):
+        raise TypeError(f"step must be a Transition (from flow_sde, dance_sde, cps or ode); got {type(step).__name__}")
+    if step.std.device != latents.device:
+        raise ValueError(f"step is on {step.std.device}, latents on {latents.device}; pass step.to(latents.device)")
+    step = step.expand(latents.shape[0])
+    noise_dtype = noise_dtype or velocity.dtype
+    if not noise_dtype.is_floating_point:
+        raise TypeError(f"noise_dtype must be floating point; got {noise_dtype}")
+    if step.is_deterministic:
+        seeds = None
+    else:
+        seeds = _check_seeds(seeds, latents, step)
+    if return_log_prob and not step.has_density:
+        raise ValueError(f"return_log_prob needs std > 0 at every sample; the {step.kind} step has std == 0")
+    # The backend serves both dtypes or neither: float64 on either side means torch.
+    backend = ops.resolve_backend(backend, velocity if velocity.dtype == torch.float64 else latents)
+
+    dtype = ops.compute_dtype(velocity.dtype)
+    coefs = [coef.to(dtype).contiguous() for coef in (step.latents_coef, step.velocity_coef, step.std)]
+    if latents.shape[0] == 0:
+        noise = torch.empty_like(latents, dtype=noise_dtype)
+        return SdeStep(latents.clone(), None if seeds is None else noise, coefs[2] if return_log_prob else None)
+    next_latents, noise = ops.sde_step(latents, velocity, seeds, *coefs, noise_dtype, backend)
+    log_prob = None
+    if return_log_prob:
+        energy = noise.to(dtype).flatten(1).square().mean(1)
+        log_prob = -energy / 2 - torch.log(coefs[2]) - math.log(2 * math.pi) / 2
+    return SdeStep(next_latents, None if seeds is None else noise, log_prob)
+
+
+def _check_seeds(seeds: Tensor | None, latents: Tensor, step: Transition) -> Tensor:
+    if seeds is None:
+        raise ValueError(f"the {step.kind} step draws noise: pass seeds, ({latents.shape[0]},) int64, one per sample")
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+        came = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise TypeError(f"seeds must be an int64 tensor; got {came}")
+    if seeds.shape != latents.shape[:1]:
+        raise ValueError(f"seeds must have shape ({latents.shape[0]},), one per sample; got {tuple(seeds.shape)}")
+    if seeds.device != latents.device:
+        raise ValueError(f"seeds are on {seeds.device}, latents on {latents.device}; move them to one device")
+    return seeds.contiguous()

@@ -1,0 +1,187 @@
+"""The kernels' functions in plain torch, for any device and dtype, float64 included.
+
+Same signatures and results as `fastguard.kernels`. The mathematics is the analytic one, not the textbook's: two or
+three inner products forward, one scaled copy backward, no autograd graph of temporaries.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is accumulated in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def transition_partials(
+    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, *, from_means: bool
+) -> Tensor:
+    """(2 or 3, B, 1): the sums `<noise, v - v_old>`, `|v - v_old|^2` and `|v - v_ref|^2` of each sample."""
+    dtype = compute_dtype(velocity.dtype)
+    sums: list[list[Tensor]] = [[], []] if ref is None else [[], [], []]
+    # Sample by sample: the difference stays in cache. torch.dot, unlike matmul, never goes down to tf32 or bf16.
+    for index in range(velocity.shape[0]):
+        old_row = old[index].reshape(-1).to(dtype)
+        noise_row = noise[index].reshape(-1).to(dtype)
+        change = velocity[index].reshape(-1).to(dtype) - old_row
+        sums[0].append(torch.dot(noise_row - old_row if from_means else noise_row, change))
+        sums[1].append(torch.dot(change, change))
+        if ref is not None:
+            change = velocity[index].reshape(-1).to(dtype) - ref[index].reshape(-1).to(dtype)
+            sums[2].append(torch.dot(change, change))
+    return torch.stack([torch.stack(row) for row in sums]).unsqueeze(-1)
+
+
+def guard_epilogue(
+    partials: Tensor,
+    advantages: Tensor,
+    velocity_coef: Tensor | None,
+    std: Tensor,
+    weight: Tensor | None,
+    n_elements: int,
+    *,
+    invert_weight: bool,
+    objective: str,
+    clip: tuple[float, float],
+    log_clip: tuple[float, float],
+    adv_clip: float,
+    kl_threshold: float,
+    kl_weight: float,
+    velocity_kl: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss () or (B,), stats (8, B) and clipped (B,): see the kernel of this name for the equations."""
+    sums = partials.sum(-1)
+    whiten = 1 / std if velocity_coef is None else velocity_coef / std
+    drift_scale = whiten * whiten / n_elements
+    cross_scale = drift_scale if velocity_coef is None else whiten / n_elements
+    cross = cross_scale * sums[0]
+    drift = drift_scale * sums[1]
+
+    if objective == "grpo_guard":
+        log_ratio, noise_slope = std * cross, std * cross_scale
+    else:
+        log_ratio, noise_slope = cross - drift / 2, cross_scale
+    # A sum that is not finite must not end in a clipped, plausible loss.
+    log_ratio = torch.where(torch.isfinite(cross) & torch.isfinite(drift), log_ratio, torch.nan)
+    ratio = torch.exp(log_ratio)
+
+    # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
+    if objective == "flow_dppo":
+        away = ((log_ratio > 0) & (advantages > 0)) | ((log_ratio < 0) & (advantages < 0))
+        clipped = (drift / 2 >= kl_threshold) & away
+        clipped_loss = torch.zeros_like(ratio)
+    else:
+        advantages = advantages.clamp(-adv_clip, adv_clip)
+        above = (advantages > 0) & (log_ratio > log_clip[1])
+        clipped = above | ((advantages < 0) & (log_ratio < log_clip[0]))
+        clipped_loss = -advantages * torch.where(above, 1 + clip[1], 1 - clip[0])
+    policy = -advantages * ratio
+    loss = torch.where(clipped, clipped_loss, policy)
+    slope = torch.where(clipped, 0.0, policy)
+    if weight is not None:
+        factor = 1 / weight.abs() if invert_weight else weight
+        loss, slope = loss * factor, slope * factor
+
+    kl = gamma = torch.zeros_like(ratio)
+    if sums.shape[0] == 3:
+        kl_scale = torch.full_like(ratio, 1 / n_elements) if velocity_kl else drift_scale / 2
+        kl = kl_scale * sums[2]
+        loss = loss + kl_weight * kl
+        gamma = 2 * kl_weight * kl_scale
+
+    share = 1 / len(loss) if reduction == "mean" else 1.0
+    beta = torch.zeros_like(ratio) if objective == "grpo_guard" else -slope * drift_scale
+    coefs = [share * slope * noise_slope, share * beta, share * gamma]
+    stats = torch.stack([log_ratio, ratio, cross, drift, kl, *coefs])
+    return loss if reduction == "none" else share * loss.sum(), stats, clipped
+
+
+def transition_bwd(
+    grad_loss: Tensor,
+    coefs: Tensor,
+    noise: Tensor,
+    velocity: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    from_means: bool,
+    has_drift: bool,
+) -> Tensor:
+    """`g (alpha noise + beta (v - v_old) + gamma (v - v_ref))` in `dtype`, contiguous."""
+    scaled = (coefs * grad_loss).view(3, -1, *([1] * (noise.ndim - 1)))
+    grad = torch.empty(noise.shape, dtype=dtype, device=noise.device)
+    if not (from_means or has_drift or ref is not None):
+        return torch.mul(noise, scaled[0], out=grad)
+    acc = grad if dtype == scaled.dtype else torch.empty(noise.shape, dtype=scaled.dtype, device=noise.device)
+    if from_means:
+        assert old is not None
+        torch.sub(noise, old, out=acc)
+        acc *= scaled[0]
+    else:
+        torch.mul(noise, scaled[0], out=acc)
+    if has_drift:
+        assert velocity is not None
+        assert old is not None
+        acc += scaled[1] * (velocity.to(acc.dtype) - old.to(acc.dtype))
+    if ref is not None:
+        assert velocity is not None
+        acc += scaled[2] * (velocity.to(acc.dtype) - ref.to(acc.dtype))
+    return grad if acc is grad else grad.copy_(acc)
+
+
+def sde_step(
+    latents: Tensor,
+    velocity: Tensor,
+    seeds: Tensor | None,
+    latents_coef: Tensor,
+    velocity_coef: Tensor,
+    std: Tensor,
+    noise_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Next latents in the dtype of `latents`, and the noise in `noise_dtype` (empty without seeds), contiguous."""
+    shape = (-1, *([1] * (latents.ndim - 1)))
+    dtype = torch.promote_types(compute_dtype(latents.dtype), std.dtype)
+    mean = latents_coef.view(shape) * latents.to(dtype) + velocity_coef.view(shape) * velocity.to(dtype)
+    if seeds is None:
+        return mean.to(latents.dtype).contiguous(), latents.new_empty((0,), dtype=noise_dtype)
+    noise = philox_normal(seeds, latents[0].numel()).view(latents.shape).to(noise_dtype)
+    return (mean + std.view(shape) * noise.to(dtype)).to(latents.dtype).contiguous(), noise
+
+
+def philox_normal(seeds: Tensor, n_elements: int) -> Tensor:
+    """Standard normals (B, n_elements) float32: the stream of the kernel, up to rounding.
+
+    Philox4x32-10 (Salmon et al., 2011) keyed by a 64-bit seed per sample; counter i gives elements 4 i to 4 i + 3
+    by Box-Muller.
+    int64 arithmetic wraps, and the masks cut out the 32-bit words.
+    """
+    word = 0xFFFFFFFF
+    key0, key1 = (seeds & word)[:, None], ((seeds >> 32) & word)[:, None]
+    c0 = torch.arange(-(-n_elements // 4), device=seeds.device).expand(len(seeds), -1)
+    c1 = c2 = c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((product2 >> 32) & word) ^ c1 ^ key0, product2 & word
+        c2, c3 = ((product0 >> 32) & word) ^ c3 ^ key1, product0 & word
+        key0, key1 = (key0 + 0x9E3779B9) & word, (key1 + 0xBB67AE85) & word
+
+    pairs = [*_box_muller(c0, c1), *_box_muller(c2, c3)]
+    return torch.stack(pairs, dim=-1).flatten(1)[:, :n_elements].contiguous()
+
+
+def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normals from two random 32-bit words, as the kernel makes them: quadrant and offset within it."""
+    radius = torch.sqrt(-2 * torch.log((radius_bits.to(torch.float32) + 1) * 2.0**-32))
+    quadrant, rest = angle_bits >> 30, angle_bits << 2 & 0xFFFFFFFF
+    offset = (rest - ((rest & 0x80000000) << 1)).to(torch.float32) * (math.pi / 4 * 2.0**-31)
+    sin, cos = torch.sin(offset), torch.cos(offset)
+    turned = quadrant & 1 == 1
+    first = torch.where(turned, sin, cos) * torch.where(quadrant + 1 & 2 == 2, -1.0, 1.0)
+    second = torch.where(turned, cos, sin) * torch.where(quadrant & 2 == 2, -1.0, 1.0)
+    return radius * first, radius * second

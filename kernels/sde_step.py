@@ -1,0 +1,108 @@
+"""One stochastic denoising step: noise, mean and next latents in one pass.
+
+Axes: B sample; D elements of one sample.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastguard.kernels.common import LAUNCH, as_rows
+
+
+@triton.jit
+def _box_muller(radius_bits, angle_bits):
+    """Two standard normals from two random uint32.
+
+    The radius takes u in (0, 1], so it reaches 6.66. The two high bits of the angle pick a quadrant, the rest an
+    offset within +-pi/4 around its axis, where short Taylor series are exact to float32: the library's sin and cos
+    carry a reduction for huge arguments that needs stack memory.
+    """
+    radius = tl.sqrt(-2.0 * tl.log((radius_bits.to(tl.float32) + 1.0) * 2.3283064365386963e-10))
+    quadrant = angle_bits >> 30
+    x = (angle_bits << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.657291794e-10  # pi / 4 / 2^31
+    z = x * x
+    sin = x * (1.0 + z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880)))))
+    cos = 1.0 + z * (-1.0 / 2 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800)))))
+    turned = (quadrant & 1) == 1
+    first = tl.where(turned, sin, cos)
+    second = tl.where(turned, cos, sin)
+    first = tl.where(((quadrant + 1) & 2) == 2, -first, first)
+    second = tl.where((quadrant & 2) == 2, -second, second)
+    return radius * first, radius * second
+
+
+@triton.jit
+def _sde_step_kernel(
+    latents_ptr,
+    velocity_ptr,
+    seeds_ptr,
+    latents_coef_ptr,
+    velocity_coef_ptr,
+    std_ptr,
+    next_ptr,
+    noise_ptr,
+    stride_latents,
+    stride_velocity,
+    n_elements,
+    n_blocks,
+    HAS_NOISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`x' = A x + B v + s eps`, with eps rounded to its storage dtype before use (bf16: 8 bytes an element).
+
+    Element e of a sample takes word `e % 4` of Philox4x32-10 at counter `e // 4`, keyed by the sample's 64-bit seed:
+    the noise depends on nothing else. next, noise: (B, D), contiguous.
+    """
+    pid = tl.program_id(0)
+    sample = (pid // n_blocks).to(tl.int64)
+    block = pid % n_blocks
+    start = block.to(tl.int64) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < n_elements - start
+
+    latents = tl.load(latents_ptr + sample * stride_latents + start + lanes, mask, other=0.0).to(tl.float32)
+    velocity = tl.load(velocity_ptr + sample * stride_velocity + start + lanes, mask, other=0.0).to(tl.float32)
+    result = tl.load(latents_coef_ptr + sample) * latents + tl.load(velocity_coef_ptr + sample) * velocity
+    if HAS_NOISE:
+        counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        bits0, bits1, bits2, bits3 = tl.randint4x(tl.load(seeds_ptr + sample), counter)
+        n0, n1 = _box_muller(bits0, bits1)
+        n2, n3 = _box_muller(bits2, bits3)
+        # join puts its operands last: (n0, n2), (n1, n3) interleave to n0, n1, n2, n3 along the elements.
+        noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (BLOCK,))
+        noise = noise.to(noise_ptr.dtype.element_ty)
+        tl.store(noise_ptr + sample * n_elements + start + lanes, noise, mask)
+        result += tl.load(std_ptr + sample) * noise.to(tl.float32)
+    tl.store(next_ptr + sample * n_elements + start + lanes, result.to(next_ptr.dtype.element_ty), mask)
+
+
+def sde_step(
+    latents: Tensor,
+    velocity: Tensor,
+    seeds: Tensor | None,
+    latents_coef: Tensor,
+    velocity_coef: Tensor,
+    std: Tensor,
+    noise_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Next latents in the dtype of `latents`, and the noise in `noise_dtype` (empty without seeds), in one launch.
+
+    latents, velocity: (B, ...) bf16/fp16/fp32. seeds: (B,) int64. Coefficients: (B,) float32.
+    """
+    has_noise = seeds is not None
+    next_latents = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
+    noise = torch.empty(latents.shape if has_noise else (0,), dtype=noise_dtype, device=latents.device)
+    latents, stride_latents = as_rows(latents)
+    velocity, stride_velocity = as_rows(velocity)
+    n_samples, n_elements = latents.shape
+    n_blocks = triton.cdiv(n_elements, LAUNCH.block)
+    _sde_step_kernel[(n_samples * n_blocks,)](
+        latents, velocity, seeds, latents_coef, velocity_coef, std, next_latents, noise,
+        stride_latents, stride_velocity, n_elements, n_blocks,
+        HAS_NOISE=has_noise, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
+    )  # fmt: skip
+    return next_latents, noise

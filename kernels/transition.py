@@ -1,0 +1,355 @@
+"""Sums over the latents of one denoising step, the surrogate loss from them, and its gradient.
+
+Axes: B sample; D elements of one sample; P programs (partial sums) per sample.
+
+Inputs come in one of two forms, told apart by FROM_MEANS:
+
+    velocities   velocity, old_velocity, noise, ref_velocity                             noise = the rollout's draw
+    means        prev_sample_mean, old_prev_sample_mean, prev_sample, ref_mean           noise = prev_sample - old_mean
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows
+
+# The epilogue's tile: samples x partial sums.
+EPILOGUE_SAMPLES = 8
+EPILOGUE_PARTIALS = 64
+
+OBJECTIVES = {"grpo_guard": 0, "flow_grpo": 1, "flow_dppo": 2}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+
+@triton.jit
+def _transition_sums_kernel(
+    velocity_ptr,
+    old_ptr,
+    noise_ptr,
+    ref_ptr,
+    partials_ptr,
+    stride_velocity,
+    stride_old,
+    stride_noise,
+    stride_ref,
+    n_samples,
+    n_elements,
+    n_partials,
+    FROM_MEANS: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partial sums of `<noise, v - v_old>`, `<v - v_old, v - v_old>` and `<v - v_ref, v - v_ref>`.
+
+    Reads each input once (bf16: 6 bytes an element, 8 with a reference), accumulates in float32.
+    partials: (2 or 3, B, P) float32, one entry per program.
+    """
+    pid = tl.program_id(0)
+    sample = (pid // n_partials).to(tl.int64)
+    part = (pid % n_partials).to(tl.int64)
+    velocity_ptr += sample * stride_velocity
+    old_ptr += sample * stride_old
+    noise_ptr += sample * stride_noise
+    if HAS_REF:
+        ref_ptr += sample * stride_ref
+
+    lanes = tl.arange(0, BLOCK)
+    cross = tl.zeros((BLOCK,), tl.float32)
+    drift = tl.zeros((BLOCK,), tl.float32)
+    ref_drift = tl.zeros((BLOCK,), tl.float32)
+    for start in range(part * BLOCK, n_elements, tl.cast(n_partials, tl.int64) * BLOCK):
+        mask = lanes < n_elements - start
+        velocity = tl.load(velocity_ptr + start + lanes, mask, other=0.0).to(tl.float32)
+        old = tl.load(old_ptr + start + lanes, mask, other=0.0).to(tl.float32)
+        noise = tl.load(noise_ptr + start + lanes, mask, other=0.0).to(tl.float32)
+        if FROM_MEANS:
+            noise -= old
+        change = velocity - old
+        cross += noise * change
+        drift += change * change
+        if HAS_REF:
+            ref = tl.load(ref_ptr + start + lanes, mask, other=0.0).to(tl.float32)
+            ref_drift += (velocity - ref) * (velocity - ref)
+
+    row = tl.cast(n_samples, tl.int64) * n_partials
+    tl.store(partials_ptr + pid, tl.sum(cross))
+    tl.store(partials_ptr + row + pid, tl.sum(drift))
+    if HAS_REF:
+        tl.store(partials_ptr + 2 * row + pid, tl.sum(ref_drift))
+
+
+@triton.jit
+def _sum_partials(partials_ptr, samples, sample_mask, n_partials, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Add each sample's partial sums in a fixed order: (BLOCK_B,) float32."""
+    total = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
+    for start in range(0, n_partials, BLOCK_P):
+        parts = start + tl.arange(0, BLOCK_P)
+        mask = sample_mask[:, None] & (parts < n_partials)[None, :]
+        total += tl.load(partials_ptr + samples[:, None] * n_partials + parts[None, :], mask, other=0.0)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _guard_epilogue_kernel(
+    partials_ptr,
+    advantages_ptr,
+    velocity_coef_ptr,
+    std_ptr,
+    weight_ptr,
+    loss_ptr,
+    stats_ptr,
+    clipped_ptr,
+    clip_low,
+    clip_high,
+    log_clip_low,
+    log_clip_high,
+    adv_clip,
+    kl_threshold,
+    kl_weight,
+    n_samples,
+    n_elements,
+    n_partials,
+    OBJECTIVE: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    FROM_MEANS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    INVERT_WEIGHT: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    VELOCITY_KL: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """From the sums to the loss and the gradient's three scalars, for all samples, in one program.
+
+    With S the sums and `whiten = B / s` (1 / s from means): cross = whiten S_cross / D (once more over s from means,
+    whose noise carries it), drift = whiten^2 S_drift / D. GRPO-Guard clips `s cross`, the others `cross - drift / 2`.
+    stats: (8, B) float32 rows log_ratio, ratio, cross, drift, kl, alpha, beta, gamma, where the gradient of the loss
+    is `alpha noise + beta (v - v_old) + gamma (v - v_ref)`.
+    """
+    total = 0.0
+    inv_size = 1.0 / n_elements
+    share = 1.0
+    if REDUCTION == 2:
+        share = 1.0 / n_samples
+    row = tl.cast(n_samples, tl.int64) * n_partials
+    for first in range(0, n_samples, BLOCK_B):
+        samples = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
+        mask = samples < n_samples
+        std = tl.load(std_ptr + samples, mask, other=1.0)
+        advantage = tl.load(advantages_ptr + samples, mask, other=0.0)
+
+        # One scale for each sum, moments first.
+        if FROM_MEANS:
+            drift_scale = inv_size / (std * std)
+            cross_scale = drift_scale
+        else:
+            whiten = tl.load(velocity_coef_ptr + samples, mask, other=1.0) / std
+            drift_scale = inv_size * whiten * whiten
+            cross_scale = inv_size * whiten
+        cross = cross_scale * _sum_partials(partials_ptr, samples, mask, n_partials, BLOCK_B, BLOCK_P)
+        drift = drift_scale * _sum_partials(partials_ptr + row, samples, mask, n_partials, BLOCK_B, BLOCK_P)
+
+        # log_ratio, and its slope along noise; a sum that is not finite must not end in a clipped, plausible loss.
+        if OBJECTIVE == 0:
+            log_ratio = std * cross
+            noise_slope = std * cross_scale
+        else:
+            log_ratio = cross - 0.5 * drift
+            noise_slope = cross_scale
+        finite = (tl.abs(cross) < float("inf")) & (drift < float("inf"))
+        log_ratio = tl.where(finite, log_ratio, float("nan"))
+        ratio = tl.exp(log_ratio)
+
+        # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
+        if OBJECTIVE == 2:
+            away = ((log_ratio > 0) & (advantage > 0)) | ((log_ratio < 0) & (advantage < 0))
+            clipped = (0.5 * drift >= kl_threshold) & away
+            clipped_loss = tl.zeros((BLOCK_B,), tl.float32)
+        else:
+            # Comparisons keep a NaN advantage, where min and max would drop it.
+            advantage = tl.where(advantage > adv_clip, adv_clip, advantage)
+            advantage = tl.where(advantage < -adv_clip, -adv_clip, advantage)
+            above = (advantage > 0) & (log_ratio > log_clip_high)
+            below = (advantage < 0) & (log_ratio < log_clip_low)
+            clipped = above | below
+            clipped_loss = -advantage * tl.where(above, 1.0 + clip_high, 1.0 - clip_low)
+        loss = tl.where(clipped, clipped_loss, -advantage * ratio)
+        slope = tl.where(clipped, 0.0, -advantage * ratio)
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + samples, mask, other=1.0)
+            if INVERT_WEIGHT:
+                weight = 1.0 / tl.abs(weight)
+            loss *= weight
+            slope *= weight
+        kl = tl.zeros((BLOCK_B,), tl.float32)
+        gamma = tl.zeros((BLOCK_B,), tl.float32)
+        if HAS_REF:
+            kl_scale = 0.5 * drift_scale
+            if VELOCITY_KL:
+                kl_scale = tl.zeros((BLOCK_B,), tl.float32) + inv_size
+            kl = kl_scale * _sum_partials(partials_ptr + 2 * row, samples, mask, n_partials, BLOCK_B, BLOCK_P)
+            loss += kl_weight * kl
+            gamma = 2.0 * kl_weight * kl_scale
+
+        alpha = slope * noise_slope
+        beta = tl.zeros((BLOCK_B,), tl.float32)
+        if OBJECTIVE != 0:
+            beta = -slope * drift_scale
+        tl.store(stats_ptr + samples, log_ratio, mask)
+        tl.store(stats_ptr + n_samples + samples, ratio, mask)
+        tl.store(stats_ptr + 2 * n_samples + samples, cross, mask)
+        tl.store(stats_ptr + 3 * n_samples + samples, drift, mask)
+        tl.store(stats_ptr + 4 * n_samples + samples, kl, mask)
+        tl.store(stats_ptr + 5 * n_samples + samples, share * alpha, mask)
+        tl.store(stats_ptr + 6 * n_samples + samples, share * beta, mask)
+        tl.store(stats_ptr + 7 * n_samples + samples, share * gamma, mask)
+        tl.store(clipped_ptr + samples, clipped, mask)
+        if REDUCTION == 0:
+            tl.store(loss_ptr + samples, loss, mask)
+        else:
+            total += tl.sum(tl.where(mask, loss, 0.0))
+    if REDUCTION != 0:
+        tl.store(loss_ptr, share * total)
+
+
+@triton.jit
+def _transition_bwd_kernel(
+    grad_loss_ptr,
+    coefs_ptr,
+    noise_ptr,
+    velocity_ptr,
+    old_ptr,
+    ref_ptr,
+    grad_ptr,
+    stride_grad_loss,
+    stride_noise,
+    stride_velocity,
+    stride_old,
+    stride_ref,
+    n_samples,
+    n_elements,
+    n_blocks,
+    FROM_MEANS: tl.constexpr,
+    HAS_DRIFT: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`grad = g (alpha noise + beta (v - v_old) + gamma (v - v_ref))`, with three scalars per sample.
+
+    Reads only what the flags need and writes the gradient once (bf16, noise alone: 4 bytes an element). The upstream
+    gradient g joins in float32, so that a loss scale acts before the cast to the storage dtype.
+    coefs: (3, B) float32 rows alpha, beta, gamma. grad: (B, D), contiguous.
+    """
+    pid = tl.program_id(0)
+    sample = (pid // n_blocks).to(tl.int64)
+    start = (pid % n_blocks).to(tl.int64) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < n_elements - start
+
+    grad_loss = tl.load(grad_loss_ptr + sample * stride_grad_loss).to(tl.float32)
+    noise = tl.load(noise_ptr + sample * stride_noise + start + lanes, mask, other=0.0).to(tl.float32)
+    if FROM_MEANS or HAS_DRIFT:
+        old = tl.load(old_ptr + sample * stride_old + start + lanes, mask, other=0.0).to(tl.float32)
+    if HAS_DRIFT or HAS_REF:
+        velocity = tl.load(velocity_ptr + sample * stride_velocity + start + lanes, mask, other=0.0).to(tl.float32)
+    if FROM_MEANS:
+        noise -= old
+    grad = (grad_loss * tl.load(coefs_ptr + sample)) * noise
+    if HAS_DRIFT:
+        grad += (grad_loss * tl.load(coefs_ptr + n_samples + sample)) * (velocity - old)
+    if HAS_REF:
+        ref = tl.load(ref_ptr + sample * stride_ref + start + lanes, mask, other=0.0).to(tl.float32)
+        grad += (grad_loss * tl.load(coefs_ptr + 2 * n_samples + sample)) * (velocity - ref)
+    grad_ptr += sample * n_elements
+    tl.store(grad_ptr + start + lanes, grad.to(grad_ptr.dtype.element_ty), mask)
+
+
+def transition_partials(
+    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, *, from_means: bool
+) -> Tensor:
+    """Launch the one pass over the latents: (2 or 3, B, P) float32 partial sums. Inputs (B, ...) bf16/fp16/fp32."""
+    velocity, stride_velocity = as_rows(velocity)
+    old, stride_old = as_rows(old)
+    noise, stride_noise = as_rows(noise)
+    ref_rows, stride_ref = (None, 0) if ref is None else as_rows(ref)
+    n_samples, n_elements = velocity.shape
+    n_partials = min(triton.cdiv(n_elements, LAUNCH.block), MAX_PARTIALS)
+    sums = 2 if ref is None else 3
+    partials = torch.empty((sums, n_samples, n_partials), dtype=torch.float32, device=velocity.device)
+    _transition_sums_kernel[(n_samples * n_partials,)](
+        velocity, old, noise, ref_rows, partials,
+        stride_velocity, stride_old, stride_noise, stride_ref, n_samples, n_elements, n_partials,
+        FROM_MEANS=from_means, HAS_REF=ref is not None, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
+    )  # fmt: skip
+    return partials
+
+
+def guard_epilogue(
+    partials: Tensor,
+    advantages: Tensor,
+    velocity_coef: Tensor | None,
+    std: Tensor,
+    weight: Tensor | None,
+    n_elements: int,
+    *,
+    invert_weight: bool,
+    objective: str,
+    clip: tuple[float, float],
+    log_clip: tuple[float, float],
+    adv_clip: float,
+    kl_threshold: float,
+    kl_weight: float,
+    velocity_kl: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss () or (B,), stats (8, B) and clipped (B,) from the partial sums. Per-sample inputs (B,) float32."""
+    sums, n_samples, n_partials = partials.shape
+    loss = partials.new_empty((n_samples,) if reduction == "none" else ())
+    stats = partials.new_empty((8, n_samples))
+    clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
+    _guard_epilogue_kernel[(1,)](
+        partials, advantages, velocity_coef, std, weight, loss, stats, clipped,
+        *clip, *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
+        OBJECTIVE=OBJECTIVES[objective], REDUCTION=REDUCTIONS[reduction], FROM_MEANS=velocity_coef is None,
+        HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3, VELOCITY_KL=velocity_kl,
+        BLOCK_B=EPILOGUE_SAMPLES, BLOCK_P=EPILOGUE_PARTIALS, num_warps=4,
+    )  # fmt: skip
+    return loss, stats, clipped
+
+
+def transition_bwd(
+    grad_loss: Tensor,
+    coefs: Tensor,
+    noise: Tensor,
+    velocity: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    from_means: bool,
+    has_drift: bool,
+) -> Tensor:
+    """The gradient, of noise's shape and in `dtype`, in one launch.
+
+    grad_loss: () or (B,) float32. coefs: (3, B) float32. velocity is needed for the drift and the reference, old for
+    the drift and for means.
+    """
+    grad = torch.empty(noise.shape, dtype=dtype, device=noise.device)
+    noise, stride_noise = as_rows(noise)
+    velocity, stride_velocity = (None, 0) if velocity is None else as_rows(velocity)
+    old, stride_old = (None, 0) if old is None else as_rows(old)
+    ref, stride_ref = (None, 0) if ref is None else as_rows(ref)
+    n_samples, n_elements = noise.shape
+    n_blocks = triton.cdiv(n_elements, LAUNCH.block)
+    _transition_bwd_kernel[(n_samples * n_blocks,)](
+        grad_loss, coefs, noise, velocity, old, ref, grad,
+        grad_loss.stride(0) if grad_loss.ndim else 0, stride_noise, stride_velocity, stride_old, stride_ref,
+        n_samples, n_elements, n_blocks,
+        FROM_MEANS=from_means, HAS_DRIFT=has_drift, HAS_REF=ref is not None,
+        BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
+    )  # fmt: skip
+    return grad
