@@ -136,7 +136,10 @@ def flow_sde(
             )
         regular_t = t
     else:
-        second = _host(sigma_max, "sigma_max").expand(t.shape)
+        second = _host(sigma_max, "sigma_max")
+        if len(second) not in (1, len(t)):
+            raise ValueError(f"sigma_max has {len(second)} entries, sigma {len(t)}; pass one, or one per sample")
+        second = second.expand(t.shape)
         if not bool(((second > 0) & (second < 1)).all()):
             raise ValueError(
                 f"sigma_max must lie strictly between 0 and 1; got {second.tolist()}. It is sigmas[1], the second "

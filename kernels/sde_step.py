@@ -23,7 +23,7 @@ def _box_muller(radius_bits, angle_bits):
     """
     radius = tl.sqrt(-2.0 * tl.log((radius_bits.to(tl.float32) + 1.0) * 2.3283064365386963e-10))
     quadrant = angle_bits >> 30
-    x = (angle_bits << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.657291794e-10  # pi / 4 / 2^31
+    x = (angle_bits << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.657295198167899e-10  # pi / 4 / 2^31
     z = x * x
     sin = x * (1.0 + z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880)))))
     cos = 1.0 + z * (-1.0 / 2 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800)))))

@@ -1,0 +1,31 @@
+"""Where there is no GPU, kernels run through Triton's interpreter, which must be chosen before triton is imported."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """The device on which kernels run: every kernel test runs in the interpreter here, and natively on a GPU."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        return "cuda"
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is there: the kernels run on it, under -m gpu")
+    return "cpu"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN (or the largest integer), so an element that a kernel does not write cannot pass."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,124 @@
+"""Coefficients of the samplers: values off the golden grid, the first step, batches, and refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastguard as fg
+
+
+def test_floats_give_one_float32_entry_on_the_host() -> None:
+    step = fg.flow_sde(0.8, 0.6, noise_level=0.5)
+    assert step.std.shape == (1,)
+    assert step.std.dtype == torch.float32
+    diffusion = 0.5 * math.sqrt(0.8 / 0.2)
+    assert step.std.item() == pytest.approx(diffusion * math.sqrt(0.2), rel=1e-6)
+    assert step.latents_coef.item() == pytest.approx(1 - diffusion**2 * 0.2 / 1.6, rel=1e-6)
+    assert step.velocity_coef.item() == pytest.approx(-0.2 * (1 + diffusion**2 * 0.2 / 1.6), rel=1e-6)
+    assert step.dt.item() == pytest.approx(-0.2)
+
+
+def test_float64_stays_float64_and_float32_is_computed_in_float64() -> None:
+    sigma = torch.tensor([0.9, 0.3], dtype=torch.float64)
+    exact = fg.dance_sde(sigma, sigma / 2, 0.3)
+    assert exact.std.dtype == torch.float64
+    rounded = fg.dance_sde(sigma.float(), sigma.float() / 2, 0.3)
+    again = fg.dance_sde(sigma.float().double(), sigma.float().double() / 2, 0.3)
+    assert torch.equal(rounded.velocity_coef, again.velocity_coef.float())
+
+
+def test_a_batch_of_mixed_times_equals_its_samples() -> None:
+    sigma = torch.tensor([1.0, 0.7, 0.2])
+    sigma_next = torch.tensor([0.9, 0.4, 0.0])
+    batch = fg.flow_sde(sigma, sigma_next, 0.9, sigma_max=0.9)
+    for index in range(3):
+        single = fg.flow_sde(sigma[index], sigma_next[index], 0.9, sigma_max=0.9)
+        for field in ("latents_coef", "velocity_coef", "std", "dt"):
+            assert torch.equal(getattr(batch, field)[index : index + 1], getattr(single, field))
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.9999, 1 - 6e-8])
+def test_the_first_step_uses_the_second_sigma(sigma: float) -> None:
+    step = fg.flow_sde(sigma, 0.9, noise_level=0.7, sigma_max=0.9)
+    # An exact test for 1.0 gives std 22 at 0.9999; the substitute gives sqrt(10) * 0.7 * sqrt(0.1).
+    assert step.std.item() == pytest.approx(0.7, rel=1e-3)
+
+
+def test_times_below_the_first_step_do_not_use_sigma_max() -> None:
+    assert torch.equal(fg.flow_sde(0.95, 0.5, sigma_max=0.6).std, fg.flow_sde(0.95, 0.5).std)
+
+
+def test_cps_keeps_its_digits_near_full_noise() -> None:
+    """sqrt(t'^2 - s^2) would leave none; k = t' cos(eta pi / 2) is exact."""
+    level = 1 - 1e-7
+    step = fg.cps(torch.tensor([0.8], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64), level)
+    kept = step.latents_coef.item() - (1 - 0.5)
+    assert kept == pytest.approx(0.5 * math.sin(1e-7 * math.pi / 2), rel=1e-6)
+
+
+def test_density_is_known_on_the_host() -> None:
+    assert fg.flow_sde(0.5, 0.0).has_density
+    assert not fg.cps(0.5, 0.0).has_density
+    assert fg.cps(0.5, 0.0).is_deterministic
+    assert fg.ode(0.5, 0.4).is_deterministic
+    assert not fg.flow_sde(0.5, 0.4, noise_level=0.0).has_density
+    mixed = fg.cps(torch.tensor([0.5, 0.4]), torch.tensor([0.2, 0.0]))
+    assert not mixed.has_density
+    assert not mixed.is_deterministic
+    assert mixed[:1].has_density
+    assert mixed[[1]].is_deterministic
+
+
+def test_expand_cat_and_index() -> None:
+    a, b = fg.dance_sde(0.9, 0.8), fg.dance_sde(torch.tensor([0.5, 0.4]), 0.3)
+    both = fg.Transition.cat([a.expand(2), b])
+    assert len(both) == 4
+    assert torch.equal(both[[0, 2]].dt, torch.cat([a.dt, b.dt[:1]]))
+    assert both.has_density
+    assert not fg.Transition.cat([fg.cps(0.5, 0.2), fg.cps(0.5, 0.0)]).has_density
+    with pytest.raises(ValueError, match="has 2 entries, the batch 3 samples"):
+        b.expand(3)
+    with pytest.raises(ValueError, match=r"one sampler; got \['cps', 'dance_sde'\]"):
+        fg.Transition.cat([a, fg.cps(0.5, 0.2)])
+    with pytest.raises(ValueError, match="share one shape"):
+        fg.Transition("flow_sde", a.std, b.std, a.std, a.dt)
+
+
+def test_an_empty_batch() -> None:
+    empty = torch.empty(0)
+    assert len(fg.dance_sde(empty, empty)) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1.2, 0.5), r"sigma must lie in \[0, 1\]; got 1.2"),
+        ((981.0, 961.0), "divided by 1000"),
+        ((0.5, -0.1), "sigma_next must lie"),
+        ((float("nan"), 0.5), "sigma must lie"),
+        ((0.5, 0.5), "sigma_next must be below sigma"),
+        ((torch.tensor([0.9, 0.3]), torch.tensor([0.8, 0.4])), "at sample 1"),
+        ((torch.rand(3), torch.rand(2)), "3 entries, sigma_next 2"),
+        ((torch.rand(3, 1), 0.1), r"shape \(\) or \(B,\)"),
+    ],
+)
+@pytest.mark.parametrize("kind", [fg.flow_sde, fg.dance_sde, fg.cps, fg.ode])
+def test_bad_schedules_are_refused(kind, arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(*arguments)
+
+
+def test_bad_noise_levels_and_second_sigmas_are_refused() -> None:
+    with pytest.raises(ValueError, match="noise_level must be a finite number >= 0; got -0.1"):
+        fg.flow_sde(0.5, 0.4, noise_level=-0.1)
+    with pytest.raises(ValueError, match="between 0 and 1; got 1.5"):
+        fg.cps(0.5, 0.4, noise_level=1.5)
+    with pytest.raises(ValueError, match="needs sigma_max at sigma = 1"):
+        fg.flow_sde(1.0, 0.9)
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        fg.flow_sde(1.0, 0.9, sigma_max=1.0)
+    with pytest.raises(ValueError, match="sigma_max has 3 entries"):
+        fg.flow_sde(torch.tensor([1.0, 0.5]), 0.2, sigma_max=torch.tensor([0.9, 0.9, 0.9]))
