@@ -382,8 +382,6 @@ def _options(
         raise ValueError(f"kl_weight = {kl_weight} needs a reference; pass {ref_name}, or kl_weight=0")
     return ops.Options(
         objective=objective,
-        clip_low=float(low),
-        clip_high=float(high),
         log_clip_low=math.log1p(-low) if low < 1 else -math.inf,
         log_clip_high=math.log1p(high),
         adv_clip=math.inf if adv_clip is None else float(adv_clip),

@@ -24,8 +24,6 @@ class Options(NamedTuple):
     """Validated options of a loss; the floats are runtime arguments of the kernels, never compiled in."""
 
     objective: str
-    clip_low: float
-    clip_high: float
     log_clip_low: float
     log_clip_high: float
     adv_clip: float
@@ -132,8 +130,6 @@ def guard_loss(
     std: Tensor,
     weight: Tensor | None,
     objective: str,
-    clip_low: float,
-    clip_high: float,
     log_clip_low: float,
     log_clip_high: float,
     adv_clip: float,
@@ -160,7 +156,6 @@ def guard_loss(
             velocity[0].numel(),
             invert_weight=invert_weight,
             objective=objective,
-            clip=(clip_low, clip_high),
             log_clip=(log_clip_low, log_clip_high),
             adv_clip=adv_clip,
             kl_threshold=kl_threshold,

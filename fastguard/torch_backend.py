@@ -22,18 +22,21 @@ def transition_partials(
 ) -> Tensor:
     """(2 or 3, B, 1): the sums `<noise, v - v_old>`, `|v - v_old|^2` and `|v - v_ref|^2` of each sample."""
     dtype = compute_dtype(velocity.dtype)
-    sums: list[list[Tensor]] = [[], []] if ref is None else [[], [], []]
+
+    def rows(tensor: Tensor) -> list[Tensor]:
+        return [row.contiguous().to(dtype) for row in tensor.flatten(1).unbind()]
+
     # Sample by sample: the difference stays in cache. torch.dot, unlike matmul, never goes down to tf32 or bf16.
-    for index in range(velocity.shape[0]):
-        old_row = old[index].reshape(-1).to(dtype)
-        noise_row = noise[index].reshape(-1).to(dtype)
-        change = velocity[index].reshape(-1).to(dtype) - old_row
+    sums: list[list[Tensor]] = [[], []] if ref is None else [[], [], []]
+    for new_row, old_row, noise_row in zip(rows(velocity), rows(old), rows(noise), strict=True):
+        change = new_row - old_row
         sums[0].append(torch.dot(noise_row - old_row if from_means else noise_row, change))
         sums[1].append(torch.dot(change, change))
-        if ref is not None:
-            change = velocity[index].reshape(-1).to(dtype) - ref[index].reshape(-1).to(dtype)
+    if ref is not None:
+        for new_row, ref_row in zip(rows(velocity), rows(ref), strict=True):
+            change = new_row - ref_row
             sums[2].append(torch.dot(change, change))
-    return torch.stack([torch.stack(row) for row in sums]).unsqueeze(-1)
+    return torch.stack([value for row in sums for value in row]).view(len(sums), -1, 1)
 
 
 def guard_epilogue(
@@ -46,7 +49,6 @@ def guard_epilogue(
     *,
     invert_weight: bool,
     objective: str,
-    clip: tuple[float, float],
     log_clip: tuple[float, float],
     adv_clip: float,
     kl_threshold: float,
@@ -55,7 +57,8 @@ def guard_epilogue(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss () or (B,), stats (8, B) and clipped (B,): see the kernel of this name for the equations."""
-    sums = partials.sum(-1)
+    # On the host each operation on these few numbers costs more than its arithmetic, so they are kept few.
+    sums = partials[..., 0]
     whiten = 1 / std if velocity_coef is None else velocity_coef / std
     drift_scale = whiten * whiten / n_elements
     cross_scale = drift_scale if velocity_coef is None else whiten / n_elements
@@ -66,39 +69,40 @@ def guard_epilogue(
         log_ratio, noise_slope = std * cross, std * cross_scale
     else:
         log_ratio, noise_slope = cross - drift / 2, cross_scale
-    # A sum that is not finite must not end in a clipped, plausible loss.
-    log_ratio = torch.where(torch.isfinite(cross) & torch.isfinite(drift), log_ratio, torch.nan)
+    # A sum that is not finite must not end in a clipped, plausible loss: 0 * inf is NaN.
+    log_ratio = log_ratio + 0 * (cross + drift)
     ratio = torch.exp(log_ratio)
 
-    # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
     if objective == "flow_dppo":
         away = ((log_ratio > 0) & (advantages > 0)) | ((log_ratio < 0) & (advantages < 0))
-        clipped = (drift / 2 >= kl_threshold) & away
-        clipped_loss = torch.zeros_like(ratio)
+        clipped = away & (drift / 2 >= kl_threshold)
+        slope = loss = torch.where(clipped, 0.0, -advantages * ratio)
     else:
+        # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
         advantages = advantages.clamp(-adv_clip, adv_clip)
-        above = (advantages > 0) & (log_ratio > log_clip[1])
-        clipped = above | ((advantages < 0) & (log_ratio < log_clip[0]))
-        clipped_loss = -advantages * torch.where(above, 1 + clip[1], 1 - clip[0])
-    policy = -advantages * ratio
-    loss = torch.where(clipped, clipped_loss, policy)
-    slope = torch.where(clipped, 0.0, policy)
+        within = log_ratio.clamp(*log_clip)
+        clipped = advantages * (log_ratio - within) > 0
+        loss = -advantages * torch.where(clipped, torch.exp(within), ratio)
+        slope = torch.where(clipped, 0.0, loss)
     if weight is not None:
         factor = 1 / weight.abs() if invert_weight else weight
         loss, slope = loss * factor, slope * factor
 
-    kl = gamma = torch.zeros_like(ratio)
-    if sums.shape[0] == 3:
+    zero = torch.zeros_like(ratio)
+    kl, beta, gamma = zero, zero, zero
+    if objective != "grpo_guard":
+        beta = -slope * drift_scale
+    if len(sums) == 3:
         kl_scale = torch.full_like(ratio, 1 / n_elements) if velocity_kl else drift_scale / 2
         kl = kl_scale * sums[2]
         loss = loss + kl_weight * kl
         gamma = 2 * kl_weight * kl_scale
 
-    share = 1 / len(loss) if reduction == "mean" else 1.0
-    beta = torch.zeros_like(ratio) if objective == "grpo_guard" else -slope * drift_scale
-    coefs = [share * slope * noise_slope, share * beta, share * gamma]
-    stats = torch.stack([log_ratio, ratio, cross, drift, kl, *coefs])
-    return loss if reduction == "none" else share * loss.sum(), stats, clipped
+    stats = torch.stack([log_ratio, ratio, cross, drift, kl, slope * noise_slope, beta, gamma])
+    if reduction == "mean":
+        stats[5:] /= len(loss)
+        return loss.mean(), stats, clipped
+    return loss.sum() if reduction == "sum" else loss, stats, clipped
 
 
 def transition_bwd(

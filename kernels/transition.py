@@ -103,8 +103,6 @@ def _guard_epilogue_kernel(
     loss_ptr,
     stats_ptr,
     clipped_ptr,
-    clip_low,
-    clip_high,
     log_clip_low,
     log_clip_high,
     adv_clip,
@@ -168,17 +166,16 @@ def _guard_epilogue_kernel(
         if OBJECTIVE == 2:
             away = ((log_ratio > 0) & (advantage > 0)) | ((log_ratio < 0) & (advantage < 0))
             clipped = (0.5 * drift >= kl_threshold) & away
-            clipped_loss = tl.zeros((BLOCK_B,), tl.float32)
+            loss = tl.where(clipped, 0.0, -advantage * ratio)
         else:
-            # Comparisons keep a NaN advantage, where min and max would drop it.
+            # Comparisons keep a NaN, where min and max would drop it.
             advantage = tl.where(advantage > adv_clip, adv_clip, advantage)
             advantage = tl.where(advantage < -adv_clip, -adv_clip, advantage)
-            above = (advantage > 0) & (log_ratio > log_clip_high)
-            below = (advantage < 0) & (log_ratio < log_clip_low)
-            clipped = above | below
-            clipped_loss = -advantage * tl.where(above, 1.0 + clip_high, 1.0 - clip_low)
-        loss = tl.where(clipped, clipped_loss, -advantage * ratio)
-        slope = tl.where(clipped, 0.0, -advantage * ratio)
+            within = tl.where(log_ratio > log_clip_high, log_clip_high, log_ratio)
+            within = tl.where(within < log_clip_low, log_clip_low, within)
+            clipped = advantage * (log_ratio - within) > 0
+            loss = -advantage * tl.where(clipped, tl.exp(within), ratio)
+        slope = tl.where(clipped, 0.0, loss)
         if HAS_WEIGHT:
             weight = tl.load(weight_ptr + samples, mask, other=1.0)
             if INVERT_WEIGHT:
@@ -298,7 +295,6 @@ def guard_epilogue(
     *,
     invert_weight: bool,
     objective: str,
-    clip: tuple[float, float],
     log_clip: tuple[float, float],
     adv_clip: float,
     kl_threshold: float,
@@ -313,7 +309,7 @@ def guard_epilogue(
     clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
     _guard_epilogue_kernel[(1,)](
         partials, advantages, velocity_coef, std, weight, loss, stats, clipped,
-        *clip, *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
+        *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
         OBJECTIVE=OBJECTIVES[objective], REDUCTION=REDUCTIONS[reduction], FROM_MEANS=velocity_coef is None,
         HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3, VELOCITY_KL=velocity_kl,
         BLOCK_B=EPILOGUE_SAMPLES, BLOCK_P=EPILOGUE_PARTIALS, num_warps=4,

@@ -40,9 +40,7 @@ def test_density_and_kl_agree_with_torch_distributions(step: fg.Transition, batc
 
     torch.testing.assert_close(reference.log_prob(sample, mean, step.std), new.log_prob(sample) / size)
     cross, drift = reference.transition_moments(batch["velocity"], batch["old_velocity"], batch["noise"], step)
-    torch.testing.assert_close(
-        reference.log_ratio(cross, drift), (new.log_prob(sample) - old.log_prob(sample)) / size
-    )
+    torch.testing.assert_close(reference.log_ratio(cross, drift), (new.log_prob(sample) - old.log_prob(sample)) / size)
     torch.testing.assert_close(reference.gaussian_kl(drift), kl_divergence(new, old) / size)
 
 

@@ -102,9 +102,7 @@ def test_the_step_uses_the_noise_that_it_returns(kind: str, dtype: torch.dtype, 
 def test_a_deterministic_step_needs_no_seeds(backend: str, kernel_device: str) -> None:
     latents, velocity = torch.randn(2, 33), torch.randn(2, 33)
     step = fg.ode(0.5, 0.3)
-    out = fg.sde_step(
-        latents.to(kernel_device), velocity.to(kernel_device), step.to(kernel_device), backend=backend
-    )
+    out = fg.sde_step(latents.to(kernel_device), velocity.to(kernel_device), step.to(kernel_device), backend=backend)
     assert out.noise is None
     torch.testing.assert_close(out.latents.cpu(), latents - 0.2 * velocity, rtol=1e-6, atol=1e-6)
 

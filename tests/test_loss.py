@@ -1,0 +1,474 @@
+"""The public losses: what they promise beside their numbers. Numbers are in test_golden and test_transition."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fastguard as fg
+from fastguard import ops, reference
+
+
+def make_batch(count: int = 4, size: int = 24, dtype: torch.dtype = torch.float32, change: float = 0.05) -> Any:
+    generator = torch.Generator().manual_seed(count + size)
+    old, delta, noise = (torch.randn((count, size), generator=generator, dtype=torch.float64) for _ in range(3))
+    velocity = (old + change * delta).to(dtype).requires_grad_()
+    sigma = torch.linspace(0.9, 0.4, count, dtype=torch.float64)
+    step = fg.flow_sde(sigma, sigma - 0.2)
+    if dtype != torch.float64:
+        step = fg.flow_sde(sigma.float(), sigma.float() - 0.2)
+    advantages = torch.linspace(-2, 2, count, dtype=torch.float64).to(
+        dtype if dtype == torch.float64 else torch.float32
+    )
+    return [velocity, old.to(dtype), noise.to(dtype), advantages, step]
+
+
+def loss_and_grad(batch: Any, **options: Any) -> tuple[fg.GuardLoss, Tensor]:
+    result = fg.guard_loss(*batch, **options)
+    (grad,) = torch.autograd.grad(result.loss, batch[0], torch.ones_like(result.loss))
+    return result, grad
+
+
+# --- what comes out -------------------------------------------------------------------------------------------------
+
+
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_the_policy_gradient() -> None:
+    batch = make_batch(change=0.0)
+    result, grad = loss_and_grad(batch, reduction="sum", reweight="none")
+    assert (result.log_ratio == 0).all()
+    assert (result.ratio == 1).all()
+    assert not result.clipped.any()
+    _, _, noise, advantages, step = batch
+    expected = reference.per_sample(-advantages * step.velocity_coef / noise.shape[1], noise) * noise
+    torch.testing.assert_close(grad, expected)
+
+
+def test_shapes_dtypes_and_what_is_detached() -> None:
+    batch = make_batch(dtype=torch.bfloat16)
+    result = fg.guard_loss(*batch)
+    assert result.loss.shape == ()
+    assert result.loss.dtype == torch.float32
+    assert result.loss.requires_grad
+    for name in ("log_ratio", "ratio", "cross", "drift"):
+        value = getattr(result, name)
+        assert value.shape == (4,)
+        assert value.dtype == torch.float32
+        assert not value.requires_grad
+    assert result.clipped.dtype == torch.bool
+    assert result.kl is None
+    assert fg.guard_loss(*make_batch(dtype=torch.float64)).log_ratio.dtype == torch.float64
+
+
+def test_reductions() -> None:
+    batch = make_batch()
+    each, sum_, mean = (fg.guard_loss(*batch, reduction=name).loss for name in ("none", "sum", "mean"))
+    assert each.shape == (4,)
+    torch.testing.assert_close(each.sum(), sum_)
+    torch.testing.assert_close(sum_ / 4, mean)
+
+
+def test_gradients_flow_to_the_velocity_alone() -> None:
+    batch = make_batch()
+    others = [tensor.requires_grad_() for tensor in batch[1:4]]
+    fg.guard_loss(*batch, objective="flow_grpo").loss.backward()
+    assert batch[0].grad is not None
+    assert all(tensor.grad is None for tensor in others)
+    frozen = [batch[0].detach(), *batch[1:]]
+    assert not fg.guard_loss(*frozen).loss.requires_grad
+    with torch.no_grad():
+        assert not fg.guard_loss(*batch).loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_clip_decision_keeps_its_digits(backend: str, side: int, kernel_device: str) -> None:
+    """At 2e-6 a float32 ratio has 17 steps of 1.2e-7; the decision is made on the log-ratio, 1 part in 1e5 around it."""
+    clip, size = 2e-6, 64
+    step = fg.dance_sde(0.5, 0.4).expand(2).to(kernel_device)
+    noise = torch.ones(2, size, device=kernel_device)
+    old = torch.zeros(2, size, device=kernel_device)
+    edge = math.log1p(side * clip) / step.velocity_coef[0].item()
+    velocity = edge * torch.tensor([[1 - 1e-5], [1 + 1e-5]], device=kernel_device).expand(2, size)
+    for advantage, expected in ((float(side), [False, True]), (-float(side), [False, False]), (0.0, [False, False])):
+        advantages = torch.full((2,), advantage, device=kernel_device)
+        result = fg.guard_loss(velocity, old, noise, advantages, step, clip_range=clip, backend=backend)
+        assert result.clipped.tolist() == expected
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_pair_of_clip_ranges(backend: str, kernel_device: str) -> None:
+    size = 8
+    step = fg.dance_sde(0.5, 0.4).expand(4).to(kernel_device)
+    log_ratio = torch.tensor([[-0.15], [-0.05], [0.15], [0.35]], device=kernel_device)
+    velocity = (log_ratio / step.velocity_coef[0]).expand(4, size)
+    noise, old = torch.ones(4, size, device=kernel_device), torch.zeros(4, size, device=kernel_device)
+    advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0], device=kernel_device)
+    options = {"clip_range": (0.1, 0.3), "reduction": "none", "reweight": "none", "backend": backend}
+    result = fg.guard_loss(velocity, old, noise, advantages, step, **options)
+    assert result.clipped.tolist() == [True, False, False, True]
+    torch.testing.assert_close(result.loss[[0, 3]].cpu(), torch.tensor([0.9, -1.3]))
+
+
+def test_equalized_reweighting_gives_every_step_the_same_gradient() -> None:
+    """1 / |B| makes grpo_guard's gradient `-a eps / D` for every sampler; 1 / |dt| does so up to B / dt."""
+    for kind in (fg.flow_sde, fg.dance_sde, fg.cps):
+        step = kind(torch.tensor([0.9, 0.6, 0.3]), torch.tensor([0.7, 0.5, 0.1]), 0.8)
+        old, noise = torch.randn(3, 50), torch.randn(3, 50)
+        velocity = old.clone().requires_grad_()
+        loss = fg.guard_loss(velocity, old, noise, torch.ones(3), step, reweight="equalized", reduction="sum").loss
+        loss.backward()
+        torch.testing.assert_close(velocity.grad, -torch.sign(step.velocity_coef)[:, None] * noise / 50)
+
+
+def test_a_tensor_of_weights_and_a_reported_kl() -> None:
+    batch = make_batch()
+    weight = torch.tensor([0.5, 2.0, 0.0, 1.0])
+    plain = fg.guard_loss(*batch, reweight="none", reduction="none").loss
+    torch.testing.assert_close(fg.guard_loss(*batch, reweight=weight, reduction="none").loss, weight * plain)
+    ref = batch[1] + 0.1
+    result, grad = loss_and_grad(batch, ref_velocity=ref, kl_type="velocity")
+    torch.testing.assert_close(result.kl, reference.velocity_kl(batch[0].detach(), ref))
+    torch.testing.assert_close(grad, loss_and_grad(batch)[1])  # reported, not weighted in
+
+
+def test_advantages_are_clipped_except_for_flow_dppo() -> None:
+    batch = make_batch(change=0.0)
+    batch[3] = torch.tensor([-8.0, 8.0, 1.0, 0.0])
+    losses = {
+        (objective, adv_clip): fg.guard_loss(
+            *batch, objective=objective, adv_clip=adv_clip, reweight="none", reduction="none"
+        ).loss.tolist()
+        for objective in ("grpo_guard", "flow_dppo")
+        for adv_clip in (5.0, None)
+    }
+    assert losses["grpo_guard", 5.0] == [5, -5, -1, 0]
+    assert losses["grpo_guard", None] == losses["flow_dppo", 5.0] == [8, -8, -1, 0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo", "flow_dppo"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["velocity", "old_velocity", "noise", "advantages"])
+def test_a_bad_number_stays_visible_in_its_sample_alone(where, poison, objective, backend, kernel_device) -> None:
+    if where == "advantages" and math.isinf(poison):
+        pytest.skip("an infinite advantage is clipped to adv_clip, by definition")
+    batch = make_batch()
+    tensors = {"velocity": batch[0].detach(), "old_velocity": batch[1], "noise": batch[2], "advantages": batch[3]}
+    tensors[where] = tensors[where].clone()
+    tensors[where][(1, 3) if where != "advantages" else 1] = poison
+    tensors = {name: tensor.to(kernel_device) for name, tensor in tensors.items()}
+    velocity = tensors["velocity"].requires_grad_()
+    result = fg.guard_loss(
+        velocity, *list(tensors.values())[1:], batch[4].to(kernel_device), objective=objective, clip_range=1e-4,
+        kl_threshold=0.0, reduction="none", backend=backend,
+    )  # fmt: skip
+    others = [0, 2, 3]
+    assert result.loss[1].isnan()
+    assert result.loss[others].isfinite().all()
+    result.loss.backward(torch.ones_like(result.loss))
+    assert velocity.grad is not None
+    assert not velocity.grad[1].isfinite().any()
+    assert velocity.grad[others].isfinite().all()
+    if where != "advantages":
+        assert result.log_ratio[1].isnan()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_empty_batch_gives_a_zero_loss_with_a_zero_gradient(backend: str, kernel_device: str) -> None:
+    empty = torch.empty(0, 4, 8, device=kernel_device, requires_grad=True)
+    step = fg.dance_sde(torch.empty(0), torch.empty(0)).to(kernel_device)
+    advantages = torch.empty(0, device=kernel_device)
+    result = fg.guard_loss(empty, empty.detach(), empty.detach(), advantages, step, backend=backend)
+    assert result.loss.item() == 0
+    result.loss.backward()
+    assert empty.grad is not None
+    assert empty.grad.shape == (0, 4, 8)
+    assert fg.guard_loss(empty, empty, empty, advantages, step, reduction="none", backend=backend).loss.shape == (0,)
+    moments = fg.transition_moments(empty, empty, empty, step, backend=backend)
+    assert moments.cross.shape == (0,)
+    moments.cross.sum().backward()
+    means = fg.guard_loss_from_means(empty, empty, empty, 0.1, -0.1, advantages, backend=backend)
+    assert means.loss.item() == 0
+
+
+# --- autograd, compilation, operators -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo", "flow_dppo"])
+def test_gradcheck_in_float64(objective: str) -> None:
+    batch = make_batch(dtype=torch.float64)
+    ref = batch[1] + 0.1
+
+    def loss(velocity: Tensor) -> Tensor:
+        return fg.guard_loss(
+            velocity, *batch[1:], objective=objective, clip_range=10.0, kl_threshold=10.0, ref_velocity=ref,
+            kl_weight=0.5, reduction="none",
+        ).loss  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, batch[0])
+    moments = lambda v: fg.transition_moments(v, *batch[1:3], batch[4], ref)  # noqa: E731
+    assert torch.autograd.gradcheck(moments, batch[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_new_objective_from_the_moments(backend: str, kernel_device: str) -> None:
+    """transition_moments and a few lines of PyTorch rebuild flow_grpo, gradient included."""
+    velocity, old, noise, advantages, step = (item.to(kernel_device) for item in make_batch())
+    velocity = velocity.detach().requires_grad_()
+    moments = fg.transition_moments(velocity, old, noise, step, backend=backend)
+    ratio = torch.exp(moments.cross - moments.drift / 2)
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.9, 1.1)).mean()
+    (grad,) = torch.autograd.grad(loss, velocity)
+    options = {"objective": "flow_grpo", "clip_range": 0.1, "reweight": "none", "backend": backend}
+    result, expected = loss_and_grad([velocity, old, noise, advantages, step], **options)
+    torch.testing.assert_close(loss, result.loss)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_opcheck() -> None:
+    velocity, old, noise, advantages, step = make_batch()
+    velocity, ref = velocity.detach(), old + 0.1
+    options = ops.Options("flow_grpo", -0.1, 0.1, 5.0, 0.0, 0.1, False, True, "none", "torch")
+    coefs, loss = torch.randn(3, 4), torch.randn(4)
+    for operator, arguments in (
+        (ops.transition_sums, (velocity, old, noise, ref, False, "torch")),
+        (ops.guard_loss, (velocity, old, noise, ref, advantages, step.velocity_coef, step.std, step.dt, *options)),
+        (ops.transition_bwd, (loss, coefs, noise, velocity, old, ref, torch.float32, False, True, "torch")),
+        (
+            ops.sde_step,
+            (velocity, old, torch.arange(4), step.latents_coef, step.velocity_coef, step.std, torch.float32, "torch"),
+        ),
+    ):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo"])
+def test_compiled_without_graph_breaks(objective: str) -> None:
+    """The whole graph, model included; a batch of another size and another clip range follow without trouble."""
+    torch._dynamo.reset()
+    model = torch.nn.Linear(24, 24)
+
+    def update(x: Tensor, old: Tensor, noise: Tensor, advantages: Tensor, step: fg.Transition, clip: float) -> Any:
+        result = fg.guard_loss(model(x), old, noise, advantages, step, objective=objective, clip_range=clip)
+        moments = fg.transition_moments(model(x), old, noise, step)
+        return result.loss + moments.drift.mean(), result.log_ratio, result.clipped
+
+    compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+    for count, clip in ((4, 1e-3), (6, 1e-2)):
+        batch = make_batch(count)
+        arguments = [batch[0].detach(), *batch[1:], clip]
+        grads = []
+        for function in (update, compiled):
+            model.zero_grad()
+            loss, log_ratio, clipped = function(*arguments)
+            loss.backward()
+            assert model.weight.grad is not None
+            grads.append((loss.detach(), log_ratio, clipped, model.weight.grad.clone()))
+        for eager, fused in zip(*grads, strict=True):
+            torch.testing.assert_close(eager, fused)
+
+
+def test_under_autocast_the_loss_stays_exact() -> None:
+    batch = make_batch(size=300)
+    plain, grad = loss_and_grad(batch, objective="flow_grpo")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, cast_grad = loss_and_grad(batch, objective="flow_grpo")
+    assert torch.equal(plain.log_ratio, cast.log_ratio)
+    assert torch.equal(grad, cast_grad)
+
+
+def test_low_matmul_precision_does_not_touch_the_loss() -> None:
+    batch = make_batch(size=4096)
+    plain = fg.guard_loss(*batch)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(fg.guard_loss(*batch).log_ratio, plain.log_ratio)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_inside_gradient_checkpointing() -> None:
+    batch = make_batch()
+    model = torch.nn.Linear(24, 24)
+    run = lambda x: fg.guard_loss(model(x), *batch[1:]).loss  # noqa: E731
+    x = batch[0].detach()
+    (plain,) = torch.autograd.grad(run(x), model.weight)
+    (saved,) = torch.autograd.grad(checkpoint(run, x, use_reentrant=False), model.weight)
+    assert torch.equal(plain, saved)
+
+
+def test_what_is_kept_for_backward() -> None:
+    """At most 64 bytes a sample beyond the caller's tensors, and for grpo_guard not even a hold on the velocity."""
+    for objective, holds_velocity in (("grpo_guard", False), ("flow_grpo", True)):
+        batch = make_batch(size=4096, dtype=torch.bfloat16)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            fg.guard_loss(*batch, objective=objective)
+        callers = {tensor.untyped_storage().data_ptr() for tensor in batch[:4]}
+        assert sum(size for pointer, size in saved.items() if pointer not in callers) <= 64 * 4
+        assert (batch[0].untyped_storage().data_ptr() in saved) == holds_velocity
+
+
+# --- random inputs --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(0, 5),
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    permuted=st.booleans(),
+    scale=st.floats(0, 1e3),
+    objective=st.sampled_from(["grpo_guard", "flow_grpo", "flow_dppo"]),
+    kind=st.sampled_from([fg.flow_sde, fg.dance_sde, fg.cps]),
+    clip=st.floats(1e-7, 3.0),
+    seed=st.integers(0, 10_000),
+)
+def test_any_shape_stride_dtype_and_scale(count, shape, dtype, permuted, scale, objective, kind, clip, seed) -> None:
+    """Backends agree, nothing crashes, no finite input gives a NaN, and strides do not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    full = (count, *shape)
+
+    def normal(factor: float = 1.0) -> Tensor:
+        value = (factor * torch.randn(full, generator=generator)).clamp(-60_000, 60_000).to(dtype)
+        if permuted and len(full) > 2:
+            value = value.transpose(1, 2).contiguous().transpose(1, 2)
+        return value
+
+    velocity, old, noise = normal(scale).requires_grad_(), normal(scale), normal()
+    sigma = torch.rand(count, generator=generator) * 0.8 + 0.15
+    step = kind(sigma, sigma / 2)
+    advantages = 3 * torch.randn(count, generator=generator)
+    options = {"objective": objective, "clip_range": clip, "reduction": "none"}
+    result = fg.guard_loss(velocity, old, noise, advantages, step, **options)
+    assert not result.loss.isnan().any()
+    (grad,) = torch.autograd.grad(result.loss, velocity, torch.ones_like(result.loss))
+    assert grad.shape == velocity.shape
+    assert not grad[result.clipped].any()
+    again = fg.guard_loss(
+        *(tensor.detach().contiguous() for tensor in (velocity, old, noise)), advantages, step, **options
+    )
+    assert torch.equal(again.loss, result.loss)
+    if count and dtype != torch.float64 and not torch.cuda.is_available():
+        kernel = fg.guard_loss(velocity, old, noise, advantages, step, backend="triton", **options)
+        torch.testing.assert_close(kernel.drift, result.drift, rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(kernel.cross, result.cross, rtol=1e-4, atol=1e-5 * float(result.drift.sqrt().max()))
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def arguments() -> dict[str, Any]:
+    names = ("velocity", "old_velocity", "noise", "advantages", "step")
+    return dict(zip(names, make_batch(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"old_velocity": torch.zeros(4, 23)}, ValueError, r"old_velocity has shape \(4, 23\), velocity \(4, 24\)"),
+        ({"noise": torch.zeros(3, 24)}, ValueError, r"noise has shape \(3, 24\)"),
+        ({"noise": torch.zeros(4, 24, dtype=torch.int32)}, TypeError, "noise must be floating point; got torch.int32"),
+        ({"old_velocity": torch.zeros(4, 24).bfloat16()}, TypeError, "old_velocity is torch.bfloat16, velocity"),
+        ({"noise": None}, TypeError, "noise must be a tensor; got NoneType"),
+        ({"noise": torch.zeros(4, 24, device="meta")}, ValueError, "noise is on meta, velocity on cpu"),
+        ({"advantages": torch.zeros(5)}, ValueError, r"shape \(4,\), one per sample; got \(5,\)"),
+        ({"advantages": torch.zeros(4, 1)}, ValueError, r"one per sample; got \(4, 1\)"),
+        ({"advantages": torch.zeros(4).long()}, TypeError, "advantages must be a floating point tensor; got torch.int64"),
+        ({"advantages": [1.0] * 4}, TypeError, "got list"),
+        ({"step": fg.ode(0.5, 0.3)}, ValueError, r"the ode step has std == 0 at samples \[0\]"),
+        ({"step": fg.cps(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0.5, 0.4, 0.0, 0.3]))}, ValueError,
+         r"cps step has std == 0 at samples \[2\]"),
+        ({"step": fg.flow_sde(torch.tensor([0.9, 0.8]), 0.3)}, ValueError, "has 2 entries, the batch 4 samples"),
+        ({"step": 0.5}, TypeError, "step must be a Transition"),
+        ({"clip_range": 0.0}, ValueError, "clip_range must be positive"),
+        ({"clip_range": (0.1, -0.1)}, ValueError, "clip_range must be positive"),
+        ({"clip_range": math.nan}, ValueError, "clip_range must be positive"),
+        ({"adv_clip": 0.0}, ValueError, "adv_clip must be positive, or None"),
+        ({"objective": "ppo"}, ValueError, "objective must be one of grpo_guard, flow_grpo, flow_dppo; got 'ppo'"),
+        ({"reweight": "dt"}, ValueError, "reweight must be one of none, inverse_dt, equalized, or a tensor"),
+        ({"reweight": torch.ones(3)}, ValueError, r"floating point of shape \(4,\); got torch.float32 of shape \(3,\)"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch; got 'cuda'"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, none"),
+        ({"kl_weight": 0.1}, ValueError, "kl_weight = 0.1 needs a reference; pass ref_velocity"),
+        ({"kl_weight": -0.1}, ValueError, "kl_weight must be finite and >= 0"),
+        ({"kl_type": "l2", "ref_velocity": torch.zeros(4, 24)}, ValueError, "kl_type must be one of gaussian, velocity"),
+        ({"kl_threshold": -1.0}, ValueError, "kl_threshold must be >= 0"),
+        ({"ref_velocity": torch.zeros(4, 24).half()}, TypeError, "ref_velocity is torch.float16"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused(change, error, message) -> None:
+    with pytest.raises(error, match=message):
+        fg.guard_loss(**{**arguments(), **change})
+
+
+def test_shapes_without_samples_or_elements_are_refused() -> None:
+    step, advantages = fg.dance_sde(0.5, 0.3), torch.zeros(4)
+    flat, hollow = torch.zeros(4), torch.zeros(4, 0)
+    with pytest.raises(ValueError, match=r"must have shape \(B, ...\), one sample per row; got \(4,\)"):
+        fg.guard_loss(flat, flat, flat, advantages, step)
+    with pytest.raises(ValueError, match=r"no elements per sample; got shape \(4, 0\)"):
+        fg.guard_loss(hollow, hollow, hollow, advantages, step)
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch) -> None:
+    from fastguard.kernels import common
+
+    double = make_batch(dtype=torch.float64)
+    with pytest.raises(ValueError, match="bfloat16, float16 and float32; got torch.float64"):
+        fg.guard_loss(*double, backend="triton")
+    monkeypatch.setattr(common, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match="needs CUDA tensors; got CPU tensors"):
+        fg.guard_loss(*make_batch(), backend="triton")
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton, which is not installed"):
+        fg.guard_loss(*make_batch(), backend="triton")
+    fg.guard_loss(*make_batch())  # auto goes on without it
+
+
+@pytest.mark.parametrize("name", ["velocity", "old_velocity", "noise", "advantages", "ref_velocity"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_check_values_names_the_samples(name: str, poison: float) -> None:
+    given = {**arguments(), "ref_velocity": torch.zeros(4, 24)}
+    fg.guard_loss(**given, check_values=True)
+    given[name] = given[name].detach().clone()
+    given[name][2] = poison
+    with pytest.raises(ValueError, match=rf"{name} holds NaN or Inf at samples \[2\]"):
+        fg.guard_loss(**given, check_values=True)
+
+
+def test_means_are_checked_as_well() -> None:
+    x, advantages = torch.randn(3, 8), torch.ones(3)
+    std, dt = torch.tensor([0.2, 0.1, 0.3]), torch.tensor(-0.1)
+    loss = fg.guard_loss_from_means
+    shaped = loss(x, x, x, std.view(3, 1, 1), dt, advantages)
+    assert torch.equal(shaped.loss, loss(x, x, x, std, -0.1, advantages).loss)
+    with pytest.raises(ValueError, match="std must be positive; got 0 at sample 1"):
+        loss(x, x, x, torch.tensor([0.2, 0.0, 0.3]), dt, advantages)
+    with pytest.raises(ValueError, match=r"\|dt\| must be positive"):
+        loss(x, x, x, std, 0.0, advantages)
+    with pytest.raises(ValueError, match=r"std must have one entry, or 3 \(one per sample\); got shape \(2,\)"):
+        loss(x, x, x, std[:2], dt, advantages)
+    with pytest.raises(TypeError, match="std must be floating point"):
+        loss(x, x, x, torch.ones(3).long(), dt, advantages)
+    with pytest.raises(ValueError, match="means do not tell"):
+        loss(x, x, x, std, dt, advantages, reweight="equalized")
+    with pytest.raises(ValueError, match="pass ref_prev_sample_mean"):
+        loss(x, x, x, std, dt, advantages, kl_weight=0.1)
+    with pytest.raises(TypeError, match="old_prev_sample_mean is torch.bfloat16"):
+        loss(x, x, x.bfloat16(), std, dt, advantages)
+    with pytest.raises(ValueError, match=r"prev_sample holds NaN or Inf at samples \[0\]"):
+        loss(torch.full_like(x, math.nan)[:1], x[:1], x[:1], 0.1, -0.1, advantages[:1], check_values=True)
