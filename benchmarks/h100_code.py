@@ -1,6 +1,6 @@
 """The machine code of every kernel variant on an H100, compiled on any machine and read back.
 
-    python benchmarks/h100_code.py [--sass DIR]
+    python benchmarks/h100_code.py [--sass DIR] [--faults-only]
 
 Prints, per variant: registers, spilled bytes, the global accesses by width, and the bytes each element costs beside
 the least possible. Exits with 1 on a spill, on an access narrower than 16 bytes where latents are read or written,
@@ -9,6 +9,7 @@ or on more bytes than the least. Needs no GPU: ptxas, cuobjdump and nvdisasm com
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import re
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ def variants() -> Iterator[Variant]:
     for objective, reduction, from_means, has_weight, invert, has_ref, velocity_kl in epilogues:
         if (invert and not has_weight) or (velocity_kl and (from_means or not has_ref)):
             continue  # the launcher never asks for these
-        flags = {
+        flags: dict[str, Any] = {
             "OBJECTIVE": objective, "REDUCTION": reduction, "FROM_MEANS": from_means, "HAS_WEIGHT": has_weight,
             "INVERT_WEIGHT": invert, "HAS_REF": has_ref, "VELOCITY_KL": velocity_kl,
             "BLOCK_B": transition.EPILOGUE_SAMPLES, "BLOCK_P": transition.EPILOGUE_PARTIALS,
@@ -182,12 +184,14 @@ def faults(variant: Variant, code: Code) -> list[str]:
     return found
 
 
-def report(variant: Variant, code: Code, sass_dir: Path | None) -> list[str]:
+def report(variant: Variant, code: Code, sass_dir: Path | None, faults_only: bool) -> list[str]:
     """Print a variant's line, keep its machine code if asked to, and return its faults."""
     if sass_dir:
         sass_dir.mkdir(parents=True, exist_ok=True)
         (sass_dir / f"{variant.name.replace(' ', '_')}.sass").write_text(code.sass)
     found = faults(variant, code)
+    if faults_only and not found:
+        return found
     accesses = " ".join(f"{access}x{count}" for access, count in sorted(code.accesses.items()))
     cost = f"{code.bytes_per_element:10g} {variant.least:5d}" if variant.least else f"{'-':>10} {'-':>5}"
     print(f"{variant.name:58} {code.registers:4d} {code.spilled_bytes:6d} {cost}  {accesses}", flush=True)
@@ -202,14 +206,19 @@ def _compile_by_name(name: str) -> Code:
 
 
 def main() -> int:
-    sass_dir = Path(sys.argv[sys.argv.index("--sass") + 1]) if "--sass" in sys.argv else None
+    parser = argparse.ArgumentParser(description="Machine code of every kernel variant on an H100; needs no GPU.")
+    parser.add_argument("--sass", type=Path, metavar="DIR", help="keep the disassembly of each variant here")
+    parser.add_argument("--faults-only", action="store_true", help="print only variants with faults, and the verdict")
+    args = parser.parse_args()
+    everything = list(variants())
+    print(f"triton {triton.__version__}, sm_90, {len(everything)} variants")
+    if not args.faults_only:
+        print(f"{'kernel, dtype, flags':58} regs spills bytes/elem least  accesses")
     failed = 0
-    print(f"triton {triton.__version__}, sm_90\n{'kernel, dtype, flags':58} regs spills bytes/elem least  accesses")
-    names = [variant.name for variant in variants()]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        codes = pool.map(_compile_by_name, names)
-        for variant, code in zip(variants(), codes, strict=True):
-            failed += bool(report(variant, code, sass_dir))
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        codes = pool.map(_compile_by_name, [variant.name for variant in everything])
+        for variant, code in zip(everything, codes, strict=True):
+            failed += bool(report(variant, code, args.sass, args.faults_only))
     print(f"{failed} variants with faults" if failed else "no spills, no narrow access to latents, no byte too many")
     return 1 if failed else 0
 

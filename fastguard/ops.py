@@ -6,6 +6,7 @@ The operators are registered with `torch.library`, so that `torch.compile(fullgr
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -35,6 +36,12 @@ class Options(NamedTuple):
     backend: str
 
 
+@functools.cache
+def triton_installed() -> bool:
+    """Without importing it, which takes a second. The search of the path is too slow for every call."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def resolve_backend(backend: str, tensor: Tensor) -> str:
     """'triton' or 'torch' for the latents at hand. A backend asked for by name is taken or refused, never replaced.
 
@@ -44,10 +51,9 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "torch":
         return "torch"
-    installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        return "triton" if tensor.is_cuda and installed and tensor.dtype in TRITON_DTYPES else "torch"
-    if not installed:
+        return "triton" if tensor.is_cuda and tensor.dtype in TRITON_DTYPES and triton_installed() else "torch"
+    if not triton_installed():
         raise ValueError("backend='triton' needs the package triton, which is not installed; use backend='torch'")
     if tensor.dtype not in TRITON_DTYPES:
         raise ValueError(

@@ -1,0 +1,35 @@
+# Two commands: `make demo` and `make test`. Each makes .venv on first use and reuses it afterwards.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test bench clean
+
+demo: $(READY)
+	$(BIN)/fastguard demo
+
+test: $(READY)
+	@echo "== style: ruff"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "== types: mypy"
+	$(BIN)/mypy
+	@echo "== machine code for H100: no spills, wide accesses (compiled here, no GPU needed)"
+	$(BIN)/python benchmarks/h100_code.py --faults-only
+	@echo "== tests: pytest (kernels run in Triton's interpreter where there is no GPU)"
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench_transition.py
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fastguard needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "== making .venv and installing the pinned versions of constraints.txt (a few minutes, once)"
+	@test -d .venv || $(PYTHON) -m venv .venv || { \
+		rm -rf .venv; echo "python -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,190 @@
+"""The fused loss against the textbook float32 formula, eager and under torch.compile.
+
+    pytest benchmarks/bench_transition.py            forward, backward and both, by pytest-benchmark
+    python benchmarks/bench_transition.py [--save]   the summary: exactness, memory, and time ratios of one run
+
+Runs on the CPU, or on a GPU where there is one. Correctness is asserted before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import results
+import textbook
+import torch
+from textbook import SHAPES, Inputs
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fastguard as fg
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+LOSSES: dict[str, Callable[[Inputs], Tensor]] = {
+    "textbook": textbook.guard_loss,
+    "compiled": torch.compile(textbook.guard_loss, dynamic=False),
+    "fused": textbook.fused_guard_loss,
+}
+
+
+def exact_log_ratio(inputs: Inputs) -> Tensor:
+    """RatioNorm in float64, from the same velocities and noise."""
+    step = inputs.step
+    velocity, old, noise = (t.detach().double() for t in (inputs.velocity, inputs.old_velocity, inputs.noise))
+    exact = fg.Transition(step.kind, step.latents_coef, step.velocity_coef.double(), step.std.double(), step.dt)
+    return exact.std * fg.transition_moments(velocity, old, noise, exact, backend="torch").cross
+
+
+def assert_correct(inputs: Inputs) -> None:
+    """Every loss, and every gradient, agrees with the others before it is timed."""
+    grads = {}
+    for name, loss in LOSSES.items():
+        value = loss(inputs)
+        (grads[name],) = torch.autograd.grad(value, inputs.velocity)
+        torch.testing.assert_close(value, textbook.guard_loss(inputs), rtol=1e-4, atol=1e-4)
+    # The textbook clips by a log-ratio that is wrong in the digits that matter, so only unclipped samples compare.
+    result = fg.guard_loss(
+        inputs.velocity, inputs.old_velocity, inputs.noise, inputs.advantages, inputs.step, clip_range=1e-7
+    )
+    torch.testing.assert_close(result.log_ratio.double(), exact_log_ratio(inputs), rtol=1e-4, atol=1e-10)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Largest number of bytes that `run` holds at once beyond what was there before."""
+    run()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    now = top = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            top = max(top, now)
+    return top
+
+
+def phases(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """What is timed: forward as in training (a graph is built), backward alone, and both."""
+    value = loss(inputs)
+
+    def backward() -> None:
+        torch.autograd.grad(value, inputs.velocity, retain_graph=True)
+
+    def both() -> None:
+        torch.autograd.grad(loss(inputs), inputs.velocity)
+
+    return {"forward": lambda: loss(inputs), "backward": backward, "both": both}
+
+
+def synchronized(run: Callable[[], Any]) -> Callable[[], None]:
+    def wrapped() -> None:
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return wrapped
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("phase", ["forward", "backward", "both"])
+def test_loss(benchmark: Any, shape: tuple[int, ...], name: str, phase: str) -> None:
+    inputs = textbook.make_inputs(shape, DTYPE, DEVICE)
+    assert_correct(inputs)
+    run = phases(LOSSES[name], inputs)[phase]
+    benchmark.group = f"{phase} {shape} {DTYPE} {DEVICE}"
+    benchmark.extra_info["peak_new_bytes"] = peak_bytes(run)
+    benchmark.extra_info["bytes_kept_for_backward"] = textbook.kept_bytes(LOSSES[name], inputs)
+    benchmark.pedantic(synchronized(run), rounds=30, warmup_rounds=5)
+
+
+# --- the summary ----------------------------------------------------------------------------------------------------
+
+
+def exactness() -> dict[str, float]:
+    """Largest error of the log-ratio at D = 65,536 and a velocity change of 1e-3, float32, over 8 x 4 samples."""
+    errors: dict[str, list[float]] = {"fused": [], "textbook": [], "size of the log-ratio": []}
+    for seed in range(8):
+        inputs = textbook.make_inputs((4, 1024, 64), torch.float32, DEVICE, change=1e-3, seed=seed)
+        truth = exact_log_ratio(inputs)
+        result = fg.guard_loss(
+            inputs.velocity, inputs.old_velocity, inputs.noise, inputs.advantages, inputs.step, reduction="none"
+        )
+        errors["fused"].append(float((result.log_ratio.double() - truth).abs().max()))
+        errors["textbook"].append(float((textbook.log_ratio(inputs).detach().double() - truth).abs().max()))
+        errors["size of the log-ratio"].append(float(truth.abs().max()))
+    return {name: max(values) for name, values in errors.items()}
+
+
+def interleaved_ms(shape: tuple[int, ...], rounds: int = 40) -> dict[str, dict[str, float]]:
+    """Forward + backward of each loss in turn, so that a drift of the machine meets all alike."""
+    inputs = textbook.make_inputs(shape, DTYPE, DEVICE)
+    assert_correct(inputs)
+    runs = {name: synchronized(phases(loss, inputs)["both"]) for name, loss in LOSSES.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 5):
+        for name, run in runs.items():
+            run()  # once unmeasured, so that the loss before has not left the caches to this one
+            start = time.perf_counter()
+            run()
+            if round_ >= 5:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    table = {}
+    for name, values in times.items():
+        quantiles = statistics.quantiles(values, n=10)
+        ratios = [value / fused for value, fused in zip(values, times["fused"], strict=True)]
+        table[name] = {
+            "p20_ms": quantiles[1],
+            "p50_ms": quantiles[4],
+            "p80_ms": quantiles[7],
+            "times_fused": statistics.median(ratios),
+            "peak_new_bytes": peak_bytes(phases(LOSSES[name], inputs)["both"]),
+            "bytes_kept_for_backward": textbook.kept_bytes(LOSSES[name], inputs),
+        }
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--save", action="store_true", help="append the numbers to benchmarks/results/")
+    args = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    print(f"{results.environment()['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {DTYPE}")
+
+    errors = exactness()
+    print("\nerror of the log-ratio against float64, D = 65,536, velocity change 1e-3, float32 (largest of 32)")
+    for name, error in errors.items():
+        print(f"  {name:24} {error:.1e}")
+
+    timings = {}
+    for shape in SHAPES:
+        label = "x".join(map(str, shape))
+        timings[label] = interleaved_ms(shape)
+        print(
+            f"\n{label}: forward + backward\n  {'':10} p20 ms  p50 ms  p80 ms  x fused   peak new bytes   kept for backward"
+        )
+        for name, row in timings[label].items():
+            print(
+                f"  {name:10} {row['p20_ms']:6.2f}  {row['p50_ms']:6.2f}  {row['p80_ms']:6.2f}  {row['times_fused']:7.1f}"
+                f"  {row['peak_new_bytes']:15,}  {row['bytes_kept_for_backward']:18,}"
+            )
+    if args.save:
+        path = results.save("loss", {"log_ratio_error": errors, "forward_backward": timings, "dtype": str(DTYPE)})
+        print(f"\nsaved {path}")
+
+
+if __name__ == "__main__":
+    main()

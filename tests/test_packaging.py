@@ -1,0 +1,137 @@
+"""The package as users get it: layout, wheel, imports, and who imports whom."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(target), "-q"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = target.glob("fastguard-*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fastguard/__init__.py", "fastguard/py.typed", "fastguard/kernels/transition.py"} <= set(names)
+    assert {name.split("/")[0] for name in names} == {"fastguard", f"fastguard-{wheel.name.split('-')[1]}.dist-info"}
+
+
+def test_the_wheel_works_on_its_own(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import fastguard, torch, fastguard.kernels.transition; print(fastguard.__file__); x = torch.ones(2, 8); "
+        "print(fastguard.guard_loss(x, x, x, torch.ones(2), fastguard.dance_sde(0.5, 0.4), backend='triton').loss)"
+    )
+    result = run(code, tmp_path, PYTHONPATH=str(tmp_path), TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path) in result.stdout
+    assert "tensor(-10." in result.stdout  # - advantage / |dt|
+
+
+def test_the_editable_install_finds_the_kernels_from_anywhere(tmp_path: Path) -> None:
+    for folder in (ROOT, tmp_path):
+        result = run("import fastguard.kernels as k; print(k.__file__)", folder)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
+
+
+def test_a_top_level_import_of_kernels_is_refused_and_diffusers_does_not_stumble() -> None:
+    refused = run("import kernels", ROOT)
+    assert refused.returncode == 1
+    assert "belongs to Hugging Face's package" in refused.stderr
+    assert "pip install -e ." in refused.stderr
+    code = (
+        "from diffusers import FluxTransformer2DModel; from diffusers.utils import is_kernels_available as available; "
+        "print(available())"
+    )
+    diffusers = run(code, ROOT)
+    assert diffusers.returncode == 0, diffusers.stderr
+    assert diffusers.stdout.strip() == "False"
+
+
+def test_transformers_which_imports_kernels_to_ask_for_its_version_does_not_stumble_either() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    code = (
+        "from transformers.utils import is_kernels_available as available; import transformers.modeling_utils; "
+        "print(available())"
+    )
+    result = run(code, ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "False"
+
+
+def test_import_has_no_side_effects_and_needs_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; torch_only = set(sys.modules); "
+        "import fastguard as fg; new = {n.split('.')[0] for n in set(sys.modules) - torch_only}; print(sorted(new)); "
+        "x = torch.ones(2, 8); print(fg.guard_loss(x, x, x, torch.ones(2), fg.dance_sde(0.5, 0.4)).loss.item())"
+    )
+    result = run(code, ROOT)
+    assert result.returncode == 0, result.stderr
+    modules, loss = result.stdout.splitlines()
+    assert modules == "['fastguard']"
+    assert float(loss) == pytest.approx(-10)
+
+
+# Data flows one way: whoever stands in a row may import the rows above it, and its own.
+LAYERS = [
+    {"sde"},
+    {"reference", "torch_backend", "kernels"},
+    {"ops"},
+    {"loss"},
+    {"step"},
+    {"config", "advantages", "sampler"},
+    {"trainer", "report"},
+    {"demo"},
+    {"cli"},
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this package that a file imports, by their first name below fastguard."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "fastguard":
+                names = [f"fastguard.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("fastguard.")}
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    level = {module: index for index, layer in enumerate(LAYERS) for module in layer}
+    files = {
+        path: path.relative_to(ROOT / "fastguard").parts[0].removesuffix(".py")
+        for path in ROOT.glob("fastguard/**/*.py")
+    }
+    files |= dict.fromkeys(ROOT.glob("kernels/*.py"), "kernels")
+    assert len(files) > 15
+    for path, module in files.items():
+        if module == "__init__":
+            continue
+        for imported in imports_of(path):
+            # `import fastguard as fg` gives public names (flow_sde, guard_loss), which are not modules.
+            if imported in level:
+                assert level[imported] <= level[module], f"{path.name} ({module}) imports {imported}"
