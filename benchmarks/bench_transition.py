@@ -129,28 +129,28 @@ def exactness() -> dict[str, float]:
     return {name: max(values) for name, values in errors.items()}
 
 
-def interleaved_ms(shape: tuple[int, ...], rounds: int = 40) -> dict[str, dict[str, float]]:
-    """Forward + backward of each loss in turn, so that a drift of the machine meets all alike."""
+def interleaved_ms(shape: tuple[int, ...], rounds: int = 12, block: int = 10) -> dict[str, dict[str, float]]:
+    """Forward + backward of each loss in blocks by turns, so that a drift of the machine meets all alike."""
     inputs = textbook.make_inputs(shape, DTYPE, DEVICE)
     assert_correct(inputs)
     runs = {name: synchronized(phases(loss, inputs)["both"]) for name, loss in LOSSES.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 5):
+    for _ in range(rounds):
         for name, run in runs.items():
-            run()  # once unmeasured, so that the loss before has not left the caches to this one
-            start = time.perf_counter()
-            run()
-            if round_ >= 5:
-                times[name].append(1e3 * (time.perf_counter() - start))
+            time.sleep(0.05)  # until the threads of the block before have stopped spinning
+            for index in range(-5, block):
+                start = time.perf_counter()
+                run()
+                if index >= 0:
+                    times[name].append(1e3 * (time.perf_counter() - start))
     table = {}
     for name, values in times.items():
         quantiles = statistics.quantiles(values, n=10)
-        ratios = [value / fused for value, fused in zip(values, times["fused"], strict=True)]
         table[name] = {
             "p20_ms": quantiles[1],
             "p50_ms": quantiles[4],
             "p80_ms": quantiles[7],
-            "times_fused": statistics.median(ratios),
+            "times_fused": quantiles[4] / statistics.median(times["fused"]),
             "peak_new_bytes": peak_bytes(phases(LOSSES[name], inputs)["both"]),
             "bytes_kept_for_backward": textbook.kept_bytes(LOSSES[name], inputs),
         }
@@ -170,17 +170,14 @@ def main() -> None:
         print(f"  {name:24} {error:.1e}")
 
     timings = {}
+    print(f"\nforward + backward\n{'':27} p20 ms  p50 ms  p80 ms  x fused   peak new bytes   kept for backward")
     for shape in SHAPES:
         label = "x".join(map(str, shape))
         timings[label] = interleaved_ms(shape)
-        print(
-            f"\n{label}: forward + backward\n  {'':10} p20 ms  p50 ms  p80 ms  x fused   peak new bytes   kept for backward"
-        )
         for name, row in timings[label].items():
-            print(
-                f"  {name:10} {row['p20_ms']:6.2f}  {row['p50_ms']:6.2f}  {row['p80_ms']:6.2f}  {row['times_fused']:7.1f}"
-                f"  {row['peak_new_bytes']:15,}  {row['bytes_kept_for_backward']:18,}"
-            )
+            times = "  ".join(f"{row[f'p{p}_ms']:6.2f}" for p in (20, 50, 80))
+            memory = f"{row['peak_new_bytes']:15,}  {row['bytes_kept_for_backward']:18,}"
+            print(f"{label:16} {name:10} {times}  {row['times_fused']:7.1f}  {memory}")
     if args.save:
         path = results.save("loss", {"log_ratio_error": errors, "forward_backward": timings, "dtype": str(DTYPE)})
         print(f"\nsaved {path}")

@@ -66,7 +66,7 @@ class Code:
 def variants() -> Iterator[Variant]:
     """Every combination of dtype and flags that the launchers can ask for."""
     for dtype, from_means, has_ref in itertools.product(DTYPES, (False, True), (False, True)):
-        flags = {"FROM_MEANS": from_means, "HAS_REF": has_ref, "BLOCK": LAUNCH.block}
+        flags: dict[str, Any] = {"FROM_MEANS": from_means, "HAS_REF": has_ref, "BLOCK": LAUNCH.block}
         yield _variant(
             "sums", transition._transition_sums_kernel, dtype, flags, scalars=2 + has_ref,
             least=(3 + has_ref) * DTYPES[dtype], unused=() if has_ref else ("ref_ptr",),
@@ -93,7 +93,7 @@ def variants() -> Iterator[Variant]:
     for objective, reduction, from_means, has_weight, invert, has_ref, velocity_kl in epilogues:
         if (invert and not has_weight) or (velocity_kl and (from_means or not has_ref)):
             continue  # the launcher never asks for these
-        flags: dict[str, Any] = {
+        flags = {
             "OBJECTIVE": objective, "REDUCTION": reduction, "FROM_MEANS": from_means, "HAS_WEIGHT": has_weight,
             "INVERT_WEIGHT": invert, "HAS_REF": has_ref, "VELOCITY_KL": velocity_kl,
             "BLOCK_B": transition.EPILOGUE_SAMPLES, "BLOCK_P": transition.EPILOGUE_PARTIALS,

@@ -33,11 +33,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def slug(device: str) -> str:
+    """A device's name as a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def save(section: str, numbers: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write a section into today's file of this device and commit, beside sections that are there already."""
     env = environment()
-    slug = re.sub(r"[^a-z0-9]+", "-", env["device"].lower()).strip("-")
-    path = folder / slug / f"{env['date']}_{env['commit']}.json"
+    path = folder / slug(env["device"]) / f"{env['date']}_{env['commit']}.json"
     content = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**content, section: {"environment": env, **numbers}}, indent=1) + "\n")

@@ -7,9 +7,13 @@ three inner products forward, one scaled copy backward, no autograd graph of tem
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+# Elements of a sample that are worked on at once: the difference of two velocities, 1 MB in float32, stays in cache.
+CHUNK = 2**18
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,23 +24,30 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def transition_partials(
     velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, *, from_means: bool
 ) -> Tensor:
-    """(2 or 3, B, 1): the sums `<noise, v - v_old>`, `|v - v_old|^2` and `|v - v_ref|^2` of each sample."""
+    """(2 or 3, B, P): the sums `<noise, v - v_old>`, `|v - v_old|^2` and `|v - v_ref|^2` of each chunk of a sample."""
     dtype = compute_dtype(velocity.dtype)
+    inputs = [velocity, old, noise] if ref is None else [velocity, old, noise, ref]
+    sums: list[list[Tensor]] = [[] for _ in inputs[1:]]
 
-    def rows(tensor: Tensor) -> list[Tensor]:
-        return [row.contiguous().to(dtype) for row in tensor.flatten(1).unbind()]
+    def rows(block: Tensor) -> Iterable[Tensor]:
+        return block.unbind() if block.dtype == dtype else (row.to(dtype) for row in block.unbind())
 
-    # Sample by sample: the difference stays in cache. torch.dot, unlike matmul, never goes down to tf32 or bf16.
-    sums: list[list[Tensor]] = [[], []] if ref is None else [[], [], []]
-    for new_row, old_row, noise_row in zip(rows(velocity), rows(old), rows(noise), strict=True):
-        change = new_row - old_row
-        sums[0].append(torch.dot(noise_row - old_row if from_means else noise_row, change))
-        sums[1].append(torch.dot(change, change))
-    if ref is not None:
-        for new_row, ref_row in zip(rows(velocity), rows(ref), strict=True):
-            change = new_row - ref_row
-            sums[2].append(torch.dot(change, change))
-    return torch.stack([value for row in sums for value in row]).view(len(sums), -1, 1)
+    for blocks in zip(*(_as_rows(tensor).split(CHUNK, dim=1) for tensor in inputs), strict=True):
+        for v, v_old, eps, *v_ref in zip(*map(rows, blocks), strict=True):
+            change = v - v_old
+            # torch.dot, unlike matmul, never goes down to tf32 or bf16.
+            sums[0].append(torch.dot(eps - v_old if from_means else eps, change))
+            sums[1].append(torch.dot(change, change))
+            if v_ref:
+                change = v - v_ref[0]
+                sums[2].append(torch.dot(change, change))
+    return torch.stack([value for row in sums for value in row]).view(len(sums), -1, len(velocity)).transpose(1, 2)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(B, ...) as (B, D) with contiguous rows: a view where there is one."""
+    rows = tensor.flatten(1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def guard_epilogue(
@@ -58,7 +69,7 @@ def guard_epilogue(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss () or (B,), stats (8, B) and clipped (B,): see the kernel of this name for the equations."""
     # On the host each operation on these few numbers costs more than its arithmetic, so they are kept few.
-    sums = partials[..., 0]
+    sums = partials.sum(-1)
     whiten = 1 / std if velocity_coef is None else velocity_coef / std
     drift_scale = whiten * whiten / n_elements
     cross_scale = drift_scale if velocity_coef is None else whiten / n_elements

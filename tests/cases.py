@@ -53,7 +53,7 @@ def _make_inputs(
     seed: int, shape: tuple[int, ...], t: np.ndarray, pert: float, rho: np.ndarray, vnew_bf16: bool
 ) -> Case:
     """pert: relative velocity change; rho (N,): correlation of the change with eps."""
-    rng = np.random.RandomState(seed)  # noqa: NPY002 - the stored checksums belong to this generator
+    rng = np.random.RandomState(seed)
     x0, n, e, g, m, q = (_normal_like(rng, shape) for _ in range(6))
     t, rho = (np.asarray(c, np.float64).reshape((-1,) + (1,) * (len(shape) - 1)) for c in (t, rho))
     eps = _bf16(e)

@@ -89,7 +89,7 @@ def test_gradients_flow_to_the_velocity_alone() -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("side", [-1, 1])
 def test_the_clip_decision_keeps_its_digits(backend: str, side: int, kernel_device: str) -> None:
-    """At 2e-6 a float32 ratio has 17 steps of 1.2e-7; the decision is made on the log-ratio, 1 part in 1e5 around it."""
+    """At 2e-6 a float32 ratio has 17 steps of 1.2e-7; it is decided on the log-ratio, to 1e-5 of it."""
     clip, size = 2e-6, 64
     step = fg.dance_sde(0.5, 0.4).expand(2).to(kernel_device)
     noise = torch.ones(2, size, device=kernel_device)
@@ -387,7 +387,7 @@ def arguments() -> dict[str, Any]:
         ({"noise": torch.zeros(4, 24, device="meta")}, ValueError, "noise is on meta, velocity on cpu"),
         ({"advantages": torch.zeros(5)}, ValueError, r"shape \(4,\), one per sample; got \(5,\)"),
         ({"advantages": torch.zeros(4, 1)}, ValueError, r"one per sample; got \(4, 1\)"),
-        ({"advantages": torch.zeros(4).long()}, TypeError, "advantages must be a floating point tensor; got torch.int64"),
+        ({"advantages": torch.zeros(4).long()}, TypeError, "a floating point tensor; got torch.int64"),
         ({"advantages": [1.0] * 4}, TypeError, "got list"),
         ({"step": fg.ode(0.5, 0.3)}, ValueError, r"the ode step has std == 0 at samples \[0\]"),
         ({"step": fg.cps(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0.5, 0.4, 0.0, 0.3]))}, ValueError,
@@ -405,7 +405,7 @@ def arguments() -> dict[str, Any]:
         ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, none"),
         ({"kl_weight": 0.1}, ValueError, "kl_weight = 0.1 needs a reference; pass ref_velocity"),
         ({"kl_weight": -0.1}, ValueError, "kl_weight must be finite and >= 0"),
-        ({"kl_type": "l2", "ref_velocity": torch.zeros(4, 24)}, ValueError, "kl_type must be one of gaussian, velocity"),
+        ({"kl_type": "l2", "ref_velocity": torch.zeros(4, 24)}, ValueError, "kl_type must be one of"),
         ({"kl_threshold": -1.0}, ValueError, "kl_threshold must be >= 0"),
         ({"ref_velocity": torch.zeros(4, 24).half()}, TypeError, "ref_velocity is torch.float16"),
     ],

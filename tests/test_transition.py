@@ -194,7 +194,9 @@ def test_strided_inputs(backend, kernel_device) -> None:
     velocity = (torch.randn(3, 50, 12, device=kernel_device) * 0.01).transpose(1, 2) + old
     velocity = velocity.transpose(1, 2).contiguous().transpose(1, 2)
     noise = torch.randn(3, 12, 100, device=kernel_device)[:, :, ::2]
-    assert not (velocity.is_contiguous() or noise.is_contiguous() or old.is_contiguous())
+    assert not (velocity.is_contiguous())
+    assert not (noise.is_contiguous())
+    assert not (old.is_contiguous())
     step = fg.dance_sde(0.5, 0.4).to(kernel_device)
     advantages = torch.tensor([1.0, -1.0, 0.5], device=kernel_device)
 

@@ -1,0 +1,201 @@
+"""Everything that needs a GPU, in one command: tests, then the loss and step kernels with their baselines.
+
+    python benchmarks/gpu_suite.py [--out DIR] [--skip-tests]
+
+Refuses to time anything while a test is red. Kernels are timed as CUDA graphs of many launches over inputs rotated
+past the L2 cache; the copy bandwidth of the device, the textbook formula and torch.compile of it are measured in the
+same run. Appends benchmarks/results/<gpu>/<date>_<commit>.json. Takes some minutes, needs torch, triton and pytest,
+not diffusers. `--dry-run` walks the whole path on a CPU at toy sizes and saves nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import results
+import textbook
+import torch
+from textbook import Inputs
+
+import fastguard as fg
+from fastguard import ops
+from fastguard.loss import _options
+
+KERNEL_TESTS = [f"tests/test_{name}.py" for name in ("golden", "transition", "step", "loss")]
+TOKENS_512, TOKENS_1024 = (1024, 64), (4096, 64)
+SHAPES: dict[str, tuple[int, ...]] = {
+    **{f"Flux 512^2, batch {count}": (count, *TOKENS_512) for count in (1, 8, 32)},
+    **{f"Flux 1024^2, batch {count}": (count, *TOKENS_1024) for count in (1, 8, 32)},
+    "video latent": (1, 16, 21, 90, 160),
+    "256 MB a tensor": (8, 2**24),
+    "1 GB a tensor": (8, 2**26),
+}
+ROTATED_BYTES = 400 * 2**20  # several times the L2 of any GPU (H100, H200: 50 to 60 MB)
+REPLAYS = 25
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    deciles = statistics.quantiles(times, n=10)
+    return {"p20_us": deciles[1], "p50_us": deciles[4], "p80_us": deciles[7]}
+
+
+def graph_times(runs: Sequence[Callable[[], Any]], cuda: bool) -> dict[str, float]:
+    """Time per run in microseconds: one CUDA graph holds all runs, and each replay gives one sample."""
+    if not cuda:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            for run in runs:
+                run()
+            times.append(1e6 * (time.perf_counter() - start) / len(runs))
+        return percentiles(times)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compile, and fill the allocator, before capture
+        for _ in range(2):
+            for run in runs:
+                run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    for _ in range(3):
+        graph.replay()
+    for before, after in events:
+        before.record()
+        graph.replay()
+        after.record()
+    torch.cuda.synchronize()
+    return percentiles([1e3 * before.elapsed_time(after) / len(runs) for before, after in events])
+
+
+def call_times(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
+    """Time of a plain call from Python, launches included, in microseconds."""
+    times = []
+    for index in range(25):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        if index >= 5:
+            times.append(1e6 * (time.perf_counter() - start))
+    return percentiles(times)
+
+
+def kernel_runs(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], int]]:
+    """Each kernel alone, with the bytes of latents that it moves per element (counted, as in h100_code.py)."""
+    size = inputs.noise.element_size()
+    step, velocity = inputs.step, inputs.velocity.detach()
+    options = _options(
+        velocity, "grpo_guard", textbook.CLIP_RANGE, 5.0, 1e-5, False, 0.0, "gaussian", True, "mean", "auto",
+        ref_name="ref_velocity",
+    )  # fmt: skip
+    arguments = (velocity, inputs.old_velocity, inputs.noise, None, inputs.advantages)
+    per_sample = (step.velocity_coef, step.std, step.dt)
+    _, stats, _ = ops.guard_loss(*arguments, *per_sample, *options)
+    one = torch.ones((), device=velocity.device)
+    seeds = torch.arange(len(velocity), device=velocity.device)
+
+    def forward() -> Any:
+        return ops.guard_loss(*arguments, *per_sample, *options)
+
+    def backward() -> Any:
+        return ops.transition_bwd(
+            one, stats[5:], inputs.noise, None, None, None, velocity.dtype, False, False, options.backend
+        )
+
+    def sde_step() -> Any:
+        return fg.sde_step(inputs.latents, velocity, step, seeds=seeds)
+
+    return {
+        "loss forward": (forward, 3 * size),
+        "loss backward": (backward, 2 * size),
+        "sde_step": (sde_step, 4 * size),
+    }
+
+
+def both(loss: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(loss(inputs), inputs.velocity)
+
+
+def measure_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """One row per kernel and per loss of a shape; a loss that does not fit is recorded as such."""
+    cuda = device == "cuda"
+    elements = torch.Size(shape).numel()
+    count = max(1, min(32, ROTATED_BYTES // (3 * elements * dtype.itemsize))) if cuda else 2
+    sets = [textbook.make_inputs(shape, dtype, device, seed=seed) for seed in range(count)]
+    rows: dict[str, Any] = {"shape": shape, "dtype": str(dtype), "rotated_sets": count}
+    source = sets[0].noise
+    target = [torch.empty_like(source) for _ in sets]
+    copies = [partial(out.copy_, inputs.noise) for inputs, out in zip(sets, target, strict=True)]
+    rows["copy"] = with_bandwidth(graph_times(copies, cuda), 2 * elements * dtype.itemsize)
+    for name, (_, bytes_per_element) in kernel_runs(sets[0]).items():
+        runs = [kernel_runs(inputs)[name][0] for inputs in sets]
+        rows[name] = with_bandwidth(graph_times(runs, cuda), bytes_per_element * elements)
+        rows[name]["of_copy"] = rows[name]["gb_per_s"] / rows["copy"]["gb_per_s"]
+    compiled = torch.compile(textbook.guard_loss, dynamic=False, backend="inductor" if cuda else "eager")
+    losses = {"fused": textbook.fused_guard_loss, "compiled": compiled, "textbook": textbook.guard_loss}
+    for name, loss in losses.items():
+        try:
+            loss_sets = sets if name == "fused" else sets[:4]  # float32 temporaries of four sets are past L2 as well
+            rows[f"{name} forward + backward"] = graph_times([both(loss, inputs) for inputs in loss_sets], cuda)
+            rows[f"{name} forward + backward, called from Python"] = call_times(both(loss, sets[0]), cuda)
+        except torch.OutOfMemoryError:
+            rows[f"{name} forward + backward"] = "out of memory"
+    return rows
+
+
+def with_bandwidth(times: dict[str, float], moved_bytes: int) -> dict[str, float]:
+    return {**times, "moved_bytes": moved_bytes, "gb_per_s": moved_bytes / times["p50_us"] / 1e3}
+
+
+def run_tests() -> None:
+    """All kernel tests on the device; nothing is reported while one is red."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *KERNEL_TESTS]
+    if subprocess.run(command, cwd=results.ROOT, check=False).returncode:
+        sys.exit("gpu_suite: the kernel tests failed; no timings are reported")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the result files")
+    parser.add_argument("--skip-tests", action="store_true", help="time without testing; for work on the suite itself")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, nothing saved")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() and not args.dry_run:
+        sys.exit("gpu_suite needs a CUDA device, and torch sees none; --dry-run walks the path on the CPU")
+    if not (args.skip_tests or args.dry_run):
+        run_tests()
+
+    device, dtype = ("cpu", torch.float32) if args.dry_run else ("cuda", torch.bfloat16)
+    shapes = {"toy": (2, 16, 64)} if args.dry_run else SHAPES
+    table = {}
+    for label, shape in shapes.items():
+        table[label] = measure_shape(shape, dtype, device)
+        print(f"\n{label} {shape} {dtype}")
+        for name, row in table[label].items():
+            if isinstance(row, dict):
+                speed = f"{row['gb_per_s']:8.0f} GB/s" if "gb_per_s" in row else ""
+                print(f"  {name:46} {row['p50_us']:12.2f} us  {speed}")
+            elif isinstance(row, str) and row == "out of memory":
+                print(f"  {name:46} {row}")
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    if not args.dry_run:
+        print(f"\nsaved {results.save('kernels', {'shapes': table}, args.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`fastguard demo`: Flow-GRPO and GRPO-Guard on scikit-learn's digits, from pretraining to the report."""

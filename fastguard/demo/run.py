@@ -1,0 +1,126 @@
+"""`fastguard demo`: prepare the models, run both objectives, write the report whatever happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fastguard.config import DemoConfig
+from fastguard.demo import text
+from fastguard.demo.experiment import OBJECTIVES, Models, Results, look, measure_reference, prepare
+from fastguard.demo.page import write_demo_page
+from fastguard.demo.workers import Task, run_here, run_in_workers
+from fastguard.report import write_page
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
+    """Run the comparison and write `out/report.html`, PNGs and `out/results.json`.
+
+    Args:
+        workers: processes of one CPU thread each for the training runs; None takes 2, or 1 on a GPU or a
+            single-core machine. 1 stays in this process.
+
+    Returns the exit code: 0, or 130 after Ctrl-C, which leaves a report of the runs that were finished.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if workers is None:
+        workers = 1 if device.type == "cuda" else min(2, os.cpu_count() or 1)
+    if workers < 1 or (workers > 1 and device.type == "cuda"):
+        raise ValueError(f"workers must be 1 on a GPU and at least 1 elsewhere, got {workers}")
+    out.mkdir(parents=True, exist_ok=True)
+    results: Results | None = None
+    start = time.perf_counter()
+    try:
+        models = prepare(config, device)
+        before = look(models.policy, models, config)
+        results = Results(config, measure_reference(models), before, [], {})
+        stage = "loading (weights were cached)" if models.pretraining_cached else "pretraining and judges"
+        results.seconds[stage] = time.perf_counter() - start
+        print(
+            f"pretrained model: gold accuracy {before.metrics.accuracy:.3f}, "
+            f"Fréchet distance {before.metrics.frechet:.1f}, proxy {before.metrics.proxy:.2f}"
+        )
+        train_all(results, models, workers)
+        results.seconds["all"] = time.perf_counter() - start
+    except KeyboardInterrupt:
+        report = write_partial(results, out)
+        finished = len(results.runs) if results is not None else 0
+        print(f"\ninterrupted: {finished} of {2 * config.seeds} runs were finished, see {report}")
+        return INTERRUPTED
+    write_numbers(results, out)
+    report = write_demo_page(results, out, partial=False)
+    for point in text.short_text(results):
+        print(f"- {point}")
+    print(f"{results.seconds['all']:.0f} s in all; report: {report.resolve()}")
+    return 0
+
+
+def train_all(results: Results, models: Models, workers: int) -> None:
+    """Append every run to `results.runs` as it finishes."""
+    config = results.config
+    tasks: list[Task] = [(objective, seed) for seed in range(config.seeds) for objective in OBJECTIVES]
+    start = time.perf_counter()
+    with tqdm(total=len(tasks) * config.train.iterations, desc="training runs", unit="it") as bar:
+        tick = _tick(bar)
+        if workers == 1:
+            runs = run_here(config, models, tasks, tick)
+        else:
+            runs = run_in_workers(config, tasks, workers, tick)
+        with closing(runs):
+            for run in runs:
+                results.runs.append(run)
+                bar.update(config.train.iterations - len(run.logs))  # what it saved by reaching its target early
+    results.runs.sort(key=lambda run: (run.objective, run.seed))
+    results.seconds["training runs"] = time.perf_counter() - start
+
+
+def _tick(bar: tqdm) -> Callable[[Task, float], None]:
+    def tick(task: Task, proxy: float) -> None:
+        bar.set_postfix_str(f"{task[0]} seed {task[1]}: proxy {proxy:.1f}", refresh=False)
+        bar.update()
+
+    return tick
+
+
+def write_partial(results: Results | None, out: Path) -> Path:
+    """The report of an interrupted demo, also if nothing was measured yet."""
+    if results is None:
+        notice = "Partial report: interrupted during pretraining, before anything was measured."
+        return write_page(out / "report.html", text.TITLE, "Run `fastguard demo` again.", [], notice)
+    write_numbers(results, out)
+    return write_demo_page(results, out, partial=True)
+
+
+def write_numbers(results: Results, out: Path) -> None:
+    """Everything that the report plots, as JSON."""
+    runs = [
+        {
+            "objective": run.objective,
+            "seed": run.seed,
+            "metrics": [dataclasses.asdict(evaluation.metrics) for evaluation in run.evaluations],
+            "iterations": [dataclasses.asdict(log) for log in run.logs],
+            "probe": dataclasses.asdict(run.probe),
+        }
+        for run in results.runs
+    ]
+    reference = {k: v for k, v in vars(results.reference).items() if k != "tiles"}
+    content = {
+        "config": dataclasses.asdict(results.config),
+        "torch": torch.__version__,
+        "reference": reference,
+        "before": dataclasses.asdict(results.before.metrics),
+        "runs": runs,
+        "seconds": results.seconds,
+    }
+    (out / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -1,0 +1,94 @@
+"""Runs the demo's training runs, in this process or in several worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import signal
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fastguard.config import DemoConfig, Objective
+from fastguard.demo.experiment import Models, Run, prepare, run_one
+
+Task = tuple[Objective, int]
+Tick = Callable[[Task, float], None]
+"""called after each iteration with the run and its proxy reward"""
+
+
+def run_here(config: DemoConfig, models: Models, tasks: list[Task], tick: Tick) -> Generator[Run, None, None]:
+    """One run after another, in this process."""
+    for objective, seed in tasks:
+
+        def tick_task(proxy: float, task: Task = (objective, seed)) -> None:
+            tick(task, proxy)
+
+        yield run_one(config, models, objective, seed, tick_task)
+
+
+def run_in_workers(config: DemoConfig, tasks: list[Task], workers: int, tick: Tick) -> Generator[Run, None, None]:
+    """`workers` CPU processes of one thread each take the tasks in order; runs arrive as they finish.
+
+    The models must be in the cache already: every worker loads them from there. Workers ignore Ctrl-C, which
+    reaches the whole process group; closing the generator (as a KeyboardInterrupt here does) ends them.
+    """
+    context = multiprocessing.get_context("spawn")
+    todo, done = context.Queue(), context.Queue()
+    for item in [*tasks, *[None] * workers]:
+        todo.put(item)
+    processes = [context.Process(target=_work, args=(config, todo, done), daemon=True) for _ in range(workers)]
+    try:
+        with _ignore_interrupts():  # inherited by the children from their first instruction
+            for process in processes:
+                process.start()
+        remaining = len(tasks)
+        while remaining:
+            kind, content = _receive(done, processes)
+            if kind == "error":
+                raise RuntimeError(f"a worker process failed:\n{content}")
+            if kind == "tick":
+                tick(*content)
+            else:
+                remaining -= 1
+                yield content
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+
+def _receive(done: Any, processes: list[Any]) -> tuple[str, Any]:
+    """The next message; RuntimeError if a worker died without one (killed for memory, say)."""
+    while True:
+        try:
+            return done.get(timeout=1.0)
+        except queue.Empty:
+            dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
+            if dead:
+                raise RuntimeError(f"a worker process ended with exit code {dead[0]}") from None
+
+
+def _work(config: DemoConfig, todo: Any, done: Any) -> None:
+    """A worker's life: tasks until the sentinel; messages are ("tick" | "run" | "error", content)."""
+    try:
+        torch.set_num_threads(1)
+        models = prepare(config, torch.device("cpu"))
+        for task in iter(todo.get, None):
+            for run in run_here(config, models, [task], lambda *progress: done.put(("tick", progress))):
+                done.put(("run", run))
+    except Exception:
+        done.put(("error", traceback.format_exc()))
+
+
+@contextmanager
+def _ignore_interrupts() -> Iterator[None]:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
