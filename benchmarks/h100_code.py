@@ -65,13 +65,14 @@ class Code:
 
 def variants() -> Iterator[Variant]:
     """Every combination of dtype and flags that the launchers can ask for."""
-    for dtype, from_means, has_ref in itertools.product(DTYPES, (False, True), (False, True)):
+    both = (False, True)
+    for dtype, from_means, has_ref in itertools.product(DTYPES, both, both):
         flags: dict[str, Any] = {"FROM_MEANS": from_means, "HAS_REF": has_ref, "BLOCK": LAUNCH.block}
         yield _variant(
             "sums", transition._transition_sums_kernel, dtype, flags, scalars=2 + has_ref,
             least=(3 + has_ref) * DTYPES[dtype], unused=() if has_ref else ("ref_ptr",),
         )  # fmt: skip
-    for dtype, from_means, has_drift, has_ref in itertools.product(DTYPES, *[(False, True)] * 3):
+    for dtype, from_means, has_drift, has_ref in itertools.product(DTYPES, both, both, both):
         flags = {"FROM_MEANS": from_means, "HAS_DRIFT": has_drift, "HAS_REF": has_ref, "BLOCK": LAUNCH.block}
         reads = {
             "velocity_ptr": has_drift or has_ref,
@@ -89,8 +90,8 @@ def variants() -> Iterator[Variant]:
             scalars=4 if has_noise else 2, least=(4 if has_noise else 3) * DTYPES[dtype],
             unused=() if has_noise else ("seeds_ptr", "std_ptr"),
         )  # fmt: skip
-    epilogues = itertools.product(range(3), range(3), *[(False, True)] * 5)
-    for objective, reduction, from_means, has_weight, invert, has_ref, velocity_kl in epilogues:
+    for objective, reduction, flag_values in itertools.product(range(3), range(3), itertools.product(both, repeat=5)):
+        from_means, has_weight, invert, has_ref, velocity_kl = flag_values
         if (invert and not has_weight) or (velocity_kl and (from_means or not has_ref)):
             continue  # the launcher never asks for these
         flags = {
