@@ -19,7 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def variants() -> Iterator[Variant]:
             least=(2 + sum(reads.values())) * DTYPES[dtype],
             unused=tuple(name for name, read in reads.items() if not read),
         )  # fmt: skip
-    for dtype, has_noise in itertools.product(DTYPES, (True, False)):
+    for dtype, has_noise in itertools.product(DTYPES, both):
         yield _variant(
             "sde_step", sde_step._sde_step_kernel, dtype, {"HAS_NOISE": has_noise, "BLOCK": LAUNCH.block},
             scalars=4 if has_noise else 2, least=(4 if has_noise else 3) * DTYPES[dtype],
@@ -103,6 +103,14 @@ def variants() -> Iterator[Variant]:
             name for name, absent in (("velocity_coef_ptr", from_means), ("weight_ptr", not has_weight)) if absent
         ]
         yield _variant("epilogue", transition._guard_epilogue_kernel, "fp32", flags, num_warps=4, unused=tuple(unused))
+
+
+def with_sizes_of_one(variant: Variant) -> Variant:
+    """The same kernel where every size and stride is 1: Triton makes constants of those, its interpreter does not."""
+    sizes = [arg for arg, kind in variant.signature.items() if kind == "i32"]
+    signature = {**variant.signature, **dict.fromkeys(sizes, "constexpr")}
+    constexprs = {**variant.constexprs, **dict.fromkeys(sizes, 1)}
+    return replace(variant, name=f"{variant.name} sizes=1", signature=signature, constexprs=constexprs, least=0)
 
 
 def _variant(
@@ -143,10 +151,11 @@ def _variant(
 
 def compile_variant(variant: Variant) -> Code:
     """Compile for sm_90 with the divisibility that Flux latents have, and read the machine code."""
+    aligned = {"n_elements", "stride_velocity", "stride_old", "stride_noise", "stride_ref", "stride_latents"}
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, (arg, kind) in enumerate(variant.signature.items())
-        if kind.startswith("*") or arg in {"n_elements"} or (arg.startswith("stride_") and arg != "stride_grad_loss")
+        if kind.startswith("*") or (kind == "i32" and arg in aligned)
     }
     source = ASTSource(variant.kernel, variant.signature, variant.constexprs, divisible)
     options = {"num_warps": variant.num_warps}
@@ -203,7 +212,14 @@ def report(variant: Variant, code: Code, sass_dir: Path | None, faults_only: boo
 
 def _compile_by_name(name: str) -> Code:
     """For worker processes: kernels do not pickle, names do."""
-    return compile_variant(next(variant for variant in variants() if variant.name == name))
+    return compile_variant(next(variant for variant in all_variants() if variant.name == name))
+
+
+def all_variants() -> list[Variant]:
+    """The variants, and each kernel once more with every size 1."""
+    everything = list(variants())
+    widest = {variant.kernel: variant for variant in everything}  # the last of each kernel has every flag
+    return everything + [with_sizes_of_one(variant) for variant in widest.values()]
 
 
 def main() -> int:
@@ -211,7 +227,7 @@ def main() -> int:
     parser.add_argument("--sass", type=Path, metavar="DIR", help="keep the disassembly of each variant here")
     parser.add_argument("--faults-only", action="store_true", help="print only variants with faults, and the verdict")
     args = parser.parse_args()
-    everything = list(variants())
+    everything = all_variants()
     print(f"triton {triton.__version__}, sm_90, {len(everything)} variants")
     if not args.faults_only:
         print(f"{'kernel, dtype, flags':58} regs spills bytes/elem least  accesses")
