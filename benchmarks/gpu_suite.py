@@ -27,7 +27,7 @@ from textbook import Inputs
 
 import fastguard as fg
 from fastguard import ops
-from fastguard.loss import _options
+from fastguard.checks import build_options
 
 KERNEL_TESTS = [f"tests/test_{name}.py" for name in ("golden", "transition", "step", "loss")]
 TOKENS_512, TOKENS_1024 = (1024, 64), (4096, 64)
@@ -98,7 +98,7 @@ def kernel_runs(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], int]]:
     """Each kernel alone, with the bytes of latents that it moves per element (counted, as in h100_code.py)."""
     size = inputs.noise.element_size()
     step, velocity = inputs.step, inputs.velocity.detach()
-    options = _options(
+    options = build_options(
         velocity, "grpo_guard", textbook.CLIP_RANGE, 5.0, 1e-5, False, 0.0, "gaussian", True, "mean", "auto",
         ref_name="ref_velocity",
     )  # fmt: skip

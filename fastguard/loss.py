@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastguard import ops
+from fastguard.checks import (
+    build_options,
+    check_advantages,
+    check_finite,
+    check_latents,
+    check_step,
+    per_sample,
+    weight_source,
+)
 from fastguard.sde import Transition
-
-OBJECTIVES = ("grpo_guard", "flow_grpo", "flow_dppo")
-REWEIGHTINGS = ("none", "inverse_dt", "equalized")
-KL_TYPES = ("gaussian", "velocity")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class GuardLoss(NamedTuple):
@@ -102,16 +105,17 @@ def guard_loss(
     tensors = {"velocity": velocity, "old_velocity": old_velocity, "noise": noise}
     if ref_velocity is not None:
         tensors["ref_velocity"] = ref_velocity
-    _check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
-    step = _check_step(step, velocity)
-    weight, invert = _weight(reweight, velocity, step.dt, step.velocity_coef)
-    options = _options(
+    check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
+    step = check_step(step, velocity)
+    weight, invert = weight_source(reweight, velocity, step.dt, step.velocity_coef)
+    options = build_options(
         velocity, objective, clip_range, adv_clip, kl_threshold, ref_velocity is not None, kl_weight, kl_type,
         invert, reduction, backend, ref_name="ref_velocity",
     )  # fmt: skip
-    _check_advantages(advantages, velocity)
+    check_advantages(advantages, velocity)
     if check_values:
-        _check_finite({**tensors, "advantages": advantages, "reweight": weight})
+        coefs = {"the step's velocity_coef": step.velocity_coef, "the step's std": step.std}
+        check_finite({**tensors, **coefs, "advantages": advantages, "reweight": weight})
     return _apply(
         velocity, old_velocity, noise, ref_velocity, advantages, step.velocity_coef, step.std, weight, options
     )
@@ -159,20 +163,17 @@ def guard_loss_from_means(
     if ref_prev_sample_mean is not None:
         tensors["ref_prev_sample_mean"] = ref_prev_sample_mean
     means = ("prev_sample_mean", "old_prev_sample_mean", "ref_prev_sample_mean")
-    _check_latents(tensors, same_dtype=means)
-    std = _per_sample("std", std, prev_sample_mean)
-    dt = _per_sample("dt", dt, prev_sample_mean)
-    if check_values or not (std.is_cuda or torch.compiler.is_compiling()):
-        _check_positive("std", std, "a step with std == 0 has no density; leave it out of the trained steps")
-        _check_positive("|dt|", dt.abs(), "dt is the time step, sigma_next - sigma")
-    weight, invert = _weight(reweight, prev_sample_mean, dt, None)
-    options = _options(
+    check_latents(tensors, same_dtype=means)
+    std = per_sample("std", std, prev_sample_mean, check_values)
+    dt = per_sample("dt", dt, prev_sample_mean, check_values)
+    weight, invert = weight_source(reweight, prev_sample_mean, dt, None)
+    options = build_options(
         prev_sample_mean, objective, clip_range, adv_clip, kl_threshold, ref_prev_sample_mean is not None, kl_weight,
         "gaussian", invert, reduction, backend, ref_name="ref_prev_sample_mean",
     )  # fmt: skip
-    _check_advantages(advantages, prev_sample_mean)
+    check_advantages(advantages, prev_sample_mean)
     if check_values:
-        _check_finite({**tensors, "advantages": advantages, "reweight": weight})
+        check_finite({**tensors, "std": std, "advantages": advantages, "reweight": weight})
     return _apply(
         prev_sample_mean, old_prev_sample_mean, prev_sample, ref_prev_sample_mean, advantages, None, std, weight,
         options,
@@ -196,8 +197,8 @@ def transition_moments(
     tensors = {"velocity": velocity, "old_velocity": old_velocity, "noise": noise}
     if ref_velocity is not None:
         tensors["ref_velocity"] = ref_velocity
-    _check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
-    step = _check_step(step, velocity)
+    check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
+    step = check_step(step, velocity)
     backend = ops.resolve_backend(backend, velocity)
     dtype = ops.compute_dtype(velocity.dtype)
     whiten = (step.velocity_coef / step.std).to(dtype)
@@ -245,168 +246,3 @@ def _apply(
     )
     log_ratio, ratio, cross, drift, kl = stats[:5].unbind()
     return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if ref is None else kl)
-
-
-# --- checks: shapes, dtypes and options on the host, values only on demand ------------------------------------------
-
-
-def _check_latents(tensors: dict[str, Tensor], same_dtype: tuple[str, ...]) -> None:
-    """All (B, ...) of one shape and device, floating; those named in `same_dtype` of one dtype."""
-    name, first = next((n, t) for n, t in tensors.items() if n in same_dtype)
-    for other_name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{other_name} must be a tensor; got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{other_name} must be floating point; got {tensor.dtype}")
-        if tensor.shape != first.shape:
-            raise ValueError(
-                f"{other_name} has shape {tuple(tensor.shape)}, {name} {tuple(first.shape)}; they must be the same"
-            )
-        if tensor.device != first.device:
-            raise ValueError(f"{other_name} is on {tensor.device}, {name} on {first.device}; move them to one device")
-        if other_name in same_dtype and tensor.dtype != first.dtype:
-            raise TypeError(
-                f"{other_name} is {tensor.dtype}, {name} {first.dtype}; they must be the same: a value rounded on one "
-                "side only moves the ratio away from 1"
-            )
-    if first.ndim < 2:
-        raise ValueError(f"{name} must have shape (B, ...), one sample per row; got {tuple(first.shape)}")
-    if math.prod(first.shape[1:]) == 0:
-        raise ValueError(f"{name} has no elements per sample; got shape {tuple(first.shape)}")
-
-
-def _check_step(step: Transition, velocity: Tensor) -> Transition:
-    if not isinstance(step, Transition):
-        raise TypeError(f"step must be a Transition (from flow_sde, dance_sde or cps); got {type(step).__name__}")
-    if not step.has_density:
-        where = "" if torch.compiler.is_compiling() else f" at samples {(step.std == 0).nonzero()[:, 0].tolist()}"
-        raise ValueError(
-            f"the {step.kind} step has std == 0{where}: it is deterministic, so there is no density and no ratio. "
-            "Leave such steps (ode; the last step of cps; noise_level 0) out of the trained steps"
-        )
-    if step.std.device != velocity.device:
-        raise ValueError(f"step is on {step.std.device}, velocity on {velocity.device}; pass step.to(velocity.device)")
-    return step.expand(velocity.shape[0])
-
-
-def _check_advantages(advantages: Tensor, velocity: Tensor) -> None:
-    if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
-        came = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
-        raise TypeError(f"advantages must be a floating point tensor; got {came}")
-    if advantages.shape != velocity.shape[:1]:
-        raise ValueError(
-            f"advantages must have shape ({velocity.shape[0]},), one per sample; got {tuple(advantages.shape)}"
-        )
-    if advantages.device != velocity.device:
-        raise ValueError(f"advantages are on {advantages.device}, the latents on {velocity.device}")
-
-
-def _per_sample(name: str, value: Tensor | float, latents: Tensor) -> Tensor:
-    """A float, one entry, or one entry per sample (with any trailing axes of size 1) as (B,)."""
-    n_samples = latents.shape[0]
-    tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float32)
-    if not isinstance(value, Tensor):
-        tensor = tensor.to(latents.device)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point; got {tensor.dtype}")
-    if tensor.device != latents.device:
-        raise ValueError(f"{name} is on {tensor.device}, the latents on {latents.device}; move them to one device")
-    if tensor.numel() == 1:
-        return tensor.reshape(1).expand(n_samples)
-    if tensor.numel() != n_samples or tensor.shape[0] != n_samples:
-        raise ValueError(
-            f"{name} must have one entry, or {n_samples} (one per sample); got shape {tuple(tensor.shape)}"
-        )
-    return tensor.reshape(n_samples)
-
-
-def _weight(
-    reweight: str | Tensor, latents: Tensor, dt: Tensor, velocity_coef: Tensor | None
-) -> tuple[Tensor | None, bool]:
-    """The tensor behind the reweighting factor, and whether the factor is 1 / |tensor|."""
-    if isinstance(reweight, Tensor):
-        if reweight.shape != latents.shape[:1] or not reweight.is_floating_point():
-            raise ValueError(
-                f"reweight as a tensor must be floating point of shape ({latents.shape[0]},); "
-                f"got {reweight.dtype} of shape {tuple(reweight.shape)}"
-            )
-        if reweight.device != latents.device:
-            raise ValueError(f"reweight is on {reweight.device}, the latents on {latents.device}")
-        return reweight, False
-    if reweight not in REWEIGHTINGS:
-        raise ValueError(f"reweight must be one of {', '.join(REWEIGHTINGS)}, or a tensor (B,); got {reweight!r}")
-    if reweight == "none":
-        return None, False
-    if reweight == "inverse_dt":
-        return dt, True
-    if velocity_coef is None:
-        raise ValueError(
-            "reweight='equalized' is 1 / |velocity_coef|, which means do not tell; use guard_loss with velocities, "
-            "or pass the factor as a tensor (B,)"
-        )
-    return velocity_coef, True
-
-
-def _options(
-    velocity: Tensor,
-    objective: str,
-    clip_range: float | tuple[float, float],
-    adv_clip: float | None,
-    kl_threshold: float,
-    has_ref: bool,
-    kl_weight: float,
-    kl_type: str,
-    invert_weight: bool,
-    reduction: str,
-    backend: str,
-    *,
-    ref_name: str,
-) -> ops.Options:
-    for name, value, known in (
-        ("objective", objective, OBJECTIVES),
-        ("kl_type", kl_type, KL_TYPES),
-        ("reduction", reduction, REDUCTIONS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-    low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
-    if not (0 < low < math.inf and 0 < high < math.inf):
-        raise ValueError(f"clip_range must be positive and finite, or a pair (low, high) of such; got {clip_range}")
-    if adv_clip is not None and not adv_clip > 0:
-        raise ValueError(f"adv_clip must be positive, or None for no clipping; got {adv_clip}")
-    if not kl_threshold >= 0:
-        raise ValueError(f"kl_threshold must be >= 0; got {kl_threshold}")
-    if not 0 <= kl_weight < math.inf:
-        raise ValueError(f"kl_weight must be finite and >= 0; got {kl_weight}")
-    if kl_weight > 0 and not has_ref:
-        raise ValueError(f"kl_weight = {kl_weight} needs a reference; pass {ref_name}, or kl_weight=0")
-    return ops.Options(
-        objective=objective,
-        log_clip_low=math.log1p(-low) if low < 1 else -math.inf,
-        log_clip_high=math.log1p(high),
-        adv_clip=math.inf if adv_clip is None else float(adv_clip),
-        kl_threshold=float(kl_threshold),
-        kl_weight=float(kl_weight),
-        velocity_kl=kl_type == "velocity",
-        invert_weight=invert_weight,
-        reduction=reduction,
-        backend=ops.resolve_backend(backend, velocity),
-    )
-
-
-def _check_finite(tensors: dict[str, Tensor | None]) -> None:
-    if torch.compiler.is_compiling():
-        raise ValueError("check_values=True reads values on the host and cannot be compiled; call it in eager mode")
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        bad = ~torch.isfinite(tensor).flatten(1).all(1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
-        if bool(bad.any()):
-            raise ValueError(f"{name} holds NaN or Inf at samples {bad.nonzero()[:, 0].tolist()}")
-
-
-def _check_positive(name: str, value: Tensor, why: str) -> None:
-    bad = ~(value > 0)
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
-        raise ValueError(f"{name} must be positive; got {value[index].item():g} at sample {index}: {why}")

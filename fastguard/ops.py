@@ -6,7 +6,6 @@ The operators are registered with `torch.library`, so that `torch.compile(fullgr
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
@@ -19,6 +18,8 @@ from fastguard import torch_backend
 from fastguard.torch_backend import compute_dtype
 
 BACKENDS = ("auto", "triton", "torch")
+# Looked up without importing triton, which takes a second.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -37,12 +38,6 @@ class Options(NamedTuple):
     backend: str
 
 
-@functools.cache
-def triton_installed() -> bool:
-    """Without importing it, which takes a second. The search of the path is too slow for every call."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def resolve_backend(backend: str, tensor: Tensor) -> str:
     """'triton' or 'torch' for the latents at hand. A backend asked for by name is taken or refused, never replaced.
 
@@ -53,8 +48,8 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     if backend == "torch":
         return "torch"
     if backend == "auto":
-        return "triton" if tensor.is_cuda and tensor.dtype in TRITON_DTYPES and triton_installed() else "torch"
-    if not triton_installed():
+        return "triton" if tensor.is_cuda and tensor.dtype in TRITON_DTYPES and TRITON_INSTALLED else "torch"
+    if not TRITON_INSTALLED:
         raise ValueError("backend='triton' needs the package triton, which is not installed; use backend='torch'")
     if tensor.dtype not in TRITON_DTYPES:
         raise ValueError(
@@ -85,6 +80,12 @@ def _sde_step(backend: str) -> ModuleType:
 
         return sde_step
     return torch_backend
+
+
+def _refuse_double_backward(what: str) -> None:
+    """Gradients are on in a backward pass only under create_graph=True; ours would enter that graph as constants."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{what} can be differentiated once; its backward pass does not support create_graph=True")
 
 
 def _operator(function: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -124,6 +125,7 @@ class TransitionSumsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward("transition_moments")
         velocity, old, noise, ref = ctx.saved_tensors
         alpha, beta = grad_sums[0], 2 * grad_sums[1]
         gamma = torch.zeros_like(alpha) if ref is None else 2 * grad_sums[2]
@@ -155,8 +157,9 @@ def guard_loss(
     invert_weight: bool,
     reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () or (B,); stats (8, B) rows log_ratio, ratio, cross, drift, kl, alpha, beta, gamma; clipped (B,) bool.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss () or (B,); stats (5, B) rows log_ratio, ratio, cross, drift, kl; coefs (3, B) rows alpha, beta, gamma of
+    the gradient; clipped (B,) bool.
 
     Without velocity_coef the inputs are means (see `fastguard.kernels.transition`). Per-sample inputs are (B,).
     """
@@ -182,15 +185,15 @@ def guard_loss(
 
 
 @torch.library.register_fake("fastguard::guard_loss")
-def _(velocity: Tensor, old: Tensor, noise: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(velocity: Tensor, old: Tensor, noise: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_samples, reduction = velocity.shape[0], rest[-2]
-    stats = velocity.new_empty((8, n_samples), dtype=compute_dtype(velocity.dtype))
+    stats = velocity.new_empty((5, n_samples), dtype=compute_dtype(velocity.dtype))
     loss = stats.new_empty((n_samples,) if reduction == "none" else ())
-    return loss, stats, velocity.new_empty((n_samples,), dtype=torch.bool)
+    return loss, stats, stats.new_empty((3, n_samples)), velocity.new_empty((n_samples,), dtype=torch.bool)
 
 
 class GuardLossFunction(torch.autograd.Function):
-    """The loss, differentiable with respect to the velocity; keeps 8 scalars per sample and what backward reads."""
+    """The loss, differentiable with respect to the velocity; keeps 3 scalars per sample and what backward reads."""
 
     @staticmethod
     def forward(
@@ -205,14 +208,16 @@ class GuardLossFunction(torch.autograd.Function):
         weight: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, stats, clipped = guard_loss(velocity, old, noise, ref, advantages, velocity_coef, std, weight, *options)
+        loss, stats, coefs, clipped = guard_loss(
+            velocity, old, noise, ref, advantages, velocity_coef, std, weight, *options
+        )
         ctx.mark_non_differentiable(stats, clipped)
         ctx.from_means = velocity_coef is None
         ctx.has_drift = options.objective != "grpo_guard"
         ctx.dtype, ctx.backend = velocity.dtype, options.backend
         ref = ref if options.kl_weight != 0 else None
         ctx.save_for_backward(
-            stats,
+            coefs,
             noise,
             velocity if ctx.has_drift or ref is not None else None,
             old if ctx.has_drift or ctx.from_means else None,
@@ -222,10 +227,11 @@ class GuardLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        stats, noise, velocity, old, ref = ctx.saved_tensors
+        _refuse_double_backward("the loss")
+        coefs, noise, velocity, old, ref = ctx.saved_tensors
         grad = transition_bwd(
             grad_loss,
-            stats[5:],
+            coefs,
             noise,
             velocity,
             old,

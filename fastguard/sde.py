@@ -35,7 +35,11 @@ class Transition:
         kind: the sampler's name.
         latents_coef, velocity_coef, std, dt: (B,) float32 (float64 if sigma was float64). `std` includes
             sqrt(|dt|); `dt` is negative. A leading size of 1 broadcasts over any batch.
-        std_range: smallest and largest std, known on the host so that nobody has to ask the GPU; None computes it.
+        std_range: smallest and largest std, known on the host so that nobody has to ask the GPU. None, for coefficients
+            of your own, checks them and finds it (which synchronizes with a GPU).
+
+    Raises:
+        ValueError: shapes that differ; coefficients that are not finite; std < 0 or dt >= 0.
     """
 
     kind: str
@@ -50,6 +54,14 @@ class Transition:
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
             raise ValueError(f"Transition coefficients must share one shape (B,); got {sorted(shapes)}")
         if self.std_range is None:
+            for name, coef in zip(("latents_coef", "velocity_coef", "std", "dt"), self._coefs(), strict=True):
+                if not bool(torch.isfinite(coef).all()):
+                    raise ValueError(f"{name} of a Transition must be finite; got {coef.tolist()}")
+            if bool((self.std < 0).any()) or bool((self.dt >= 0).any()):
+                raise ValueError(
+                    "a Transition needs std >= 0 and dt = sigma_next - sigma < 0; "
+                    f"got std {self.std.tolist()}, dt {self.dt.tolist()}"
+                )
             std_range = (self.std.min().item(), self.std.max().item()) if len(self) else (math.inf, math.inf)
             object.__setattr__(self, "std_range", std_range)
 
@@ -78,7 +90,9 @@ class Transition:
 
     def to(self, device: torch.device | str) -> Transition:
         """The same transition on another device."""
-        return self._map(lambda coef: coef.to(device, non_blocking=True))
+        # Towards the host the copy must have arrived before anyone reads it.
+        non_blocking = torch.device(device).type != "cpu"
+        return self._map(lambda coef: coef.to(device, non_blocking=non_blocking))
 
     def expand(self, batch_size: int) -> Transition:
         """One entry per sample of a batch: repeats a transition of length 1, leaves one of length B as it is."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard.loss import _check_latents
+from fastguard.checks import check_latents
 from fastguard.sde import Transition
 
 
@@ -60,7 +60,7 @@ def sde_step(
     Raises:
         ValueError, TypeError: what came and what was expected.
     """
-    _check_latents({"latents": latents, "velocity": velocity}, same_dtype=("latents",))
+    check_latents({"latents": latents, "velocity": velocity}, same_dtype=("latents",))
     if not isinstance(step, Transition):
         raise TypeError(f"step must be a Transition (from flow_sde, dance_sde, cps or ode); got {type(step).__name__}")
     if step.std.device != latents.device:

@@ -41,7 +41,8 @@ def transition_partials(
             if v_ref:
                 change = v - v_ref[0]
                 sums[2].append(torch.dot(change, change))
-    return torch.stack([value for row in sums for value in row]).view(len(sums), -1, len(velocity)).transpose(1, 2)
+    partials = torch.stack([value for row in sums for value in row]).view(len(sums), -1, len(velocity))
+    return partials.transpose(1, 2).contiguous()
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -66,8 +67,8 @@ def guard_epilogue(
     kl_weight: float,
     velocity_kl: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () or (B,), stats (8, B) and clipped (B,): see the kernel of this name for the equations."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss () or (B,), stats (5, B), coefs (3, B) and clipped (B,): see the kernel of this name for the equations."""
     # On the host each operation on these few numbers costs more than its arithmetic, so they are kept few.
     sums = partials.sum(-1)
     whiten = 1 / std if velocity_coef is None else velocity_coef / std
@@ -87,14 +88,16 @@ def guard_epilogue(
     if objective == "flow_dppo":
         away = ((log_ratio > 0) & (advantages > 0)) | ((log_ratio < 0) & (advantages < 0))
         clipped = away & (drift / 2 >= kl_threshold)
-        slope = loss = torch.where(clipped, 0.0, -advantages * ratio)
+        loss = -advantages * torch.where(clipped, 0.0, ratio)
     else:
         # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
         advantages = advantages.clamp(-adv_clip, adv_clip)
         within = log_ratio.clamp(*log_clip)
         clipped = advantages * (log_ratio - within) > 0
         loss = -advantages * torch.where(clipped, torch.exp(within), ratio)
-        slope = torch.where(clipped, 0.0, loss)
+    # No advantage, no loss, even where the ratio overflows (0 * inf is NaN); a NaN in log_ratio stays.
+    loss = torch.where(advantages == 0, 0 * log_ratio, loss)
+    slope = torch.where(clipped, 0.0, loss)
     if weight is not None:
         factor = 1 / weight.abs() if invert_weight else weight
         loss, slope = loss * factor, slope * factor
@@ -106,14 +109,15 @@ def guard_epilogue(
     if len(sums) == 3:
         kl_scale = torch.full_like(ratio, 1 / n_elements) if velocity_kl else drift_scale / 2
         kl = kl_scale * sums[2]
-        loss = loss + kl_weight * kl
-        gamma = 2 * kl_weight * kl_scale
+        if kl_weight != 0:  # a KL that is only reported may be NaN
+            loss = loss + kl_weight * kl
+            gamma = 2 * kl_weight * kl_scale
 
-    stats = torch.stack([log_ratio, ratio, cross, drift, kl, slope * noise_slope, beta, gamma])
+    stats = torch.stack([log_ratio, ratio, cross, drift, kl])
+    coefs = torch.stack([slope * noise_slope, beta, gamma])
     if reduction == "mean":
-        stats[5:] /= len(loss)
-        return loss.mean(), stats, clipped
-    return loss.sum() if reduction == "sum" else loss, stats, clipped
+        return loss.mean(), stats, coefs / len(loss), clipped
+    return loss.sum() if reduction == "sum" else loss, stats, coefs, clipped
 
 
 def transition_bwd(

@@ -22,8 +22,8 @@ class Launch:
 LAUNCH = Launch(block=4096, num_warps=8)
 
 # Upper bound on the partial sums of one sample, and so on the programs that share its elements: enough to fill a
-# GPU with a single large sample, few enough for one program to add up. It depends on nothing but the size of a
-# sample, so a sample's sums are bitwise the same in every batch.
+# GPU with a single large sample, few enough for one program to add up. It depends on the size of a sample
+# alone, so a sample's sums are bitwise the same in every batch (of the same strides and alignment).
 MAX_PARTIALS = 1024
 
 

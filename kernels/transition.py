@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows
 
-# The epilogue's tile: samples x partial sums.
-EPILOGUE_SAMPLES = 8
+# The epilogue's tile of samples x partial sums: 2,048 in all, of which at most 64 partial sums. With 8 warps it holds a
+# batch of 32 at Flux 1024^2 at once.
+EPILOGUE_TILE = 2048
 EPILOGUE_PARTIALS = 64
 
 OBJECTIVES = {"grpo_guard": 0, "flow_grpo": 1, "flow_dppo": 2}
@@ -102,6 +103,7 @@ def _guard_epilogue_kernel(
     weight_ptr,
     loss_ptr,
     stats_ptr,
+    coefs_ptr,
     clipped_ptr,
     log_clip_low,
     log_clip_high,
@@ -125,8 +127,8 @@ def _guard_epilogue_kernel(
 
     With S the sums and `whiten = B / s` (1 / s from means): cross = whiten S_cross / D (once more over s from means,
     whose noise carries it), drift = whiten^2 S_drift / D. GRPO-Guard clips `s cross`, the others `cross - drift / 2`.
-    stats: (8, B) float32 rows log_ratio, ratio, cross, drift, kl, alpha, beta, gamma, where the gradient of the loss
-    is `alpha noise + beta (v - v_old) + gamma (v - v_ref)`.
+    stats: (5, B) float32 rows log_ratio, ratio, cross, drift, kl. coefs: (3, B) float32 rows alpha, beta, gamma, where
+    the gradient of the loss is `alpha noise + beta (v - v_old) + gamma (v - v_ref)`.
     """
     total = 0.0
     inv_size = 1.0 / n_elements
@@ -166,7 +168,7 @@ def _guard_epilogue_kernel(
         if OBJECTIVE == 2:
             away = ((log_ratio > 0) & (advantage > 0)) | ((log_ratio < 0) & (advantage < 0))
             clipped = (0.5 * drift >= kl_threshold) & away
-            loss = tl.where(clipped, 0.0, -advantage * ratio)
+            loss = -advantage * tl.where(clipped, 0.0, ratio)
         else:
             # Comparisons keep a NaN, where min and max would drop it.
             advantage = tl.where(advantage > adv_clip, adv_clip, advantage)
@@ -175,6 +177,8 @@ def _guard_epilogue_kernel(
             within = tl.where(within < log_clip_low, log_clip_low, within)
             clipped = advantage * (log_ratio - within) > 0
             loss = -advantage * tl.where(clipped, tl.exp(within), ratio)
+        # No advantage, no loss, even where the ratio overflows (0 * inf is NaN); a NaN in log_ratio stays.
+        loss = tl.where(advantage == 0, 0.0 * log_ratio, loss)
         slope = tl.where(clipped, 0.0, loss)
         if HAS_WEIGHT:
             weight = tl.load(weight_ptr + samples, mask, other=1.0)
@@ -189,7 +193,8 @@ def _guard_epilogue_kernel(
             if VELOCITY_KL:
                 kl_scale = tl.zeros((BLOCK_B,), tl.float32) + inv_size
             kl = kl_scale * _sum_partials(partials_ptr + 2 * row, samples, mask, n_partials, BLOCK_B, BLOCK_P)
-            loss += kl_weight * kl
+            # A KL that is only reported may be NaN.
+            loss = tl.where(kl_weight == 0, loss, loss + kl_weight * kl)
             gamma = 2.0 * kl_weight * kl_scale
 
         alpha = slope * noise_slope
@@ -201,9 +206,9 @@ def _guard_epilogue_kernel(
         tl.store(stats_ptr + 2 * n_samples + samples, cross, mask)
         tl.store(stats_ptr + 3 * n_samples + samples, drift, mask)
         tl.store(stats_ptr + 4 * n_samples + samples, kl, mask)
-        tl.store(stats_ptr + 5 * n_samples + samples, share * alpha, mask)
-        tl.store(stats_ptr + 6 * n_samples + samples, share * beta, mask)
-        tl.store(stats_ptr + 7 * n_samples + samples, share * gamma, mask)
+        tl.store(coefs_ptr + samples, share * alpha, mask)
+        tl.store(coefs_ptr + n_samples + samples, share * beta, mask)
+        tl.store(coefs_ptr + 2 * n_samples + samples, share * gamma, mask)
         tl.store(clipped_ptr + samples, clipped, mask)
         if REDUCTION == 0:
             tl.store(loss_ptr + samples, loss, mask)
@@ -301,20 +306,21 @@ def guard_epilogue(
     kl_weight: float,
     velocity_kl: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () or (B,), stats (8, B) and clipped (B,) from the partial sums. Per-sample inputs (B,) float32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss () or (B,), stats (5, B), coefs (3, B), clipped (B,) from the sums; per-sample inputs (B,) float32."""
     sums, n_samples, n_partials = partials.shape
     loss = partials.new_empty((n_samples,) if reduction == "none" else ())
-    stats = partials.new_empty((8, n_samples))
+    stats, coefs = partials.new_empty((5, n_samples)), partials.new_empty((3, n_samples))
     clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
+    block = min(triton.next_power_of_2(n_partials), EPILOGUE_PARTIALS)
     _guard_epilogue_kernel[(1,)](
-        partials, advantages, velocity_coef, std, weight, loss, stats, clipped,
+        partials, advantages, velocity_coef, std, weight, loss, stats, coefs, clipped,
         *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
         OBJECTIVE=OBJECTIVES[objective], REDUCTION=REDUCTIONS[reduction], FROM_MEANS=velocity_coef is None,
         HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3, VELOCITY_KL=velocity_kl,
-        BLOCK_B=EPILOGUE_SAMPLES, BLOCK_P=EPILOGUE_PARTIALS, num_warps=4,
+        BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, num_warps=8,
     )  # fmt: skip
-    return loss, stats, clipped
+    return loss, stats, coefs, clipped
 
 
 def transition_bwd(

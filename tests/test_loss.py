@@ -198,6 +198,43 @@ def test_an_empty_batch_gives_a_zero_loss_with_a_zero_gradient(backend: str, ker
     assert means.loss.item() == 0
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo", "flow_dppo"])
+def test_no_advantage_means_no_loss_even_where_the_ratio_overflows(backend, objective, kernel_device) -> None:
+    """A group with equal rewards has advantages of exactly 0, and 0 * inf would be NaN."""
+    step = fg.dance_sde(0.5, 0.4).expand(2).to(kernel_device)
+    noise, old = torch.ones(2, 16, device=kernel_device), torch.zeros(2, 16, device=kernel_device)
+    velocity = torch.full((2, 16), 3000 * math.copysign(1, step.velocity_coef[0].item()), device=kernel_device)
+    velocity[0] = 0
+    velocity.requires_grad_()
+    result = fg.guard_loss(
+        velocity, old, 100 * noise, torch.zeros(2, device=kernel_device), step, objective=objective, backend=backend,
+        reduction="none",
+    )  # fmt: skip
+    assert objective != "grpo_guard" or result.ratio[1].isinf()
+    assert result.loss.tolist() == [0, 0]
+    (grad,) = torch.autograd.grad(result.loss.sum(), velocity)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_kl_that_is_only_reported_does_not_touch_the_loss(backend: str, kernel_device: str) -> None:
+    batch = [item.to(kernel_device) for item in make_batch()]
+    ref = torch.full_like(batch[1], math.nan)
+    result = fg.guard_loss(*batch, ref_velocity=ref, backend=backend)
+    assert result.kl is not None
+    assert result.kl.isnan().all()
+    assert result.loss.isfinite()
+
+
+def test_changing_the_reported_numbers_in_place_does_not_change_the_gradient() -> None:
+    batch = make_batch()
+    _result, grad = loss_and_grad(batch)
+    again = fg.guard_loss(*batch)
+    again.log_ratio.zero_()
+    assert torch.equal(torch.autograd.grad(again.loss, batch[0])[0], grad)
+
+
 # --- autograd, compilation, operators -------------------------------------------------------------------------------
 
 
@@ -273,6 +310,52 @@ def test_compiled_without_graph_breaks(objective: str) -> None:
             grads.append((loss.detach(), log_ratio, clipped, model.weight.grad.clone()))
         for eager, fused in zip(*grads, strict=True):
             torch.testing.assert_close(eager, fused)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """The backward pass is not differentiable: its result must not enter a graph as if it were."""
+    batch = make_batch()
+    losses = (
+        fg.guard_loss(*batch, objective="flow_grpo").loss,
+        fg.transition_moments(*batch[:3], batch[4]).drift.sum(),
+    )
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(loss, batch[0], create_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo"])
+def test_compiled_and_in_a_cuda_graph(objective: str) -> None:
+    """Both give the eager numbers: no host synchronization, no graph break. The interpreter can do neither."""
+    torch._dynamo.reset()
+    velocity, old, noise, advantages, step = (item.to("cuda") for item in make_batch(size=5000))
+    velocity = velocity.detach().requires_grad_()
+
+    def update() -> tuple[Tensor, Tensor]:
+        result = fg.guard_loss(velocity, old, noise, advantages, step, objective=objective)
+        return result.loss, torch.autograd.grad(result.loss, velocity)[0]
+
+    loss, grad = update()
+    compiled = torch.compile(
+        lambda v: fg.guard_loss(v, old, noise, advantages, step, objective=objective).loss, fullgraph=True
+    )
+    compiled_loss = compiled(velocity)
+    assert torch.equal(compiled_loss, loss)
+    assert torch.equal(torch.autograd.grad(compiled_loss, velocity)[0], grad)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        update()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = update()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured[0], loss)
+    assert torch.equal(captured[1], grad)
 
 
 def test_under_autocast_the_loss_stays_exact() -> None:
@@ -381,9 +464,11 @@ def arguments() -> dict[str, Any]:
     [
         ({"old_velocity": torch.zeros(4, 23)}, ValueError, r"old_velocity has shape \(4, 23\), velocity \(4, 24\)"),
         ({"noise": torch.zeros(3, 24)}, ValueError, r"noise has shape \(3, 24\)"),
-        ({"noise": torch.zeros(4, 24, dtype=torch.int32)}, TypeError, "noise must be floating point; got torch.int32"),
+        ({"noise": torch.zeros(4, 24, dtype=torch.int32)}, TypeError, "noise must be bfloat16, .* got torch.int32"),
         ({"old_velocity": torch.zeros(4, 24).bfloat16()}, TypeError, "old_velocity is torch.bfloat16, velocity"),
         ({"noise": None}, TypeError, "noise must be a tensor; got NoneType"),
+        ({"velocity": None}, TypeError, "velocity must be a tensor; got NoneType"),
+        ({"noise": torch.zeros(4, 24).to(torch.float8_e4m3fn)}, TypeError, "got torch.float8_e4m3fn"),
         ({"noise": torch.zeros(4, 24, device="meta")}, ValueError, "noise is on meta, velocity on cpu"),
         ({"advantages": torch.zeros(5)}, ValueError, r"shape \(4,\), one per sample; got \(5,\)"),
         ({"advantages": torch.zeros(4, 1)}, ValueError, r"one per sample; got \(4, 1\)"),
@@ -397,6 +482,8 @@ def arguments() -> dict[str, Any]:
         ({"clip_range": 0.0}, ValueError, "clip_range must be positive"),
         ({"clip_range": (0.1, -0.1)}, ValueError, "clip_range must be positive"),
         ({"clip_range": math.nan}, ValueError, "clip_range must be positive"),
+        ({"clip_range": None}, ValueError, "clip_range must be positive"),
+        ({"clip_range": (0.1,)}, ValueError, r"or a pair \(low, high\) of such; got \(0.1,\)"),
         ({"adv_clip": 0.0}, ValueError, "adv_clip must be positive, or None"),
         ({"objective": "ppo"}, ValueError, "objective must be one of grpo_guard, flow_grpo, flow_dppo; got 'ppo'"),
         ({"reweight": "dt"}, ValueError, "reweight must be one of none, inverse_dt, equalized, or a tensor"),
@@ -433,7 +520,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch) -> None:
     monkeypatch.setattr(common, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="needs CUDA tensors; got CPU tensors"):
         fg.guard_loss(*make_batch(), backend="triton")
-    monkeypatch.setattr(ops, "triton_installed", lambda: False)
+    monkeypatch.setattr(ops, "TRITON_INSTALLED", False)
     with pytest.raises(ValueError, match="triton, which is not installed"):
         fg.guard_loss(*make_batch(), backend="triton")
     fg.guard_loss(*make_batch())  # auto goes on without it
@@ -456,14 +543,20 @@ def test_means_are_checked_as_well() -> None:
     loss = fg.guard_loss_from_means
     shaped = loss(x, x, x, std.view(3, 1, 1), dt, advantages)
     assert torch.equal(shaped.loss, loss(x, x, x, std, -0.1, advantages).loss)
-    with pytest.raises(ValueError, match="std must be positive; got 0 at sample 1"):
+    with pytest.raises(ValueError, match="std must be finite and positive: .* got 0 at sample 1"):
         loss(x, x, x, torch.tensor([0.2, 0.0, 0.3]), dt, advantages)
-    with pytest.raises(ValueError, match=r"\|dt\| must be positive"):
+    with pytest.raises(ValueError, match="dt must be finite and the time step, .* got 0 at sample 0"):
         loss(x, x, x, std, 0.0, advantages)
     with pytest.raises(ValueError, match=r"std must have one entry, or 3 \(one per sample\); got shape \(2,\)"):
         loss(x, x, x, std[:2], dt, advantages)
-    with pytest.raises(TypeError, match="std must be floating point"):
+    with pytest.raises(TypeError, match="std must be a float or a floating point tensor; got torch.int64"):
         loss(x, x, x, torch.ones(3).long(), dt, advantages)
+    with pytest.raises(ValueError, match="std must be finite and positive: .* got -0.1"):
+        loss(x, x, x, -0.1, dt, advantages)
+    with pytest.raises(TypeError, match="std must be a float or a floating point tensor; got NoneType"):
+        loss(x, x, x, None, dt, advantages)
+    with pytest.raises(TypeError, match="prev_sample_mean must be a tensor; got NoneType"):
+        loss(x, None, x, std, dt, advantages)
     with pytest.raises(ValueError, match="means do not tell"):
         loss(x, x, x, std, dt, advantages, reweight="equalized")
     with pytest.raises(ValueError, match="pass ref_prev_sample_mean"):

@@ -85,6 +85,12 @@ def test_expand_cat_and_index() -> None:
         fg.Transition.cat([a, fg.cps(0.5, 0.2)])
     with pytest.raises(ValueError, match="share one shape"):
         fg.Transition("flow_sde", a.std, b.std, a.std, a.dt)
+    one = torch.ones(1)
+    assert fg.Transition("own", one, one, one, -one).has_density
+    with pytest.raises(ValueError, match=r"dt = sigma_next - sigma < 0; got std \[1.0\], dt \[0.0\]"):
+        fg.Transition("own", one, one, one, 0 * one)
+    with pytest.raises(ValueError, match="velocity_coef of a Transition must be finite"):
+        fg.Transition("own", one, one / 0, one, -one)
 
 
 def test_an_empty_batch() -> None:

@@ -60,7 +60,6 @@ def test_kernel_and_torch_draw_the_same_noise(kernel_device: str, size: int) -> 
     theirs = noise_of(seeds, size, kernel_device, "triton")
     # A few float32 roundings of values up to 6.7 (their ulp: 4.8e-7).
     torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-6)
-    assert (theirs == ours).double().mean() > 0.3 or size < 10
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -142,7 +141,7 @@ def test_refusals() -> None:
         fg.sde_step(x, x, step, seeds=torch.arange(3))
     with pytest.raises(ValueError, match=r"velocity has shape \(2, 7\), latents \(2, 8\)"):
         fg.sde_step(x, x[:, 1:], step, seeds=seeds)
-    with pytest.raises(TypeError, match="velocity must be floating point; got torch.int64"):
+    with pytest.raises(TypeError, match="velocity must be bfloat16, .* got torch.int64"):
         fg.sde_step(x, x.long(), step, seeds=seeds)
     with pytest.raises(TypeError, match="step must be a Transition"):
         fg.sde_step(x, x, (0.5, 0.3), seeds=seeds)  # type: ignore[arg-type]
