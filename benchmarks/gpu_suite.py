@@ -2,15 +2,17 @@
 
     python benchmarks/gpu_suite.py [--out DIR] [--skip-tests]
 
-Refuses to time anything while a test is red. Kernels are timed as CUDA graphs of many launches over inputs rotated
-past the L2 cache; the copy bandwidth of the device, the textbook formula and torch.compile of it are measured in the
-same run. Appends benchmarks/results/<gpu>/<date>_<commit>.json. Takes some minutes, needs torch, triton and pytest,
-not diffusers. `--dry-run` walks the whole path on a CPU at toy sizes and saves nothing.
+Refuses to time anything while a test is red. Kernels are timed as CUDA graphs of many launches, each with inputs and
+outputs of its own, which together are larger than the L2 cache; the copy bandwidth of the device, the textbook formula
+and torch.compile of it are measured in the same run. Saved after every shape, in
+benchmarks/results/<gpu>/<date>_<commit>.json. Takes some minutes, needs the `bench` extra, not diffusers. `--dry-run`
+walks the whole path on a CPU at toy sizes and saves nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -38,7 +40,10 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "256 MB a tensor": (8, 2**24),
     "1 GB a tensor": (8, 2**26),
 }
-ROTATED_BYTES = 400 * 2**20  # several times the L2 of any GPU (H100, H200: 50 to 60 MB)
+# Twice the L2 of an H100 or H200 (50 to 60 MB), in one tensor of latents per set: even the backward pass, which reads
+# nothing but the noise, finds it cold.
+ROTATED_BYTES = 120 * 2**20
+MAX_LOSS_SETS = 64  # for whole losses, whose textbook form makes a graph of some 60 nodes of each set
 REPLAYS = 25
 
 
@@ -66,8 +71,7 @@ def graph_times(runs: Sequence[Callable[[], Any]], cuda: bool) -> dict[str, floa
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for run in runs:
-            run()
+        outputs = [run() for run in runs]  # all kept, or the graph would write each result over the last one, in L2
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
     for _ in range(3):
         graph.replay()
@@ -76,6 +80,7 @@ def graph_times(runs: Sequence[Callable[[], Any]], cuda: bool) -> dict[str, floa
         graph.replay()
         after.record()
     torch.cuda.synchronize()
+    del outputs
     return percentiles([1e3 * before.elapsed_time(after) / len(runs) for before, after in events])
 
 
@@ -104,7 +109,7 @@ def kernel_runs(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], int]]:
     )  # fmt: skip
     arguments = (velocity, inputs.old_velocity, inputs.noise, None, inputs.advantages)
     per_sample = (step.velocity_coef, step.std, step.dt)
-    _, stats, _ = ops.guard_loss(*arguments, *per_sample, *options)
+    _, _, coefs, _ = ops.guard_loss(*arguments, *per_sample, *options)
     one = torch.ones((), device=velocity.device)
     seeds = torch.arange(len(velocity), device=velocity.device)
 
@@ -113,7 +118,7 @@ def kernel_runs(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], int]]:
 
     def backward() -> Any:
         return ops.transition_bwd(
-            one, stats[5:], inputs.noise, None, None, None, velocity.dtype, False, False, options.backend
+            one, coefs, inputs.noise, None, None, None, velocity.dtype, False, False, options.backend
         )
 
     def sde_step() -> Any:
@@ -133,8 +138,9 @@ def both(loss: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> Callable[[],
 def measure_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
     """One row per kernel and per loss of a shape; a loss that does not fit is recorded as such."""
     cuda = device == "cuda"
+    torch._dynamo.reset()  # each shape compiles anew; past 8 of one function, torch.compile would fall back to eager
     elements = torch.Size(shape).numel()
-    count = max(1, min(32, ROTATED_BYTES // (3 * elements * dtype.itemsize))) if cuda else 2
+    count = max(1, math.ceil(ROTATED_BYTES / (elements * dtype.itemsize))) if cuda else 2
     sets = [textbook.make_inputs(shape, dtype, device, seed=seed) for seed in range(count)]
     rows: dict[str, Any] = {"shape": shape, "dtype": str(dtype), "rotated_sets": count}
     source = sets[0].noise
@@ -148,12 +154,14 @@ def measure_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> di
     compiled = torch.compile(textbook.guard_loss, dynamic=False, backend="inductor" if cuda else "eager")
     losses = {"fused": textbook.fused_guard_loss, "compiled": compiled, "textbook": textbook.guard_loss}
     for name, loss in losses.items():
-        try:
-            loss_sets = sets if name == "fused" else sets[:4]  # float32 temporaries of four sets are past L2 as well
-            rows[f"{name} forward + backward"] = graph_times([both(loss, inputs) for inputs in loss_sets], cuda)
-            rows[f"{name} forward + backward, called from Python"] = call_times(both(loss, sets[0]), cuda)
-        except torch.OutOfMemoryError:
-            rows[f"{name} forward + backward"] = "out of memory"
+        for label, measure in (
+            ("forward + backward", lambda loss=loss: graph_times([both(loss, i) for i in sets[:MAX_LOSS_SETS]], cuda)),
+            ("forward + backward, called from Python", lambda loss=loss: call_times(both(loss, sets[0]), cuda)),
+        ):
+            try:
+                rows[f"{name} {label}"] = measure()
+            except torch.OutOfMemoryError:
+                rows[f"{name} {label}"] = "out of memory"
     return rows
 
 
@@ -181,7 +189,7 @@ def main() -> None:
 
     device, dtype = ("cpu", torch.float32) if args.dry_run else ("cuda", torch.bfloat16)
     shapes = {"toy": (2, 16, 64)} if args.dry_run else SHAPES
-    table = {}
+    env, table = results.environment(), {}
     for label, shape in shapes.items():
         table[label] = measure_shape(shape, dtype, device)
         print(f"\n{label} {shape} {dtype}")
@@ -191,10 +199,11 @@ def main() -> None:
                 print(f"  {name:46} {row['p50_us']:12.2f} us  {speed}")
             elif isinstance(row, str) and row == "out of memory":
                 print(f"  {name:46} {row}")
-        if device == "cuda":
+        if not args.dry_run:
             torch.cuda.empty_cache()
+            path = results.save("kernels", env, {"shapes": table}, args.out)
     if not args.dry_run:
-        print(f"\nsaved {results.save('kernels', {'shapes': table}, args.out)}")
+        print(f"\nsaved {path}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,13 @@ from fastguard.kernels import sde_step, transition
 from fastguard.kernels.common import LAUNCH
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+MIXED = "bf16,fp32"
+DTYPES = (*BYTES, MIXED)
+# What holds latents; and what is float32 beside a bf16 velocity: latents, or a drawn sample beside its means.
+LATENTS = {"velocity_ptr", "old_ptr", "noise_ptr", "ref_ptr", "grad_ptr", "latents_ptr", "next_ptr"}
+STORED_WIDE = {"latents_ptr", "next_ptr", "noise_ptr"}
+SPECIAL = {"seeds_ptr": "*i64", "clipped_ptr": "*i1"}
 
 
 @dataclass(frozen=True)
@@ -64,32 +70,23 @@ class Code:
 
 
 def variants() -> Iterator[Variant]:
-    """Every combination of dtype and flags that the launchers can ask for."""
+    """Every combination of flags, for one dtype throughout and for the mixture that is stored most often."""
     both = (False, True)
     for dtype, from_means, has_ref in itertools.product(DTYPES, both, both):
         flags: dict[str, Any] = {"FROM_MEANS": from_means, "HAS_REF": has_ref, "BLOCK": LAUNCH.block}
-        yield _variant(
-            "sums", transition._transition_sums_kernel, dtype, flags, scalars=2 + has_ref,
-            least=(3 + has_ref) * DTYPES[dtype], unused=() if has_ref else ("ref_ptr",),
-        )  # fmt: skip
+        unused: tuple[str, ...] = () if has_ref else ("ref_ptr",)
+        yield _variant("sums", transition._transition_sums_kernel, dtype, flags, scalars=2 + has_ref, unused=unused)
     for dtype, from_means, has_drift, has_ref in itertools.product(DTYPES, both, both, both):
         flags = {"FROM_MEANS": from_means, "HAS_DRIFT": has_drift, "HAS_REF": has_ref, "BLOCK": LAUNCH.block}
-        reads = {
-            "velocity_ptr": has_drift or has_ref,
-            "old_ptr": from_means or has_drift,
-            "ref_ptr": has_ref,
-        }
-        yield _variant(
-            "bwd", transition._transition_bwd_kernel, dtype, flags, scalars=2 + has_drift + has_ref,
-            least=(2 + sum(reads.values())) * DTYPES[dtype],
-            unused=tuple(name for name, read in reads.items() if not read),
-        )  # fmt: skip
+        reads = {"velocity_ptr": has_drift or has_ref, "old_ptr": from_means or has_drift, "ref_ptr": has_ref}
+        unused = tuple(name for name, read in reads.items() if not read)
+        scalars = 2 + has_drift + has_ref
+        yield _variant("bwd", transition._transition_bwd_kernel, dtype, flags, scalars=scalars, unused=unused)
     for dtype, has_noise in itertools.product(DTYPES, both):
-        yield _variant(
-            "sde_step", sde_step._sde_step_kernel, dtype, {"HAS_NOISE": has_noise, "BLOCK": LAUNCH.block},
-            scalars=4 if has_noise else 2, least=(4 if has_noise else 3) * DTYPES[dtype],
-            unused=() if has_noise else ("seeds_ptr", "std_ptr"),
-        )  # fmt: skip
+        flags = {"HAS_NOISE": has_noise, "BLOCK": LAUNCH.block}
+        unused = () if has_noise else ("seeds_ptr", "std_ptr", "noise_ptr")
+        scalars = 4 if has_noise else 2
+        yield _variant("sde_step", sde_step._sde_step_kernel, dtype, flags, scalars=scalars, unused=unused)
     for objective, reduction, flag_values in itertools.product(range(3), range(3), itertools.product(both, repeat=5)):
         from_means, has_weight, invert, has_ref, velocity_kl = flag_values
         if (invert and not has_weight) or (velocity_kl and (from_means or not has_ref)):
@@ -97,12 +94,12 @@ def variants() -> Iterator[Variant]:
         flags = {
             "OBJECTIVE": objective, "REDUCTION": reduction, "FROM_MEANS": from_means, "HAS_WEIGHT": has_weight,
             "INVERT_WEIGHT": invert, "HAS_REF": has_ref, "VELOCITY_KL": velocity_kl,
-            "BLOCK_B": transition.EPILOGUE_SAMPLES, "BLOCK_P": transition.EPILOGUE_PARTIALS,
         }  # fmt: skip
-        unused = [
-            name for name, absent in (("velocity_coef_ptr", from_means), ("weight_ptr", not has_weight)) if absent
-        ]
-        yield _variant("epilogue", transition._guard_epilogue_kernel, "fp32", flags, num_warps=4, unused=tuple(unused))
+        absent = {"velocity_coef_ptr": from_means, "weight_ptr": not has_weight}
+        unused = tuple(name for name, is_absent in absent.items() if is_absent)
+        for partials in transition.EPILOGUE_PARTIALS:
+            tile = {"BLOCK_B": transition.EPILOGUE_TILE // partials, "BLOCK_P": partials}
+            yield _variant("epilogue", transition._guard_epilogue_kernel, "fp32", {**flags, **tile}, unused=unused)
 
 
 def with_sizes_of_one(variant: Variant) -> Variant:
@@ -120,24 +117,22 @@ def _variant(
     flags: dict[str, Any],
     *,
     scalars: int = 0,
-    least: int = 0,
-    num_warps: int = LAUNCH.num_warps,
     unused: tuple[str, ...] = (),
 ) -> Variant:
     """Types by the naming rule of the kernels: *_ptr, stride_*, n_*, and float scalars."""
-    latents = {"velocity_ptr", "old_ptr", "noise_ptr", "ref_ptr", "grad_ptr", "latents_ptr", "next_ptr"}
     signature = {}
     constexprs = dict(flags)
+    least = 0
     for arg in kernel.arg_names:
         if arg in flags or arg in unused:
             signature[arg] = "constexpr"
             constexprs.setdefault(arg, None)
-        elif arg in latents:
-            signature[arg] = f"*{dtype}"
-        elif arg == "seeds_ptr":
-            signature[arg] = "*i64"
-        elif arg == "clipped_ptr":
-            signature[arg] = "*i1"
+        elif arg in LATENTS:
+            stored = ("fp32" if arg in STORED_WIDE else "bf16") if dtype == MIXED else dtype
+            signature[arg] = f"*{stored}"
+            least += BYTES[stored]
+        elif arg in SPECIAL:
+            signature[arg] = SPECIAL[arg]
         elif arg.endswith("_ptr"):
             signature[arg] = "*fp32"
         elif arg.startswith(("stride_", "n_")):
@@ -145,8 +140,8 @@ def _variant(
         else:
             signature[arg] = "fp32"
     label = "+".join(key.lower() for key, value in flags.items() if value is True)
-    numbers = "".join(f" {key.lower()}={flags[key]}" for key in ("OBJECTIVE", "REDUCTION") if key in flags)
-    return Variant(f"{name} {dtype} {label}{numbers}", kernel, signature, constexprs, num_warps, scalars, least)
+    numbers = "".join(f" {key.lower()}={flags[key]}" for key in ("OBJECTIVE", "REDUCTION", "BLOCK_P") if key in flags)
+    return Variant(f"{name} {dtype} {label}{numbers}", kernel, signature, constexprs, LAUNCH.num_warps, scalars, least)
 
 
 def compile_variant(variant: Variant) -> Code:

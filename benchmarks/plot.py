@@ -20,12 +20,10 @@ NAMES = {"textbook": "textbook, eager", "compiled": "textbook, torch.compile", "
 
 
 def newest(files: list[dict[str, Any]], section: str) -> dict[str, dict[str, Any]]:
-    """The newest result of a section for each device."""
-    found = {}
-    for file in files:
-        if section in file:
-            found[file[section]["environment"]["device"]] = file[section]
-    return found
+    """The newest run of a section for each device."""
+    runs = [run for file in files for run in file.get(section, [])]
+    runs.sort(key=lambda run: str(run["environment"]["time"]))
+    return {run["environment"]["device"]: run for run in runs}
 
 
 def loss_table(device: str, section: dict[str, Any]) -> str:
@@ -33,7 +31,7 @@ def loss_table(device: str, section: dict[str, Any]) -> str:
     env = section["environment"]
     lines = [
         f"**{device}**, {env['threads']} threads, torch {env['torch']}, {section['dtype'].removeprefix('torch.')}, "
-        f"forward + backward, {env['date']}, commit {env['commit']}:",
+        f"forward + backward, {env['time'][:10]}, commit {env['commit']}:",
         "",
         "| latents | textbook, eager | textbook, `torch.compile` | fastguard | times faster | kept for backward |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -57,7 +55,7 @@ def kernel_table(device: str, section: dict[str, Any]) -> str:
     """Kernels and losses of one GPU."""
     env = section["environment"]
     lines = [
-        f"**{device}**, driver {env['driver']}, torch {env['torch']}, triton {env['triton']}, {env['date']}, "
+        f"**{device}**, driver {env['driver']}, torch {env['torch']}, triton {env['triton']}, {env['time'][:10]}, "
         f"commit {env['commit']}; CUDA graphs, inputs rotated past L2:",
         "",
         "| latents | copy | loss forward | loss backward | sde_step | fwd + bwd: textbook, compiled, fastguard |",

@@ -1,4 +1,4 @@
-"""Append-only result files: benchmarks/results/<device>/<date>_<commit>.json, one section per benchmark."""
+"""Append-only result files: benchmarks/results/<device>/<date>_<commit>.json, per benchmark a list of runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _output("git", "rev-parse", "--short=10", "HEAD") or "unknown",
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -38,13 +38,14 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def save(section: str, numbers: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a section into today's file of this device and commit, beside sections that are there already."""
-    env = environment()
-    path = folder / slug(env["device"]) / f"{env['date']}_{env['commit']}.json"
+def save(section: str, env: dict[str, Any], numbers: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Add a run to its device's file of the day and commit; saving again under the same `env` updates that run."""
+    path = folder / slug(env["device"]) / f"{env['time'][:10]}_{env['commit']}.json"
     content = json.loads(path.read_text()) if path.exists() else {}
+    runs = [run for run in content.get(section, []) if run["environment"] != env]
+    content[section] = [*runs, {"environment": env, **numbers}]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, section: {"environment": env, **numbers}}, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 

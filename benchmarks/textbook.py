@@ -58,7 +58,7 @@ def make_inputs(
         prev_sample=prev_sample,
         old_mean=old_mean,
         old_log_prob=log_prob(prev_sample, old_mean, std),
-        advantages=torch.linspace(-1.5, 1.5, shape[0], device=device),
+        advantages=torch.linspace(-1.0, 2.0, shape[0], device=device),
         step=step,
     )
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows
 
-# The epilogue's tile of samples x partial sums: 2,048 in all, of which at most 64 partial sums. With 8 warps it holds a
-# batch of 32 at Flux 1024^2 at once.
-EPILOGUE_TILE = 2048
-EPILOGUE_PARTIALS = 64
+# The epilogue's tile of samples x partial sums: 16 x 64 (Flux 1024^2 has 64 partial sums a sample), or 64 x 16 where a
+# sample has 16 or fewer (512^2). Larger tiles, and longer columns of samples, spill registers.
+EPILOGUE_TILE = 1024
+EPILOGUE_PARTIALS = (64, 16)
 
 OBJECTIVES = {"grpo_guard": 0, "flow_grpo": 1, "flow_dppo": 2}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -312,13 +312,13 @@ def guard_epilogue(
     loss = partials.new_empty((n_samples,) if reduction == "none" else ())
     stats, coefs = partials.new_empty((5, n_samples)), partials.new_empty((3, n_samples))
     clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
-    block = min(triton.next_power_of_2(n_partials), EPILOGUE_PARTIALS)
+    block = EPILOGUE_PARTIALS[n_partials <= EPILOGUE_PARTIALS[1]]
     _guard_epilogue_kernel[(1,)](
         partials, advantages, velocity_coef, std, weight, loss, stats, coefs, clipped,
         *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
         OBJECTIVE=OBJECTIVES[objective], REDUCTION=REDUCTIONS[reduction], FROM_MEANS=velocity_coef is None,
         HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3, VELOCITY_KL=velocity_kl,
-        BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, num_warps=8,
+        BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return loss, stats, coefs, clipped
 

@@ -62,14 +62,14 @@ def test_results_are_appended_and_the_readme_is_made_from_them(bench, tmp_path, 
         "forward_backward": {"2x3": {name: row for name in ("textbook", "compiled", "fused")}},
         "log_ratio_error": {"fused": 1e-12, "textbook": 1e-7, "size of the log-ratio": 1e-6},
     }
-    path = results.save("loss", numbers, tmp_path / "results")
-    assert results.save("kernels", {"shapes": {}}, tmp_path / "results") == path
+    env = results.environment()
+    path = results.save("loss", {**env, "time": "2026-01-01T00:00:00"}, {"older": True}, tmp_path / "results")
+    assert env["commit"] in path.name
+    later = {**env, "time": "2026-01-01T00:00:01"}
+    for _ in range(2):  # a run saved twice stays one run
+        assert results.save("loss", later, numbers, tmp_path / "results") == path
     content = json.loads(path.read_text())
-    assert set(content) == {"loss", "kernels"}
-    assert content["loss"]["environment"]["commit"] in path.name
-
-    del content["kernels"]
-    path.write_text(json.dumps(content))
+    assert [run["environment"]["time"][-1] for run in content["loss"]] == ["0", "1"]
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
     monkeypatch.setattr(plot, "README", readme)
