@@ -244,5 +244,5 @@ def _apply(
         column(weight),
         options,
     )
-    log_ratio, ratio, cross, drift, kl = stats[:5].unbind()
+    log_ratio, ratio, cross, drift, kl = stats.unbind()
     return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if ref is None else kl)

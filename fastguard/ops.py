@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -82,6 +83,11 @@ def _sde_step(backend: str) -> ModuleType:
     return torch_backend
 
 
+def _device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def _refuse_double_backward(what: str) -> None:
     """Gradients are on in a backward pass only under create_graph=True; ours would enter that graph as constants."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -105,7 +111,7 @@ def transition_sums(
     velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool, backend: str
 ) -> Tensor:
     """(2, B), or (3, B) with a reference: `<noise, v - v_old>`, `|v - v_old|^2`, `|v - v_ref|^2`."""
-    with torch.cuda.device_of(velocity):
+    with _device_guard(velocity):
         return _transition(backend).transition_partials(velocity, old, noise, ref, from_means=from_means).sum(-1)
 
 
@@ -164,7 +170,7 @@ def guard_loss(
     Without velocity_coef the inputs are means (see `fastguard.kernels.transition`). Per-sample inputs are (B,).
     """
     module = _transition(backend)
-    with torch.cuda.device_of(velocity):
+    with _device_guard(velocity):
         partials = module.transition_partials(velocity, old, noise, ref, from_means=velocity_coef is None)
         return module.guard_epilogue(
             partials,
@@ -258,7 +264,7 @@ def transition_bwd(
     backend: str,
 ) -> Tensor:
     """`g (alpha noise + beta (v - v_old) + gamma (v - v_ref))`, of noise's shape, in `dtype`, contiguous."""
-    with torch.cuda.device_of(noise):
+    with _device_guard(noise):
         return _transition(backend).transition_bwd(
             grad_loss, coefs, noise, velocity, old, ref, dtype, from_means=from_means, has_drift=has_drift
         )
@@ -284,7 +290,7 @@ def sde_step(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Next latents (dtype of `latents`) and noise (`noise_dtype`; empty without seeds), both contiguous."""
-    with torch.cuda.device_of(latents):
+    with _device_guard(latents):
         return _sde_step(backend).sde_step(latents, velocity, seeds, latents_coef, velocity_coef, std, noise_dtype)
 
 
