@@ -6,6 +6,7 @@ Values on a GPU are not looked at unless asked for: a check must not synchronize
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -78,9 +79,9 @@ def per_sample(name: str, value: Tensor | float, latents: Tensor, check_values: 
     Values are checked where that costs no synchronization with a GPU, and on demand.
     """
     n_samples = latents.shape[0]
-    if isinstance(value, float | int):
+    if isinstance(value, numbers.Real):
         _check_step_value(name, torch.tensor([float(value)]))
-        return torch.full((n_samples,), value, dtype=torch.float32, device=latents.device)
+        return torch.full((n_samples,), float(value), dtype=torch.float32, device=latents.device)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a float or a floating point tensor; got {came}")
@@ -99,8 +100,8 @@ def _check_step_value(name: str, value: Tensor) -> None:
     if not bool(good.all()):
         index = int((~good).nonzero()[0])
         expected = {
-            "std": "positive: a step with std == 0 has no density, leave it out of the trained steps",
-            "dt": "the time step, sigma_next - sigma, and not 0",
+            "std": "positive (a step with std == 0 has no density; leave it out of the trained steps)",
+            "dt": "not 0 (it is the time step, sigma_next - sigma)",
         }[name]
         raise ValueError(f"{name} must be finite and {expected}; got {value[index].item():g} at sample {index}")
 
@@ -118,7 +119,7 @@ def weight_source(
         if reweight.device != latents.device:
             raise ValueError(f"reweight is on {reweight.device}, the latents on {latents.device}")
         return reweight, False
-    if reweight not in REWEIGHTINGS:
+    if not isinstance(reweight, str) or reweight not in REWEIGHTINGS:
         raise ValueError(f"reweight must be one of {', '.join(REWEIGHTINGS)}, or a tensor (B,); got {reweight!r}")
     if reweight == "none":
         return None, False
@@ -154,10 +155,15 @@ def build_options(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    for name, number in (("kl_weight", kl_weight), ("kl_threshold", kl_threshold), ("adv_clip", adv_clip)):
+        if not _is_number(number) and not (name == "adv_clip" and number is None):
+            raise TypeError(f"{name} must be a number; got {number!r}")
     pair = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
-    if len(pair) != 2 or not all(isinstance(value, float | int) and 0 < value < math.inf for value in pair):
-        raise ValueError(f"clip_range must be positive and finite, or a pair (low, high) of such; got {clip_range}")
-    low, high = pair
+    if len(pair) != 2 or not all(_is_number(value) and 0 < value < math.inf for value in pair):
+        raise ValueError(
+            f"clip_range must be a positive, finite number, or a pair (low, high) of such; got {clip_range!r}"
+        )
+    low, high = (float(value) for value in pair)
     if adv_clip is not None and not adv_clip > 0:
         raise ValueError(f"adv_clip must be positive, or None for no clipping; got {adv_clip}")
     if not kl_threshold >= 0:
@@ -178,6 +184,11 @@ def build_options(
         reduction=reduction,
         backend=ops.resolve_backend(backend, velocity),
     )
+
+
+def _is_number(value: object) -> bool:
+    """A plain or numpy number; not a bool, which would be taken for 0 or 1, and not a tensor, which may be on a GPU."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_finite(tensors: dict[str, Tensor | None]) -> None:

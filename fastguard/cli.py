@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +31,7 @@ def demo(
         quick: a smoke run of half a minute that exercises every stage; its numbers mean nothing
     """
     if find_spec("sklearn") is None:
-        print("the demo's data and metrics need scikit-learn: pip install 'fastguard[demo]'", file=sys.stderr)
+        print("the demo's data and metrics need scikit-learn: pip install scikit-learn", file=sys.stderr)
         return 1
     from fastguard.config import DemoConfig, quick_demo
     from fastguard.demo.run import run_demo
@@ -40,12 +42,30 @@ def demo(
     return run_demo(config, out, workers=1 if quick and workers is None else workers)
 
 
+@contextmanager
+def _terminations_as_interrupts() -> Iterator[None]:
+    """SIGTERM (kill, timeout, docker stop) and SIGHUP (a closed terminal) end a command as Ctrl-C does: tidily."""
+    changed = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup, for one, has its own idea
+            changed[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, previous in changed.items():
+            signal.signal(number, previous)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point of the `fastguard` script; returns the exit code."""
     try:
-        return app.cli(prog="fastguard", description=__doc__, args=args)
+        with _terminations_as_interrupts():
+            return app.cli(prog="fastguard", description=__doc__, args=args)
     except ValueError as error:  # a setting out of range; the message names it
         print(f"fastguard: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a folder that cannot be made or written; the message names it
+        print(f"fastguard: cannot read or write: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the command could take care of it itself
         print("fastguard: interrupted", file=sys.stderr)

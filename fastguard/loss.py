@@ -85,11 +85,12 @@ def guard_loss(
         advantages: (B,) floating.
         step: the Transition of each sample's step; every std must be positive.
         objective: "grpo_guard", "flow_grpo", or "flow_dppo" (no clipping; a mask by `kl_threshold`).
-        clip_range: distance of the ratio from 1, or (low, high). About 2e-6 for grpo_guard at D = 65,536, 1e-5 to
-            1e-4 for flow_grpo. Not used by flow_dppo.
+        clip_range: distance of the ratio from 1, or the distances (low, high) below and above. About 2e-6 for
+            grpo_guard at D = 65,536, 1e-5 to 1e-4 for flow_grpo. Not used by flow_dppo.
         adv_clip: advantages are clipped to +-adv_clip; None leaves them. Not used by flow_dppo.
-        reweight: factor on each sample's policy loss: "inverse_dt" 1 / |dt| (the paper's), "equalized" 1 / |B| (makes
-            grpo_guard's gradient the same at every step for every sampler), "none" (published Flow-GRPO), or (B,).
+        reweight: factor on each sample's policy loss: "inverse_dt" 1 / |dt| (the paper's), "equalized"
+            1 / |step.velocity_coef| (makes grpo_guard's gradient the same at every step for every sampler), "none"
+            (published Flow-GRPO), or a tensor (B,).
         kl_threshold: flow_dppo drops a sample that moves away from the rollout once its KL (drift / 2) reaches this.
         ref_velocity: like velocity, of the reference policy; needed by kl_weight, reported in `.kl`.
         kl_weight: factor on the KL to the reference, which is not reweighted.

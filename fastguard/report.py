@@ -101,6 +101,7 @@ def plot_lines(
     integer_x: bool = False,
     marker_x: tuple[float, str] | None = None,
     marker_y: tuple[float, str] | None = None,
+    xlim: tuple[float | None, float | None] = (None, None),
     ylim: tuple[float | None, float | None] = (None, None),
 ) -> Path:
     """Draw curves with a legend to a PNG.
@@ -135,6 +136,7 @@ def plot_lines(
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(*xlim)
         axes.set_ylim(*ylim)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)

@@ -13,6 +13,7 @@ derives them. Coefficients are computed on the host in float64, one set per samp
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -107,6 +108,10 @@ class Transition:
 
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Transition:
         """The transition of some samples; `index` is a slice, a list, or a 1-D tensor."""
+        if isinstance(index, int):
+            raise TypeError(
+                f"index a Transition with a slice or a list, which keep the batch axis: [{index}:{index + 1}]"
+            )
         picked = self._map(lambda coef: coef[index])
         return picked if self.has_density or self.is_deterministic else replace(picked, std_range=None)
 
@@ -210,7 +215,10 @@ def _transition(
 
 def _host(value: float | Tensor, name: str) -> Tensor:
     """A float64 vector on the host, of length 1 for scalars."""
-    tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    try:
+        tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a float or a tensor of shape () or (B,); got {value!r}") from None
     if tensor.ndim > 1:
         raise ValueError(f"{name} must be a float or a tensor of shape () or (B,); got shape {tuple(tensor.shape)}")
     return tensor.reshape(-1)
@@ -242,6 +250,8 @@ def _schedule(sigma: float | Tensor, sigma_next: float | Tensor) -> tuple[Tensor
 
 
 def _check_noise_level(noise_level: float, upper: float | None) -> None:
+    if not isinstance(noise_level, numbers.Real):
+        raise TypeError(f"noise_level must be a number; got {noise_level!r}")
     limit = math.inf if upper is None else upper
     if not (0 <= noise_level <= limit and math.isfinite(noise_level)):
         expected = "a finite number >= 0" if upper is None else f"between 0 and {upper:g}"

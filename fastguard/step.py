@@ -67,8 +67,8 @@ def sde_step(
         raise ValueError(f"step is on {step.std.device}, latents on {latents.device}; pass step.to(latents.device)")
     step = step.expand(latents.shape[0])
     noise_dtype = noise_dtype or velocity.dtype
-    if not noise_dtype.is_floating_point:
-        raise TypeError(f"noise_dtype must be floating point; got {noise_dtype}")
+    if not (isinstance(noise_dtype, torch.dtype) and noise_dtype.is_floating_point):
+        raise TypeError(f"noise_dtype must be a floating point torch.dtype; got {noise_dtype!r}")
     if step.is_deterministic:
         seeds = None
     else:

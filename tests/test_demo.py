@@ -6,12 +6,17 @@ import base64
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -143,6 +148,37 @@ def test_interrupt_before_any_measurement(tmp_path: Path, monkeypatch: pytest.Mo
     assert "before anything was measured" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_workers_end_with_the_demo_however_it_ends(quick: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """kill, timeout and docker stop leave a partial report; and not even a killed demo leaves its workers behind."""
+    script = Path(sys.executable).parent / "fastguard"
+    command = [script, "demo", "--quick", "--seeds", "8", "--workers", "2", "--out", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as demo:
+        started: list[psutil.Process] = []
+        while len(started) < 2:
+            assert demo.poll() is None, "the demo ended before its workers started"
+            children = psutil.Process(demo.pid).children()
+            started = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+            time.sleep(0.05)
+        demo.send_signal(number)
+        code = demo.wait(timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    for process in alive:
+        process.kill()
+    assert not alive
+    assert code == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert (tmp_path / "report.html").exists() == (number == signal.SIGTERM)
+
+
+def test_nothing_stale_stands_beside_a_new_report(tmp_path: Path) -> None:
+    ours, theirs = ("report.html", "results.json", "samples_equal_proxy_flow_grpo.png"), ("photo.png", "notes.txt")
+    for name in (*ours, *theirs):
+        (tmp_path / name).write_text("old")
+    run.write_partial(None, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(("report.html", *theirs))
+    assert "before anything was measured" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_interrupt_while_starting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(name: str) -> None:
         raise KeyboardInterrupt
@@ -157,6 +193,9 @@ def test_command_line_errors_are_one_line(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err == "fastguard: seeds must be at least 1, got 0\n"
     assert cli.main(["demo", "--quick", "--workers", "0", "--out", str(tmp_path)]) == 2
     assert "workers" in capsys.readouterr().err
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("fastguard: cannot read or write: [Errno 17] File exists")
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------
@@ -184,6 +223,17 @@ def test_unreadable_and_interrupted_weights_are_trained_again(cache_folder: Path
     assert cache.load_or_train(other, "linear", settings, interrupt)
     assert (other.weight == 3).all()
     assert [p.name for p in cache_folder.iterdir() if "linear" in p.name] == [path.name]
+
+
+def test_other_weights_in_the_cache_are_trained_again(cache_folder: Path) -> None:
+    """As after an upgrade that renames a parameter: nobody should have to delete a file by hand."""
+    settings = ClassifierConfig(seed=79)
+    cache.load_or_train(torch.nn.Linear(3, 2), "linear", settings, lambda: None)
+    module = torch.nn.Linear(2, 2)
+    start = module.weight.detach().clone()
+    assert not cache.load_or_train(module, "linear", settings, lambda: None)
+    assert torch.equal(module.weight, start)
+    assert cache.load_or_train(torch.nn.Linear(2, 2), "linear", settings, lambda: None)
 
 
 def test_interrupted_save_leaves_no_file(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -479,11 +479,16 @@ def arguments() -> dict[str, Any]:
          r"cps step has std == 0 at samples \[2\]"),
         ({"step": fg.flow_sde(torch.tensor([0.9, 0.8]), 0.3)}, ValueError, "has 2 entries, the batch 4 samples"),
         ({"step": 0.5}, TypeError, "step must be a Transition"),
-        ({"clip_range": 0.0}, ValueError, "clip_range must be positive"),
-        ({"clip_range": (0.1, -0.1)}, ValueError, "clip_range must be positive"),
-        ({"clip_range": math.nan}, ValueError, "clip_range must be positive"),
-        ({"clip_range": None}, ValueError, "clip_range must be positive"),
+        ({"clip_range": 0.0}, ValueError, "clip_range must be a positive, finite number"),
+        ({"clip_range": (0.1, -0.1)}, ValueError, "clip_range must be a positive, finite number"),
+        ({"clip_range": math.nan}, ValueError, "clip_range must be a positive, finite number"),
+        ({"clip_range": None}, ValueError, "clip_range must be a positive, finite number"),
         ({"clip_range": (0.1,)}, ValueError, r"or a pair \(low, high\) of such; got \(0.1,\)"),
+        ({"clip_range": True}, ValueError, "clip_range must be a positive, finite number"),
+        ({"clip_range": "2e-6"}, ValueError, "got '2e-6'"),
+        ({"adv_clip": "5"}, TypeError, "adv_clip must be a number; got '5'"),
+        ({"kl_weight": "0.1"}, TypeError, "kl_weight must be a number; got '0.1'"),
+        ({"reweight": [1.0] * 4}, ValueError, "reweight must be one of none, inverse_dt"),
         ({"adv_clip": 0.0}, ValueError, "adv_clip must be positive, or None"),
         ({"objective": "ppo"}, ValueError, "objective must be one of grpo_guard, flow_grpo, flow_dppo; got 'ppo'"),
         ({"reweight": "dt"}, ValueError, "reweight must be one of none, inverse_dt, equalized, or a tensor"),
@@ -543,15 +548,15 @@ def test_means_are_checked_as_well() -> None:
     loss = fg.guard_loss_from_means
     shaped = loss(x, x, x, std.view(3, 1, 1), dt, advantages)
     assert torch.equal(shaped.loss, loss(x, x, x, std, -0.1, advantages).loss)
-    with pytest.raises(ValueError, match="std must be finite and positive: .* got 0 at sample 1"):
+    with pytest.raises(ValueError, match="std must be finite and positive .* got 0 at sample 1"):
         loss(x, x, x, torch.tensor([0.2, 0.0, 0.3]), dt, advantages)
-    with pytest.raises(ValueError, match="dt must be finite and the time step, .* got 0 at sample 0"):
+    with pytest.raises(ValueError, match="dt must be finite and not 0 .* got 0 at sample 0"):
         loss(x, x, x, std, 0.0, advantages)
     with pytest.raises(ValueError, match=r"std must have one entry, or 3 \(one per sample\); got shape \(2,\)"):
         loss(x, x, x, std[:2], dt, advantages)
     with pytest.raises(TypeError, match="std must be a float or a floating point tensor; got torch.int64"):
         loss(x, x, x, torch.ones(3).long(), dt, advantages)
-    with pytest.raises(ValueError, match="std must be finite and positive: .* got -0.1"):
+    with pytest.raises(ValueError, match="std must be finite and positive .* got -0.1"):
         loss(x, x, x, -0.1, dt, advantages)
     with pytest.raises(TypeError, match="std must be a float or a floating point tensor; got NoneType"):
         loss(x, x, x, None, dt, advantages)

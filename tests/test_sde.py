@@ -117,6 +117,15 @@ def test_bad_schedules_are_refused(kind, arguments, message) -> None:
         kind(*arguments)
 
 
+def test_wrong_types_are_named() -> None:
+    with pytest.raises(TypeError, match="sigma must be a float or a tensor .* got None"):
+        fg.flow_sde(None, 0.3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="noise_level must be a number; got '0.7'"):
+        fg.flow_sde(0.5, 0.3, noise_level="0.7")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"with a slice or a list, which keep the batch axis: \[0:1\]"):
+        fg.flow_sde(0.5, 0.3)[0]  # type: ignore[index]
+
+
 def test_bad_noise_levels_and_second_sigmas_are_refused() -> None:
     with pytest.raises(ValueError, match="noise_level must be a finite number >= 0; got -0.1"):
         fg.flow_sde(0.5, 0.4, noise_level=-0.1)

@@ -147,5 +147,6 @@ def test_refusals() -> None:
         fg.sde_step(x, x, (0.5, 0.3), seeds=seeds)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="return_log_prob needs std > 0"):
         fg.sde_step(x, x, fg.ode(0.5, 0.3), return_log_prob=True)
-    with pytest.raises(TypeError, match="noise_dtype must be floating point"):
-        fg.sde_step(x, x, step, seeds=seeds, noise_dtype=torch.int32)
+    for wrong in (torch.int32, "bf16"):
+        with pytest.raises(TypeError, match="noise_dtype must be a floating point torch.dtype"):
+            fg.sde_step(x, x, step, seeds=seeds, noise_dtype=wrong)  # type: ignore[arg-type]

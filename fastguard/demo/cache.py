@@ -34,19 +34,20 @@ def load_or_train(module: nn.Module, name: str, settings: Any, fit: Callable[[],
     """Load `module`'s weights from the cache, or run `fit` and store them. Returns True if they were cached.
 
     The file appears by an atomic rename, so an interrupted run leaves no half-written weights. A file that
-    cannot be read is trained anew and replaced.
+    cannot be read, or holds other weights, is trained anew and replaced.
     """
     path = cache_path(name, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad folder shows at once
     if path.exists():
         try:
             weights = load_file(path)
         except SafetensorError:
-            weights = None
-        if weights is not None:
+            weights = {}
+        shapes = {key: value.shape for key, value in module.state_dict().items()}
+        if {key: value.shape for key, value in weights.items()} == shapes:
             module.load_state_dict(weights)
             return True
     fit()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         file = Path(scratch) / path.name
         save_file({k: v.contiguous().cpu() for k, v in module.state_dict().items()}, file)

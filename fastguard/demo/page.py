@@ -18,6 +18,10 @@ AXES = {
 }
 
 
+PICTURE_KINDS = ("training", "gold", "ratio", "clip", "samples")
+"""How the names of its pictures begin."""
+
+
 def write_demo_page(results: Results, out: Path, partial: bool) -> Path:
     """Write PNGs and `report.html` to `out` (which exists); works with any number of finished runs, also none."""
     runs = results.runs
@@ -37,8 +41,8 @@ def write_demo_page(results: Results, out: Path, partial: bool) -> Path:
 
 SAMPLES = (
     "Every grid starts from the same noise and asks for the same digits, so tiles can be compared one by one. "
-    "They come from the first seed that both objectives finished, at the iteration nearest to equal proxy and at the "
-    "end (a run stops once its proxy passes the target, so these may be the same)."
+    "Trained policies are shown for one seed, at the iteration nearest to equal proxy (once both objectives have "
+    "finished it) and at the end (a run stops once its proxy passes the target, so these may be the same)."
 )
 
 
@@ -123,6 +127,7 @@ def _clipping(runs: list[Run], out: Path) -> list[Picture]:
         (100 * max(log.clip_fraction_positive, log.clip_fraction_negative) for run in runs for log in run.logs),
         default=0.0,
     )
+    longest = max((len(run.logs) for run in runs), default=1)
     for name in NAMES:
         lines = []
         for run in (run for run in runs if run.objective == name):
@@ -139,6 +144,7 @@ def _clipping(runs: list[Run], out: Path) -> list[Picture]:
                 "clipped transitions (%)",
                 integer_x=True,
                 ylim=(-0.02 * highest - 0.1, 1.08 * highest + 0.1),
+                xlim=(0.5, longest + 0.5),
             )
             alt = f"share of clipped transitions of {NAMES[name]} by sign of the advantage"
             pictures.append(Picture(path, NAMES[name], alt))

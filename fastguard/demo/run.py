@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastguard.config import DemoConfig
 from fastguard.demo import text
 from fastguard.demo.experiment import OBJECTIVES, Models, Results, look, measure_reference, prepare
-from fastguard.demo.page import write_demo_page
+from fastguard.demo.page import PICTURE_KINDS, write_demo_page
 from fastguard.demo.workers import Task, run_here, run_in_workers
 from fastguard.report import write_page
 
@@ -58,6 +58,7 @@ def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
         finished = len(results.runs) if results is not None else 0
         print(f"\ninterrupted: {finished} of {2 * config.seeds} runs were finished, see {report}")
         return INTERRUPTED
+    clear(out)
     write_numbers(results, out)
     report = write_demo_page(results, out, partial=False)
     for point in text.short_text(results):
@@ -93,8 +94,16 @@ def _tick(bar: tqdm) -> Callable[[Task, float], None]:
     return tick
 
 
+def clear(out: Path) -> None:
+    """Remove what an earlier demo wrote to this folder, so that nothing stale stands beside a new report."""
+    for pattern in ("report.html", "results.json", *(f"{kind}_*.png" for kind in PICTURE_KINDS)):
+        for path in out.glob(pattern):
+            path.unlink()
+
+
 def write_partial(results: Results | None, out: Path) -> Path:
     """The report of an interrupted demo, also if nothing was measured yet."""
+    clear(out)
     if results is None:
         notice = "Partial report: interrupted during pretraining, before anything was measured."
         return write_page(out / "report.html", text.TITLE, "Run `fastguard demo` again.", [], notice)

@@ -23,13 +23,20 @@ TITLE = "Flow-GRPO and GRPO-Guard on handwritten digits"
 
 def lead(results: Results) -> str:
     """What was done, in one paragraph."""
-    seeds = results.config.seeds
     return (
         "A tiny Flux transformer, pretrained on scikit-learn's digits at 64×64 pixels, is trained further by "
         "reinforcement learning against a proxy reward that can be fooled: once with Flow-GRPO, once with "
-        f"GRPO-Guard, {_count(seeds, 'seed')} each, from the same weights. Judges that the training never sees tell "
+        f"GRPO-Guard, {_runs(results)}, from the same weights. Judges that the training never sees tell "
         "how much of the gain is real. Every sentence below that states a result was generated from these runs."
     )
+
+
+def _runs(results: Results) -> str:
+    """How many runs the numbers come from."""
+    seeds = results.config.seeds
+    if len(results.runs) < 2 * seeds:
+        return f"{len(results.runs)} of {2 * seeds} runs finished"
+    return f"{_count(seeds, 'seed')} each"
 
 
 def notice(results: Results, partial: bool) -> str:
@@ -70,6 +77,12 @@ def short_text(results: Results) -> list[str]:
             f"with GRPO-Guard ({results.before.metrics.frechet:.1f} before training); "
             f"{_verdict(frechet.difference, '', 1)}."
         )
+        diversity = compare(pairs, "diversity", level)
+        points.append(
+            f"Diversity within a class there: {diversity.flow_grpo.mean:.2f} and {diversity.grpo_guard.mean:.2f} "
+            f"({results.before.metrics.diversity:.2f} before); {_verdict(diversity.difference, '', 2)}. Of three gold "
+            f"metrics at {_count(len(pairs), 'seed')}, one may differ by chance."
+        )
     return points or ["No run was finished."]
 
 
@@ -92,10 +105,14 @@ def summary_table(results: Results) -> Table:
         middle = ["", "", ""] if level is None else _cells(compare(pairs, metric, level), digits)
         rows.append([METRICS[metric], start, *middle, real_values[metric]])
     header = ["At equal proxy reward", "Pretrained", "Flow-GRPO", "GRPO-Guard", "Difference", "Real images"]
-    note = (
-        f"Means over {_count(len(pairs), 'seed')}; difference = GRPO-Guard − Flow-GRPO, paired by seed"
-        + (", ± half the 95% t-interval. " if len(pairs) > 1 else ". ")
-        + f"Fréchet distances of {results.config.eval_samples} samples to 1,000 real images (for real images: half "
+    note = ""
+    if level is None:
+        header, rows = ["", "Pretrained", "Real images"], [[row[0], row[1], row[-1]] for row in rows]
+    else:
+        note = f"Means over {_count(len(pairs), 'seed')}; difference = GRPO-Guard − Flow-GRPO, paired by seed"
+        note += ", ± half the 95% t-interval. " if len(pairs) > 1 else ". "
+    note += (
+        f"Fréchet distances of {results.config.eval_samples} samples to 1,000 real images (for real images: half "
         "against half); they depend on the number of samples and compare only within this table."
     )
     return Table(header, rows, note)
@@ -200,7 +217,7 @@ def equal_proxy_text(results: Results) -> list[str]:
         "reached, with the metrics interpolated between iterations."
     )
     if not pairs:
-        return [fairness, "It needs a finished run of each objective with the same seed."]
+        return ["The comparison at equal proxy needs a finished run of each objective with the same seed."]
     if level is None:
         return [fairness, "Not every run raised the proxy above its start, so there is no such value here."]
     iterations = compare(pairs, "iterations", level)
@@ -221,7 +238,7 @@ def equal_proxy_text(results: Results) -> list[str]:
 def limits_text(results: Results) -> list[str]:
     """What the numbers above cannot carry."""
     paragraphs = [
-        f"This is a toy: {_count(results.config.seeds, 'seed')}, ten prompts, one learning rate, one reward, 4,096 "
+        f"This is a toy: {_runs(results)}, ten prompts, one learning rate, one reward, 4,096 "
         "latent elements (Flux at 512×512 has 65,536, where Flow-GRPO's shift grows relative to its noise). It shows "
         "the mechanism; it does not rank the objectives on real models."
     ]

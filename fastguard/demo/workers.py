@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -75,6 +78,7 @@ def _receive(done: Any, processes: list[Any]) -> tuple[str, Any]:
 
 def _work(config: DemoConfig, todo: Any, done: Any) -> None:
     """A worker's life: tasks until the sentinel; messages are ("tick" | "run" | "error", content)."""
+    _end_with_parent()
     try:
         torch.set_num_threads(1)
         models = prepare(config, torch.device("cpu"))
@@ -83,6 +87,18 @@ def _work(config: DemoConfig, todo: Any, done: Any) -> None:
                 done.put(("run", run))
     except Exception:
         done.put(("error", traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone, however it went; nobody would read its results."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
