@@ -141,7 +141,8 @@ def _variant(
             signature[arg] = "fp32"
     label = "+".join(key.lower() for key, value in flags.items() if value is True)
     numbers = "".join(f" {key.lower()}={flags[key]}" for key in ("OBJECTIVE", "REDUCTION", "BLOCK_P") if key in flags)
-    return Variant(f"{name} {dtype} {label}{numbers}", kernel, signature, constexprs, LAUNCH.num_warps, scalars, least)
+    warps = transition.EPILOGUE_WARPS if name == "epilogue" else LAUNCH.num_warps
+    return Variant(f"{name} {dtype} {label}{numbers}", kernel, signature, constexprs, warps, scalars, least)
 
 
 def compile_variant(variant: Variant) -> Code:

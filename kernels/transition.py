@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows
 
-# The epilogue's tile of samples x partial sums: 16 x 64 (Flux 1024^2 has 64 partial sums a sample), or 64 x 16 where a
+# The epilogue's tile of samples x partial sums: 8 x 64 (Flux 1024^2 has 64 partial sums a sample), or 32 x 16 where a
 # sample has 16 or fewer (512^2). Larger tiles, and longer columns of samples, spill registers.
-EPILOGUE_TILE = 1024
+EPILOGUE_TILE = 512
+EPILOGUE_WARPS = 4
 EPILOGUE_PARTIALS = (64, 16)
 
 OBJECTIVES = {"grpo_guard": 0, "flow_grpo": 1, "flow_dppo": 2}
@@ -173,10 +174,12 @@ def _guard_epilogue_kernel(
             # Comparisons keep a NaN, where min and max would drop it.
             advantage = tl.where(advantage > adv_clip, adv_clip, advantage)
             advantage = tl.where(advantage < -adv_clip, -adv_clip, advantage)
-            within = tl.where(log_ratio > log_clip_high, log_clip_high, log_ratio)
-            within = tl.where(within < log_clip_low, log_clip_low, within)
-            clipped = advantage * (log_ratio - within) > 0
-            loss = -advantage * tl.where(clipped, tl.exp(within), ratio)
+            # Compared, not subtracted: contracted to a fused multiply-add, a difference of equals leaves a residue.
+            above = (advantage > 0) & (log_ratio > log_clip_high)
+            below = (advantage < 0) & (log_ratio < log_clip_low)
+            clipped = above | below
+            edge = tl.where(above, log_clip_high, log_clip_low)
+            loss = -advantage * tl.where(clipped, tl.exp(edge), ratio)
         # No advantage, no loss, even where the ratio overflows (0 * inf is NaN); a NaN in log_ratio stays.
         loss = tl.where(advantage == 0, 0.0 * log_ratio, loss)
         slope = tl.where(clipped, 0.0, loss)
@@ -318,7 +321,7 @@ def guard_epilogue(
         *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
         OBJECTIVE=OBJECTIVES[objective], REDUCTION=REDUCTIONS[reduction], FROM_MEANS=velocity_coef is None,
         HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3, VELOCITY_KL=velocity_kl,
-        BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, num_warps=LAUNCH.num_warps,
+        BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, num_warps=EPILOGUE_WARPS,
     )  # fmt: skip
     return loss, stats, coefs, clipped
 
