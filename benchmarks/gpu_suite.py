@@ -147,8 +147,9 @@ def measure_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> di
     target = [torch.empty_like(source) for _ in sets]
     copies = [partial(out.copy_, inputs.noise) for inputs, out in zip(sets, target, strict=True)]
     rows["copy"] = with_bandwidth(graph_times(copies, cuda), 2 * elements * dtype.itemsize)
-    for name, (_, bytes_per_element) in kernel_runs(sets[0]).items():
-        runs = [kernel_runs(inputs)[name][0] for inputs in sets]
+    kernels = [kernel_runs(inputs) for inputs in sets]
+    for name, (_, bytes_per_element) in kernels[0].items():
+        runs = [of_set[name][0] for of_set in kernels]
         rows[name] = with_bandwidth(graph_times(runs, cuda), bytes_per_element * elements)
         rows[name]["of_copy"] = rows[name]["gb_per_s"] / rows["copy"]["gb_per_s"]
     compiled = torch.compile(textbook.guard_loss, dynamic=False, backend="inductor" if cuda else "eager")

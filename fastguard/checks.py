@@ -47,18 +47,19 @@ def check_latents(tensors: dict[str, Tensor], same_dtype: tuple[str, ...]) -> No
         raise ValueError(f"{name} has no elements per sample; got shape {tuple(first.shape)}")
 
 
-def check_step(step: Transition, velocity: Tensor) -> Transition:
+def check_step(step: Transition, name: str, latents: Tensor, *, needs_density: bool) -> Transition:
+    """A Transition on the device of the latents called `name`, with one entry per sample."""
     if not isinstance(step, Transition):
-        raise TypeError(f"step must be a Transition (from flow_sde, dance_sde or cps); got {type(step).__name__}")
-    if not step.has_density:
+        raise TypeError(f"step must be a Transition (from flow_sde, dance_sde, cps or ode); got {type(step).__name__}")
+    if needs_density and not step.has_density:
         where = "" if torch.compiler.is_compiling() else f" at samples {(step.std == 0).nonzero()[:, 0].tolist()}"
         raise ValueError(
             f"the {step.kind} step has std == 0{where}: it is deterministic, so there is no density and no ratio. "
             "Leave such steps (ode; the last step of cps; noise_level 0) out of the trained steps"
         )
-    if step.std.device != velocity.device:
-        raise ValueError(f"step is on {step.std.device}, velocity on {velocity.device}; pass step.to(velocity.device)")
-    return step.expand(velocity.shape[0])
+    if step.std.device != latents.device:
+        raise ValueError(f"step is on {step.std.device}, {name} on {latents.device}; pass step.to({name}.device)")
+    return step.expand(latents.shape[0])
 
 
 def check_advantages(advantages: Tensor, velocity: Tensor) -> None:

@@ -107,7 +107,7 @@ def guard_loss(
     if ref_velocity is not None:
         tensors["ref_velocity"] = ref_velocity
     check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
-    step = check_step(step, velocity)
+    step = check_step(step, "velocity", velocity, needs_density=True)
     weight, invert = weight_source(reweight, velocity, step.dt, step.velocity_coef)
     options = build_options(
         velocity, objective, clip_range, adv_clip, kl_threshold, ref_velocity is not None, kl_weight, kl_type,
@@ -199,7 +199,7 @@ def transition_moments(
     if ref_velocity is not None:
         tensors["ref_velocity"] = ref_velocity
     check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
-    step = check_step(step, velocity)
+    step = check_step(step, "velocity", velocity, needs_density=True)
     backend = ops.resolve_backend(backend, velocity)
     dtype = ops.compute_dtype(velocity.dtype)
     whiten = (step.velocity_coef / step.std).to(dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard.checks import check_latents
+from fastguard.checks import check_latents, check_step
 from fastguard.sde import Transition
 
 
@@ -61,11 +61,7 @@ def sde_step(
         ValueError, TypeError: what came and what was expected.
     """
     check_latents({"latents": latents, "velocity": velocity}, same_dtype=("latents",))
-    if not isinstance(step, Transition):
-        raise TypeError(f"step must be a Transition (from flow_sde, dance_sde, cps or ode); got {type(step).__name__}")
-    if step.std.device != latents.device:
-        raise ValueError(f"step is on {step.std.device}, latents on {latents.device}; pass step.to(latents.device)")
-    step = step.expand(latents.shape[0])
+    step = check_step(step, "latents", latents, needs_density=False)
     noise_dtype = noise_dtype or velocity.dtype
     if not (isinstance(noise_dtype, torch.dtype) and noise_dtype.is_floating_point):
         raise TypeError(f"noise_dtype must be a floating point torch.dtype; got {noise_dtype!r}")
