@@ -1,8 +1,11 @@
-"""Package layout: the top-level folder kernels/ is installed as fastguard.kernels. The rest is in pyproject.toml."""
+"""Package layout: the top-level folders kernels/ and recipes/ are installed as fastguard.kernels and fastguard.recipes.
+
+The rest is in pyproject.toml.
+"""
 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["fastguard", "fastguard.*"]), "fastguard.kernels"],
-    package_dir={"fastguard": "fastguard", "fastguard.kernels": "kernels"},
+    packages=[*find_packages(include=["fastguard", "fastguard.*"]), "fastguard.kernels", "fastguard.recipes"],
+    package_dir={"fastguard": "fastguard", "fastguard.kernels": "kernels", "fastguard.recipes": "recipes"},
 )

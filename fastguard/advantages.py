@@ -1,12 +1,19 @@
-"""Advantages: how much better an image's reward is than the others of its prompt (GRPO)."""
+"""Advantages: how much better an image's reward is than the others of its prompt (GRPO).
+
+Axes: R reward function, B image.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+EPS = 1e-4
+"""Added to the standard deviation, as public trainers do."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Advantages:
 
 
 def group_advantages(
-    rewards: Tensor, prompt_indices: Tensor, std: Literal["group", "global"] = "group", eps: float = 1e-4
+    rewards: Tensor, prompt_indices: Tensor, std: Literal["group", "global"] = "group", eps: float = EPS
 ) -> Advantages:
     """(reward - group mean) / (std + eps), with the population standard deviation (divided by n, not n - 1).
 
@@ -58,3 +65,33 @@ def group_advantages(
     flat = lowest == highest
     values = torch.where(flat[group], 0.0, centered / (scale + eps))
     return Advantages(values.float().to(device), flat.sum())
+
+
+def combine_rewards(
+    scores: Tensor, weights: Sequence[float], prompt_indices: Tensor, normalize_each: bool = False
+) -> Tensor:
+    """The weighted sum of several rewards, (B,) float64 on the host.
+
+    Args:
+        scores: (R, B) of each reward; NaN (an image that a reward failed on) stays NaN in the sum.
+        weights: R factors.
+        prompt_indices: (B,) int64; the groups within which `normalize_each` standardizes every reward first.
+    """
+    scores = scores.detach().cpu().double()
+    if normalize_each:
+        scores = scores.clone()
+        whole = ~torch.isnan(scores).any(0)
+        for row in scores:
+            row[whole] = group_advantages(row[whole], prompt_indices.cpu()[whole]).values.double()
+    return torch.tensor(list(weights), dtype=torch.float64) @ scores
+
+
+def advantages_without_failures(
+    rewards: Tensor, prompt_indices: Tensor, std: Literal["group", "global"]
+) -> tuple[Advantages, Tensor]:
+    """`group_advantages` of the groups without NaN, and 0 for the others; also which images count, (B,) bool."""
+    prompt_indices = prompt_indices.cpu()
+    failed = torch.isin(prompt_indices, prompt_indices[torch.isnan(rewards)])
+    kept = group_advantages(rewards[~failed], prompt_indices[~failed], std)
+    values = torch.zeros(len(rewards)).masked_scatter_(~failed, kept.values)
+    return Advantages(values, kept.zero_spread_groups), ~failed

@@ -1,18 +1,146 @@
-"""The command line: `fastguard <command>`. Each command is a function; heavy imports wait until it runs."""
+"""The command line: `fastguard <command>`. Each command is a function; heavy imports wait until it runs.
+
+    fastguard train RECIPE     train as a recipe says; --section.field VALUE overrides it
+    fastguard plan RECIPE      predict its memory, phase by phase, without a GPU
+    fastguard doctor [RECIPE]  check this machine, and everything that a recipe needs
+    fastguard sample RECIPE    draw prompts with a run's trained weights
+    fastguard report RUN       draw a run: an HTML page of its metrics and images
+    fastguard reward-server    serve a reward over HTTP, for runs on other machines
+    fastguard demo             compare Flow-GRPO and GRPO-Guard on handwritten digits
+
+RECIPE is a TOML file, or the name of a shipped one. `fastguard train RECIPE --help` lists every field.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, Any
 
+import tyro
 from tyro.extras import SubcommandApp
 
+from fastguard.config import Recipe, RewardConfig
+from fastguard.recipe import find_recipe, load_recipe
+
 app = SubcommandApp()
+RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train as the recipe says. On several GPUs: accelerate launch --config_file ... -m fastguard.cli train RECIPE."""
+
+    recipe: RecipeFields
+    resume: str = "never"
+    """"auto" goes on from the newest whole checkpoint in run.dir, a path from that checkpoint; "never" begins anew"""
+
+    def __call__(self) -> int:
+        from fastguard.launch import train_recipe
+
+        return train_recipe(self.recipe, self.resume)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict the peak memory of every phase, without a GPU."""
+
+    recipe: RecipeFields
+
+    def __call__(self) -> int:
+        from fastguard.launch import print_plan
+
+        return print_plan(self.recipe)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine and everything that the recipe needs, before a long run finds out."""
+
+    recipe: RecipeFields
+
+    def __call__(self) -> int:
+        from fastguard.doctor import examine
+
+        return examine(self.recipe)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw images with a run's trained weights, deterministically (ODE)."""
+
+    recipe: RecipeFields
+    prompt: tuple[str, ...] = ()
+    """texts to draw; none draws the first prompts of the recipe"""
+    checkpoint: str = "newest"
+    """"newest" or "best" of run.dir, the path of a checkpoint, or "none" for the model before training"""
+    images: int = 4
+    """images per prompt"""
+    steps: int = 28
+    """denoising steps"""
+    seed: int = 0
+    """seed of the initial noise"""
+    out: Path = Path("samples")
+    """folder for the PNG files"""
+
+    def __call__(self) -> int:
+        from fastguard.sample import sample_recipe
+
+        return sample_recipe(self.recipe, self.prompt, self.checkpoint, self.images, self.steps, self.seed, self.out)
+
+
+RECIPE_COMMANDS: dict[str, type[Train] | type[Plan] | type[Doctor] | type[Sample]] = {
+    "train": Train,
+    "plan": Plan,
+    "doctor": Doctor,
+    "sample": Sample,
+}
+
+
+@app.command
+def doctor() -> int:
+    """Check this machine: versions, GPU, kernels."""
+    from fastguard.doctor import examine
+
+    return examine(None)
+
+
+@app.command
+def report(run: tyro.conf.Positional[Path]) -> int:
+    """Write RUN/report.html: metrics, ratio statistics, clip advice, images.
+
+    Args:
+        run: folder of a run (run.dir of its recipe)
+    """
+    from fastguard.run_report import write_run_report
+
+    print(write_run_report(run))
+    return 0
+
+
+@app.command
+def reward_server(
+    use: tyro.conf.Positional[str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    options: dict[str, bool | int | float | str] | None = None,
+) -> int:
+    """Serve a reward over HTTP: a recipe elsewhere names its address in [[rewards]] use.
+
+    Args:
+        use: a built-in's name, or module:function
+        host: address to listen on; 0.0.0.0 for other machines (there is no password: keep it in your network)
+        port: port to listen on
+        options: keyword arguments of the reward, as --options NAME VALUE ...
+    """
+    from fastguard.rewards.server import run_server
+
+    return run_server(RewardConfig(use, options=options or {}), host, port)
 
 
 @app.command
@@ -33,13 +161,28 @@ def demo(
     if find_spec("sklearn") is None:
         print("the demo's data and metrics need scikit-learn: pip install scikit-learn", file=sys.stderr)
         return 1
-    from fastguard.config import DemoConfig, quick_demo
+    from fastguard.demo.config import DemoConfig, quick_demo
     from fastguard.demo.run import run_demo
 
     config = quick_demo() if quick else DemoConfig()
     if seeds is not None:
         config = replace(config, seeds=seeds)
     return run_demo(config, out, workers=1 if quick and workers is None else workers)
+
+
+def parse_recipe_command(args: Sequence[str]) -> Callable[[], int] | None:
+    """`train RECIPE --section.field value ...` as a command; None if it is another command."""
+    if not args or args[0] not in RECIPE_COMMANDS or (args[0] == "doctor" and len(args) == 1):
+        return None
+    name, rest = args[0], list(args[1:])
+    if not rest or rest[0] in ("-h", "--help"):
+        if rest:
+            print(__doc__)
+            raise SystemExit(0)
+        raise ValueError(f"fastguard {name} needs a recipe: a TOML file, or the name of a shipped one")
+    path = find_recipe(rest[0])
+    kind: Any = RECIPE_COMMANDS[name]
+    return tyro.cli(kind, default=kind(load_recipe(path)), args=rest[1:], prog=f"fastguard {name} {rest[0]}")
 
 
 @contextmanager
@@ -58,9 +201,11 @@ def _terminations_as_interrupts() -> Iterator[None]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point of the `fastguard` script; returns the exit code."""
+    args = sys.argv[1:] if args is None else args
     try:
         with _terminations_as_interrupts():
-            return app.cli(prog="fastguard", description=__doc__, args=args)
+            command = parse_recipe_command(args)
+            return command() if command is not None else app.cli(prog="fastguard", description=__doc__, args=args)
     except ValueError as error:  # a setting out of range; the message names it
         print(f"fastguard: {error}", file=sys.stderr)
         return 2

@@ -1,15 +1,32 @@
-"""Settings as frozen dataclasses; under each field: its unit, its scope and its effect.
+"""Settings of a training run as frozen dataclasses; under each field: its unit, its scope and its effect.
 
-Every class checks its own fields when it is built and names the one to change. Objective names and
-reweighting are checked by `guard_loss`, which owns them.
+Every class checks its own fields when it is built, `Recipe` checks them against each other; an error names the field to
+change. Words: an *epoch* is one rollout and its updates; an *image* is one sample of a prompt; a *transition* is one
+denoising step of one image; a *process* is one GPU (or one CPU process).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-Objective = Literal["flow_grpo", "grpo_guard"]
+Objective = Literal["flow_grpo", "grpo_guard", "flow_dppo"]
+FLUX_LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+"""Attention and feed-forward layers of the double blocks, attention of the single blocks (179 M at rank 64)."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -17,26 +34,150 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-@dataclass(frozen=True)
-class SamplerConfig:
-    """How images are sampled, in rollouts and in evaluation."""
+def _at_least(low: float, **values: float) -> None:
+    for name, value in values.items():
+        _require(value >= low, f"{name} must be at least {low:g}, got {value}")
 
-    num_steps: int = 10
-    """denoising steps per image"""
-    shift: float = 3.0
-    """schedule shift (1 = uniform steps); larger values spend more steps near the noise"""
-    noise_level: float = 0.7
-    """eta of the flow_sde step; scales the noise that every stochastic step adds"""
-    sde_steps: int = 9
-    """steps, counted from the noise, that are stochastic and trained; the rest are deterministic (ODE)"""
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how long it takes."""
+
+    dir: Path = Path("runs/train")
+    """folder of the run: checkpoints, metrics, images, report"""
+    seed: int = 0
+    """run seed; prompts, noise and minibatch order derive from it and from nothing else"""
+    epochs: int = 100
+    """epochs (rollouts, each followed by its updates) of the whole run"""
+    save_every: int = 5
+    """epochs between checkpoints; the last epoch is always saved"""
+    keep_last: int = 2
+    """checkpoints kept beside the best one"""
+    images_every: int = 10
+    """epochs between grids of rollout images; 0 writes none"""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """trackers that get the metrics beside metrics.jsonl (accelerate's names; wandb needs `pip install wandb`)"""
 
     def __post_init__(self) -> None:
-        _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
-        _require(self.shift > 0, f"shift must be positive, got {self.shift}")
+        _at_least(0, seed=self.seed, images_every=self.images_every)
+        _at_least(1, epochs=self.epochs, save_every=self.save_every, keep_last=self.keep_last)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is trained."""
+
+    kind: Literal["flux", "digits"] = "flux"
+    """model family: a diffusers FluxPipeline, or the demo's digit model (then only `kind` is read)"""
+    path: str = "black-forest-labs/FLUX.1-dev"
+    """folder of the pipeline in diffusers' layout, or its name on the model hub"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """dtype of the weights that are not trained, of activations and of latents"""
+    height: int = 512
+    """image height in pixels, a multiple of 16 for Flux.1 (8 for the VAE, 2 for the patches)"""
+    width: int = 512
+    """image width in pixels"""
+    guidance: float = 3.5
+    """guidance scale that a guidance-distilled model such as Flux.1-dev takes as an input"""
+    train: Literal["lora", "full"] = "lora"
+    """what is trained: float32 LoRA adapters, or every weight of the transformer in `dtype`"""
+    checkpointing: Literal["off", "on", "auto"] = "auto"
+    """gradient checkpointing of the blocks: a third more compute for far less memory; auto asks the planner"""
+    attention: str = "native"
+    """attention backend, by diffusers' name (native, flash, _flash_3, ...)"""
+
+    def __post_init__(self) -> None:
+        _at_least(1, height=self.height, width=self.width)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA adapters (peft); read with model.train = "lora"."""
+
+    rank: int = 64
+    """rank of the adapters"""
+    alpha: int = 128
+    """scale of the adapters: their output is multiplied by alpha / rank"""
+    targets: tuple[str, ...] = FLUX_LORA_TARGETS
+    """layers that get an adapter, by the end of their names"""
+
+    def __post_init__(self) -> None:
+        _at_least(1, rank=self.rank)
+        _require(len(self.targets) > 0, "lora.targets must name at least one layer")
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """What is drawn."""
+
+    file: Path = Path("prompts.txt")
+    """text file with a prompt per line, or .jsonl with {"prompt": ..., further keys as metadata for the rewards}"""
+    per_epoch: int = 48
+    """prompts per rollout, over all processes; taken in a seeded order, all prompts before any comes again"""
+    max_tokens: int = 128
+    """T5 tokens per prompt (longer prompts are cut)"""
+    cache: Path | None = None
+    """folder of encoded prompts; none means $FASTGUARD_CACHE or ~/.cache/fastguard"""
+
+    def __post_init__(self) -> None:
+        _at_least(1, per_epoch=self.per_epoch, max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How images are sampled."""
+
+    kind: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    """stochastic step: Flow-GRPO's, DanceGRPO's, or Flow-CPS'"""
+    num_steps: int = 10
+    """denoising steps per image"""
+    shift: float | Literal["auto"] = "auto"
+    """schedule shift (1 = uniform steps); larger values spend more steps near the noise; auto asks the model"""
+    noise_level: float = 0.7
+    """eta of the stochastic step; scales the noise that it adds"""
+    sde_steps: int = 9
+    """steps in the window: stochastic and trained; all others are deterministic (ODE) and not trained"""
+    window: Literal["fixed", "random", "sliding"] = "fixed"
+    """the window stays at window_start, is drawn anew each epoch, or moves one step every window_epochs"""
+    window_start: int = 0
+    """first step of the window (0 is the step from pure noise); for random and sliding, its earliest place"""
+    window_epochs: int = 10
+    """epochs before a sliding window moves on; after its last place it begins again"""
+    group_size: int = 24
+    """images per prompt and rollout, over all processes; advantages compare images within it"""
+    batch_size: int = 6
+    """images sampled at once, per process"""
+    decode_batch: int = 4
+    """images that the VAE decodes at once, per process"""
+    store: Literal["device", "cpu"] = "device"
+    """where trained transitions wait for their update: on the GPU, or in pinned host memory"""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            num_steps=self.num_steps,
+            batch_size=self.batch_size,
+            decode_batch=self.decode_batch,
+            window_epochs=self.window_epochs,
+        )
+        _at_least(0, window_start=self.window_start, noise_level=self.noise_level)
+        _require(self.group_size >= 2, f"group_size must be at least 2 to compare images, got {self.group_size}")
+        _require(self.shift == "auto" or self.shift > 0, f"shift must be positive or auto, got {self.shift}")
         _require(
             0 <= self.sde_steps <= self.num_steps,
             f"sde_steps must lie in [0, num_steps = {self.num_steps}], got {self.sde_steps}",
         )
+        _require(
+            self.window_start + self.sde_steps <= self.last_window_end,
+            f"the window of sde_steps = {self.sde_steps} from window_start = {self.window_start} must end by step "
+            f"{self.last_window_end}" + (": the last step of cps has no noise" if self.kind == "cps" else ""),
+        )
+
+    @property
+    def last_window_end(self) -> int:
+        """Steps from here on are never stochastic: moving windows, like public recipes, leave the last one out."""
+        moving = self.window != "fixed" or self.kind == "cps"
+        return self.num_steps - 1 if moving and self.sde_steps else self.num_steps
 
 
 @dataclass(frozen=True)
@@ -44,147 +185,317 @@ class ObjectiveConfig:
     """What `guard_loss` minimizes."""
 
     name: Objective = "grpo_guard"
-    """objective: plain Flow-GRPO, or GRPO-Guard (RatioNorm and gradient reweighting)"""
+    """GRPO-Guard (RatioNorm and gradient reweighting), plain Flow-GRPO, or Flow-DPPO (a mask instead of clipping)"""
     clip_range: float = 2e-6
     """clip range of the ratio around 1; belongs to the objective and to the number of latent elements"""
     adv_clip: float = 5.0
-    """advantages are clipped to +- this many group standard deviations"""
-    reweight: str = "inverse_dt"
-    """factor on each denoising step's loss: "inverse_dt" (GRPO-Guard) or "none" (Flow-GRPO)"""
+    """advantages are clipped to +- this many standard deviations"""
+    reweight: Literal["inverse_dt", "equalized", "none"] = "inverse_dt"
+    """factor on each denoising step's loss: 1 / |dt| (GRPO-Guard), 1 / |velocity_coef|, or none (Flow-GRPO)"""
+    kl_threshold: float = 1e-5
+    """flow_dppo: KL from the rollout policy at which a sample that moves away is dropped"""
+    kl_weight: float = 0.0
+    """weight of the KL to the model before training; 0 computes none"""
+    kl_type: Literal["gaussian", "velocity"] = "gaussian"
+    """KL of the step's Gaussians, or the mean squared velocity difference (about 100 times larger)"""
+
+    def __post_init__(self) -> None:
+        _require(self.clip_range > 0, f"clip_range must be positive, got {self.clip_range}")
+        _require(self.adv_clip > 0, f"adv_clip must be positive, got {self.adv_clip}")
+        _at_least(0, kl_weight=self.kl_weight, kl_threshold=self.kl_threshold)
+
+
+RewardOption = bool | int | float | str
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One reinforcement-learning run."""
+class RewardConfig:
+    """One reward function."""
 
-    seed: int = 0
-    """run seed; rollout noise and minibatch order derive from it and nothing else"""
-    iterations: int = 10
-    """rollouts, each followed by epochs * minibatches updates"""
-    num_prompts: int = 10
-    """prompts per rollout, over all processes; every prompt is used in every rollout"""
-    group_size: int = 12
-    """images per prompt and rollout, over all processes; advantages compare images within it"""
-    epochs: int = 2
+    use: str
+    """a built-in's name, `module:function` (or `module:Class`), or the http(s) address of a reward server"""
+    weight: float = 1.0
+    """factor in the weighted sum of all rewards"""
+    name: str = ""
+    """name in metrics and messages; empty means `use`"""
+    options: dict[str, RewardOption] = field(default_factory=dict)
+    """keyword arguments of the reward (a built-in's docstring lists its own)"""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.use
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """How rewards are computed while the next images are sampled, and become advantages."""
+
+    threads: int = 2
+    """scoring threads per process"""
+    timeout_s: float = 300.0
+    """seconds that one batch may wait for one reward"""
+    on_failure: Literal["stop", "drop_group"] = "stop"
+    """a reward that raises, times out or gives no finite score: save and stop, or train without that prompt's group"""
+    std: Literal["group", "global"] = "group"
+    """rewards are divided by the standard deviation of their group, or of the whole rollout"""
+    normalize_each: bool = False
+    """normalize each reward within its group before the weighted sum, so that weights compare unlike scales"""
+
+    def __post_init__(self) -> None:
+        _at_least(1, threads=self.threads)
+        _require(self.timeout_s > 0, f"timeout_s must be positive, got {self.timeout_s}")
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How the weights change."""
+
+    inner_epochs: int = 1
     """passes over each rollout"""
-    minibatches: int = 4
-    """optimizer updates per epoch; each takes an equal share of the (image, denoising step) pairs"""
+    minibatches: int = 2
+    """optimizer updates per pass; each takes an equal share of every rollout batch's transitions"""
+    micro_batch: int = 0
+    """transitions per forward and backward pass, per process; 0 takes a minibatch's whole share at once"""
+    optimizer: Literal["adamw", "adamw8bit", "adamw_cpu"] = "adamw"
+    """AdamW; with 8-bit state and stochastic rounding (torchao); with float32 weights and state in host memory"""
     learning_rate: float = 3e-4
     """AdamW learning rate"""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.9, 0.999)
     """AdamW moment decay rates"""
-    weight_decay: float = 0.0
+    eps: float = 1e-8
+    """AdamW epsilon"""
+    weight_decay: float = 1e-4
     """AdamW weight decay"""
     max_grad_norm: float = 1.0
     """gradient norm above which the gradient is scaled down"""
-    advantage_std: Literal["group", "global"] = "group"
-    """rewards are divided by the standard deviation of their group, or of the whole rollout"""
+    ema_decay: float = 0.0
+    """decay of the averaged weights that are evaluated and exported; 0 keeps none"""
+    ema_every: int = 8
+    """optimizer updates between steps of the average"""
+    copies: Literal["cpu", "device"] = "device"
+    """where copies of trained weights wait: the average (EMA) and, for a KL of full fine-tuning, the model before it"""
+    parity: float = 0.5
+    """before the first update, rollout steps scored again may differ by this share of the clip range; 0 skips this"""
+    max_bad_updates: int = 3
+    """updates in a row with a loss or gradient that is not finite, each of them skipped, before the run stops"""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            inner_epochs=self.inner_epochs,
+            minibatches=self.minibatches,
+            ema_every=self.ema_every,
+            max_bad_updates=self.max_bad_updates,
+        )
+        _at_least(0, micro_batch=self.micro_batch, parity=self.parity)
+        _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Watches for over-optimization: held-out gold rewards on fixed prompts and seeds."""
+
+    every: int = 0
+    """epochs between evaluations; 0 turns the monitor off"""
+    file: Path | None = None
+    """prompts of the evaluation, as in prompts.file; none takes the first prompts of the training set"""
+    prompts: int = 16
+    """prompts per evaluation, over all processes, taken from the top of the file"""
+    images_per_prompt: int = 4
+    """images per prompt and evaluation"""
+    num_steps: int = 28
+    """denoising steps of the evaluation, all deterministic"""
+    drop: float = 2.0
+    """fall of the gold score below its best that counts, in standard errors of the paired difference over the images"""
+    patience: int = 2
+    """evaluations in a row with the gold score fallen, and the proxy above its value then, before the warning"""
+    on_hacking: Literal["warn", "stop"] = "warn"
+    """what follows when the proxy rises while the gold score falls: a warning, or a warning and the end of the run"""
+    gold: tuple[RewardConfig, ...] = ()
+    """rewards that are measured and never trained on; their weights make the gold score"""
+
+    def __post_init__(self) -> None:
+        _at_least(0, every=self.every, drop=self.drop)
+        _at_least(
+            1,
+            prompts=self.prompts,
+            images_per_prompt=self.images_per_prompt,
+            num_steps=self.num_steps,
+            patience=self.patience,
+        )
+        _require(not self.every or len(self.gold) > 0, "monitor.every needs a reward in [[monitor.gold]]")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What the run is planned for; the launch is checked against it."""
+
+    processes: int = 1
+    """GPUs (processes) that the run is launched on"""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """weights whole on every GPU (DDP), or sharded over the GPUs (FSDP2)"""
+    memory_gb: float = 80.0
+    """memory of one GPU in GB (1e9 bytes), for the planner"""
+
+    def __post_init__(self) -> None:
+        _at_least(1, processes=self.processes)
+        _require(self.memory_gb > 0, f"memory_gb must be positive, got {self.memory_gb}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about one reinforcement-learning run."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by recipe.py: unknown fields are errors
+    run: RunConfig = field(default_factory=RunConfig)
+    """where it lives and how long it takes"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """what is trained"""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """adapters"""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """what is drawn"""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """sampling settings of the rollouts"""
+    """how it is drawn"""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """the objective and its clip range"""
+    """the loss"""
+    rewards: tuple[RewardConfig, ...] = ()
+    """what the policy learns to raise"""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """how rewards become advantages"""
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    """how the weights change"""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """gold rewards that watch for over-optimization"""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    """what it is planned for"""
 
     def __post_init__(self) -> None:
-        _require(self.group_size >= 2, f"group_size must be at least 2 to compare images, got {self.group_size}")
+        _require(len(self.rewards) > 0, "a recipe needs at least one [[rewards]] entry")
+        labels = [reward.label for reward in self.rewards + self.monitor.gold]
+        twice = {label for label in labels if labels.count(label) > 1}
+        _require(not twice, f"two rewards are called {sorted(twice)}; give one of them a `name`")
         _require(self.sampler.sde_steps >= 1, "sampler.sde_steps must be at least 1: only those steps are trained")
-        pairs = self.num_prompts * self.group_size * self.sampler.sde_steps
+        self._check_divisions()
+        self._check_unread()
+        full, sharded = self.model.train == "full", self.hardware.sharding == "fsdp2"
         _require(
-            pairs % self.minibatches == 0,
-            f"num_prompts * group_size * sampler.sde_steps = {pairs} (image, step) pairs do not divide into "
-            f"minibatches = {self.minibatches}",
+            not (full and self.model.dtype == "float16"),
+            'model.dtype = "float16" cannot train all weights; use "bfloat16"',
         )
+        for name, works, value in (
+            ("optimizer", "adamw", self.update.optimizer),
+            ("copies", "device", self.update.copies),
+        ):
+            _require(
+                not sharded or value == works,
+                f'update.{name} = "{value}" works on whole weights; with hardware.sharding = "fsdp2" use "{works}", '
+                "which is sharded too",
+            )
 
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Rectified-flow pretraining of the demo's digit model; its hash names the cached weights."""
-
-    steps: int = 2000
-    """optimizer updates"""
-    batch_size: int = 64
-    """images per update"""
-    learning_rate: float = 3e-3
-    """peak AdamW learning rate, after the warm-up and before the cosine decay"""
-    warmup_steps: int = 50
-    """updates with a linearly growing learning rate"""
-    ema_decay: float = 0.995
-    """decay per update of the averaged weights that are kept"""
-    min_time: float = 0.1
-    """flow time below which the loss weight 1 / t^2 stops growing"""
-    seed: int = 0
-    """seed of the initial weights, the batches and the noise"""
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """The demo's two judges; its hash names their cached weights."""
-
-    proxy_images_per_class: int = 3
-    """training images per digit of the proxy reward; few, so that it can be fooled"""
-    proxy_steps: int = 300
-    """optimizer updates of the proxy"""
-    gold_steps: int = 600
-    """optimizer updates of the gold classifier (batch 64)"""
-    seed: int = 0
-    """seed of the initial weights, the batches and the augmentation"""
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Everything `fastguard demo` compares."""
-
-    seeds: int = 3
-    """runs per objective"""
-    eval_samples: int = 400
-    """images per evaluation (ODE sampling, the same initial noise every time)"""
-    target_proxy: float = 11.0
-    """mean proxy reward (logits) at which a run stops before its last iteration"""
-    clip_flow_grpo: float = 1.6e-3
-    """clip range of Flow-GRPO, on the plain ratio"""
-    clip_grpo_guard: float = 2.6e-4
-    """clip range of GRPO-Guard, on the normalized ratio; not comparable with the other by its value"""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(iterations=14))
-    """settings that both objectives share; its seed and objective are replaced in each run"""
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    """settings of the pretrained model"""
-    classifiers: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """settings of the proxy and gold classifiers"""
-    smoke: bool = False
-    """marks the report as a smoke run whose numbers mean nothing"""
-
-    def __post_init__(self) -> None:
-        _require(self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}")
+    def _check_divisions(self) -> None:
+        """Work divides evenly over processes, batches and minibatches, so that every rank takes the same steps."""
+        sampler, processes = self.sampler, self.hardware.processes
+        together = sampler.batch_size * processes
         _require(
-            self.eval_samples % self.train.num_prompts == 0,
-            f"eval_samples must be a multiple of train.num_prompts = {self.train.num_prompts}, got {self.eval_samples}",
+            self.images_per_epoch % together == 0,
+            f"prompts.per_epoch * sampler.group_size = {self.images_per_epoch} images do not divide into batches of "
+            f"sampler.batch_size = {sampler.batch_size} on hardware.processes = {processes}. "
+            f"Nearest that work: {nearest_divisible(self)}",
+        )
+        pairs = sampler.batch_size * sampler.sde_steps
+        _require(
+            pairs % self.update.minibatches == 0,
+            f"sampler.batch_size * sampler.sde_steps = {pairs} transitions of a rollout batch do not divide into "
+            f"update.minibatches = {self.update.minibatches}",
+        )
+        _require(
+            self.update.micro_batch == 0 or self.transitions_per_update % self.update.micro_batch == 0,
+            f"update.micro_batch = {self.update.micro_batch} does not divide the {self.transitions_per_update} "
+            "transitions that one process contributes to an update",
         )
 
-    def run(self, objective: Objective, seed: int) -> TrainConfig:
-        """The settings of one run: each objective with its own clip range and published reweighting."""
-        if objective == "flow_grpo":
-            chosen = ObjectiveConfig("flow_grpo", clip_range=self.clip_flow_grpo, reweight="none")
-        else:
-            chosen = ObjectiveConfig("grpo_guard", clip_range=self.clip_grpo_guard, reweight="inverse_dt")
-        return replace(self.train, seed=seed, objective=chosen)
+    def _check_unread(self) -> None:
+        """A value that nothing reads is a mistake: it was meant to have an effect."""
+        model, sampler, objective = self.model, self.sampler, self.objective
+        unread: list[tuple[bool, str, str]] = [
+            (model.kind == "digits", "model", 'model.kind = "digits" has its own size, weights and dtype'),
+            (model.kind == "digits", "lora", 'model.kind = "digits" trains every weight'),
+            (model.kind == "digits", "prompts.file", 'model.kind = "digits" draws the ten digits'),
+            (model.kind == "digits", "prompts.max_tokens", 'model.kind = "digits" has no text encoder'),
+            (model.kind == "digits", "prompts.cache", 'model.kind = "digits" has no text encoder'),
+            (model.train == "full", "lora", 'model.train = "full" trains every weight'),
+            (sampler.window != "sliding", "sampler.window_epochs", f"sampler.window = {sampler.window} does not slide"),
+            (objective.name == "flow_dppo", "objective.clip_range", 'objective.name = "flow_dppo" masks by KL'),
+            (objective.name == "flow_dppo", "objective.adv_clip", 'objective.name = "flow_dppo" masks by KL'),
+            (objective.name != "flow_dppo", "objective.kl_threshold", f'objective.name = "{objective.name}" clips'),
+            (objective.kl_weight == 0, "objective.kl_type", "objective.kl_weight = 0 computes no KL"),
+            (
+                self.update.ema_decay == 0 and (objective.kl_weight == 0 or model.train == "lora"),
+                "update.copies",
+                "there is no average (update.ema_decay) and no model before full fine-tuning (objective.kl_weight)",
+            ),
+            (self.update.ema_decay == 0, "update.ema_every", "update.ema_decay = 0 keeps no average"),
+            *((self.monitor.every == 0, f"monitor.{f.name}", "monitor.every = 0 turns it off")
+              for f in fields(MonitorConfig) if f.name != "every"),
+        ]  # fmt: skip
+        for never, path, reason in unread:
+            if never and (changed := _changed(self, path)):
+                raise ValueError(
+                    f"{', '.join(changed)}: set, but not read: {reason}. Remove it, or change what it depends on"
+                )
 
-    def probe(self, objective: Objective, seed: int) -> TrainConfig:
-        """One rollout and its updates with uniform steps and (in effect) no clipping, where the ratio moves freely."""
-        run = self.run(objective, seed)
-        return replace(
-            run,
-            iterations=1,
-            sampler=replace(run.sampler, shift=1.0),
-            objective=replace(run.objective, clip_range=1e3),
-        )
+    @property
+    def images_per_epoch(self) -> int:
+        """Images per rollout, over all processes."""
+        return self.prompts.per_epoch * self.sampler.group_size
+
+    @property
+    def images_per_process(self) -> int:
+        """Images per rollout and process."""
+        return self.images_per_epoch // self.hardware.processes
+
+    @property
+    def transitions_per_update(self) -> int:
+        """Transitions that one process contributes to an optimizer update."""
+        return self.images_per_process * self.sampler.sde_steps // self.update.minibatches
+
+    @property
+    def micro_batch(self) -> int:
+        """Transitions per forward and backward pass, per process."""
+        return self.update.micro_batch or self.transitions_per_update
 
 
-def quick_demo() -> DemoConfig:
-    """A smoke setting: every stage runs, in seconds, and the numbers mean nothing."""
-    return DemoConfig(
-        smoke=True,
-        seeds=1,
-        eval_samples=60,
-        train=TrainConfig(iterations=2, group_size=4, epochs=1, minibatches=4),
-        pretrain=PretrainConfig(steps=150, warmup_steps=10, ema_decay=0.95),
-        classifiers=ClassifierConfig(gold_steps=120, proxy_steps=100),
-    )
+def _changed(recipe: Recipe, path: str) -> list[str]:
+    """Fields at `section` or `section.field` whose value is not the default."""
+    section, _, name = path.partition(".")
+    value: Any = getattr(recipe, section)
+    default = type(value)()
+    names = [name] if name else [f.name for f in fields(value) if (section, f.name) != ("model", "kind")]
+    return [f"{section}.{n} = {getattr(value, n)}" for n in names if getattr(value, n) != getattr(default, n)]
+
+
+def nearest_divisible(recipe: Recipe) -> str:
+    """Settings next to the recipe's that divide its images over processes and batches, in words."""
+    images, sampler, processes = recipe.images_per_epoch, recipe.sampler, recipe.hardware.processes
+    found = []
+    for name, value, works in (
+        ("sampler.batch_size", sampler.batch_size, lambda v: images % (v * processes) == 0),
+        (
+            "sampler.group_size",
+            sampler.group_size,
+            lambda v: v >= 2 and recipe.prompts.per_epoch * v % (sampler.batch_size * processes) == 0,
+        ),
+        (
+            "prompts.per_epoch",
+            recipe.prompts.per_epoch,
+            lambda v: v * sampler.group_size % (sampler.batch_size * processes) == 0,
+        ),
+    ):
+        candidates = [v for v in range(1, 4 * value + processes * sampler.batch_size + 1) if works(v)]
+        if candidates:
+            found.append(f"{name} = {min(candidates, key=lambda v: abs(v - value))}")
+    fewer = [p for p in range(1, processes) if images % (p * sampler.batch_size) == 0]
+    if fewer:
+        found.append(f"hardware.processes = {max(fewer)}")
+    return " or ".join(found)

@@ -18,10 +18,15 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from torch import Tensor
 
 NAMES = {"flow_grpo": "Flow-GRPO", "grpo_guard": "GRPO-Guard"}
 COLORS = {"flow_grpo": "#D55E00", "grpo_guard": "#0072B2"}
 """Vermillion and blue of the Okabe-Ito palette."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""That palette, for curves that are no objective."""
+MOST_MARKERS = 60
+"""Curves of more points are drawn without a marker for each."""
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -57,6 +62,8 @@ class Line:
     x: list[float]
     y: list[float]
     dashed: bool = False
+    band: list[float] | None = None
+    """half the height of a shaded band around the curve, at each point"""
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,13 @@ def plot_lines(
                 color=line.color,
                 linestyle=(0, (4, 2)) if line.dashed else "-",
                 alpha=0.85,
-                marker="o",
+                marker="o" if len(line.x) <= MOST_MARKERS else None,
                 markersize=2.6,
                 label=None if line.label in labelled else line.label,
             )
+            if line.band is not None:
+                y, half = np.array(line.y, float), np.array(line.band, float)
+                axes.fill_between(line.x, y - half, y + half, color=line.color, alpha=0.15, linewidth=0)
             labelled.add(line.label)
         if yscale == "symlog":
             axes.set_yscale("symlog", linthresh=linthresh)
@@ -152,12 +162,23 @@ def plot_lines(
 
 
 def save_grid(path: Path, tiles: np.ndarray, gap: int = 6) -> Path:
-    """Write grey-level images, uint8 (rows, columns, H, W), to one PNG with white gaps of `gap` pixels."""
-    padded = np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=255)
-    rows, columns, height, width = padded.shape
-    grid = padded.transpose(0, 2, 1, 3).reshape(rows * height, columns * width)[:-gap, :-gap]
-    matplotlib.image.imsave(path, grid, cmap="gray", vmin=0, vmax=255)
+    """Write images, uint8 (rows, columns, H, W) grey or (rows, columns, H, W, 3), to one PNG with white gaps."""
+    colour = tiles if tiles.ndim == 5 else np.repeat(tiles[..., None], 3, axis=-1)
+    padded = np.pad(colour, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    rows, columns, height, width, _ = padded.shape
+    grid = padded.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)[:-gap, :-gap]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    matplotlib.image.imsave(path, np.ascontiguousarray(grid))
     return path
+
+
+def save_images(path: Path, images: Tensor, columns: int = 4) -> Path:
+    """Write images, uint8 (B, 1 or 3, H, W), to one PNG, `columns` to a row; the last row is filled with white."""
+    tiles = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    columns = min(columns, len(tiles))
+    missing = -len(tiles) % columns
+    filled = np.concatenate([tiles, np.full((missing, *tiles.shape[1:]), 255, np.uint8)])
+    return save_grid(path, filled.reshape(-1, columns, *tiles.shape[1:]))
 
 
 def write_page(path: Path, title: str, lead: str, sections: list[Section], notice: str = "") -> Path:
@@ -240,6 +261,7 @@ h2 { font-size: 1.25rem; letter-spacing: -0.01em; margin: 3.2rem 0 0.7rem; }
 p { max-width: 44rem; margin: 0 0 0.9rem; }
 ul { max-width: 44rem; margin: 0 0 0.9rem; padding-left: 1.15rem; }
 li { margin: 0.3rem 0; }
+p, li, figcaption, .prose th, .prose td { overflow-wrap: anywhere; }
 .lead { font-size: 1.15rem; line-height: 1.55; color: #4a515a; }
 .notice {
   max-width: none; padding: 0.7rem 1rem; font-size: 0.95rem;
@@ -250,12 +272,12 @@ li { margin: 0.3rem 0; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.42rem 1.4rem 0.42rem 0; text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; font-weight: 500; }
-thead th { font-weight: 600; border-bottom: 1.5px solid #22262b; }
+thead th, thead th:first-child { font-weight: 600; border-bottom: 1.5px solid #22262b; }
 .prose th, .prose td { text-align: left; white-space: normal; vertical-align: top; }
 tbody tr { border-bottom: 1px solid #e7e7e4; }
 .pictures {
   display: grid; gap: 1.6rem; margin-top: 1.4rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr));
 }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: 0.88rem; font-weight: 600; color: #3a4047; margin-bottom: 0.35rem; }

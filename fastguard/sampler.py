@@ -7,17 +7,16 @@ update re-scores with it, so that the first ratio after a rollout is 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastguard.config import SamplerConfig
-from fastguard.sde import Transition, flow_sde, ode
+from fastguard.sde import Transition, cps, dance_sde, flow_sde, ode
 from fastguard.step import sde_step
 
 
@@ -29,7 +28,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Transitions:
-    """N transitions exactly as the rollout used them; `step` stays on the host, the rest on the device."""
+    """N transitions exactly as the rollout used them; `step` stays on the host, the rest on one device."""
 
     latents: Tensor
     """(N, S, C): the latents before the step"""
@@ -42,45 +41,135 @@ class Transitions:
     prompt_indices: Tensor
     """(N,) int64"""
     sample: Tensor
-    """(N,) int64: position of the image in its rollout"""
+    """(N,) int64: position of the image in its process's rollout"""
     denoising_step: Tensor
     """(N,) int64: 0 is the step that starts from pure noise"""
     step: Transition
     """coefficients of the steps, (N,) each"""
+    ref_velocity: Tensor | None = None
+    """(N, S, C): velocity of the model before training, where a KL is asked for"""
 
     def __len__(self) -> int:
         return len(self.sigma)
 
+    def _map(self, fn: Callable[[Tensor], Tensor], step: Transition) -> Transitions:
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
+        mapped: dict[str, Any] = {name: None if x is None else fn(x) for name, x in tensors.items()}
+        return Transitions(**mapped, step=step)
+
     def __getitem__(self, index: Tensor) -> Transitions:
         """Select transitions by a 1-d int64 host tensor."""
         on_device = index.to(self.sigma.device)
-        tensors = {f.name: getattr(self, f.name)[on_device] for f in fields(self) if f.name != "step"}
-        return Transitions(**tensors, step=self.step[index])
+        return self._map(lambda x: x[on_device], self.step[index])
+
+    def to(self, device: torch.device | str) -> Transitions:
+        """The same transitions on another device; the host's memory is pinned where there is a GPU to copy from."""
+        if torch.device(device).type != "cpu":
+            return self._map(lambda x: x.to(device, non_blocking=True), self.step)
+        pin = self.sigma.is_cuda
+        return self._map(lambda x: torch.empty_like(x, device="cpu", pin_memory=pin).copy_(x), self.step)
 
     @staticmethod
     def cat(parts: Sequence[Transitions]) -> Transitions:
         """Join several into one, in order."""
         names = [f.name for f in fields(Transitions) if f.name != "step"]
-        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        columns = {name: [getattr(part, name) for part in parts] for name in names}
+        tensors: dict[str, Any] = {n: None if column[0] is None else torch.cat(column) for n, column in columns.items()}
         return Transitions(**tensors, step=Transition.cat([part.step for part in parts]))
+
+    @staticmethod
+    def select(parts: Sequence[Transitions], index: Tensor) -> Transitions:
+        """Those at `index` (1-d int64, host) of the parts laid end to end, grouped by part; no part is copied whole."""
+        picked, start = [], 0
+        for part in parts:
+            inside = index[(index >= start) & (index < start + len(part))]
+            if len(inside):
+                picked.append(part[inside - start])
+            start += len(part)
+        return Transitions.cat(picked)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The flow times of a rollout and its stochastic steps."""
+
+    sigmas: tuple[float, ...]
+    """(steps + 1,) from 1 (noise) to 0"""
+    window: range
+    """stochastic, trained steps; all others are deterministic"""
+    kind: str = "flow_sde"
+    noise_level: float = 0.0
+
+    def step(self, i: int) -> Transition:
+        """The coefficients of step i, of length 1 on the host."""
+        sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
+        if i not in self.window:
+            return ode(sigma, sigma_next)
+        if self.kind == "flow_sde":
+            return flow_sde(sigma, sigma_next, self.noise_level, sigma_max=self.sigmas[1])
+        return {"dance_sde": dance_sde, "cps": cps}[self.kind](sigma, sigma_next, self.noise_level)
+
+    def __len__(self) -> int:
+        return len(self.sigmas) - 1
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """The images of one rollout and their trained transitions."""
+    """The images of one rollout batch and their trained transitions."""
 
     latents: Tensor
     """(B, S, C): the final latents"""
-    prompt_indices: Tensor
-    """(B,) int64"""
     transitions: tuple[Transitions, ...]
     """one entry of B transitions per stochastic step, first step first"""
 
 
-def shifted_sigmas(num_steps: int, shift: float) -> list[float]:
+def shifted_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:
     """`num_steps + 1` flow times from 1 (noise) to 0, shifted as in SD3 and Flux: s t / (1 + (s - 1) t)."""
     uniform = [1 - i / num_steps for i in range(num_steps + 1)]
-    return [shift * t / (1 + (shift - 1) * t) for t in uniform]
+    return tuple(shift * t / (1 + (shift - 1) * t) for t in uniform)
+
+
+def training_schedule(config: SamplerConfig, model_shift: float, seed: int, epoch: int) -> Schedule:
+    """The schedule of one epoch, with its window of stochastic steps (the same on every process)."""
+    last_start = config.last_window_end - config.sde_steps
+    places = last_start - config.window_start + 1
+    if config.window == "fixed":
+        start = config.window_start
+    elif config.window == "random":
+        start = config.window_start + int(np.random.default_rng([seed, epoch]).integers(places))
+    else:
+        start = config.window_start + epoch // config.window_epochs % places
+    shift = model_shift if config.shift == "auto" else config.shift
+    window = range(start, start + config.sde_steps)
+    return Schedule(shifted_sigmas(config.num_steps, shift), window, config.kind, config.noise_level)
+
+
+def ode_schedule(num_steps: int, shift: float) -> Schedule:
+    """Deterministic sampling, for evaluation."""
+    return Schedule(shifted_sigmas(num_steps, shift), range(0))
+
+
+def epoch_prompts(num_prompts: int, per_epoch: int, seed: int, epoch: int) -> list[int]:
+    """The prompts of an epoch, sorted: seeded permutations of all prompts, one after the other, cut into epochs.
+
+    No prompt comes twice in an epoch: where an epoch takes the rest of one permutation and the beginning of the next,
+    the next one starts with prompts that the rest does not hold.
+    """
+    first, last = epoch * per_epoch, (epoch + 1) * per_epoch
+    order: list[int] = []
+    start = cycle = 0  # `order` holds permutation `cycle`, which begins at position `start` of the sequence
+    chosen: list[int] = []
+    while start < last:
+        rest = set(order[len(order) - start % per_epoch :]) if start % per_epoch else set()
+        shuffled = np.random.default_rng([seed, cycle]).permutation(num_prompts).tolist()
+        order = [p for p in shuffled if p not in rest] + [p for p in shuffled if p in rest]
+        chosen += order[max(first - start, 0) : max(last - start, 0)]
+        start, cycle = start + num_prompts, cycle + 1
+    return sorted(chosen)
+
+
+EVALUATION_EPOCH = 1_000_000
+"""Seeds of an evaluation's noise; no training run counts this far."""
 
 
 def sample_seeds(run_seed: int, epoch: int, prompt_indices: Tensor, members: Tensor, num_steps: int) -> Tensor:
@@ -97,10 +186,12 @@ def sample_seeds(run_seed: int, epoch: int, prompt_indices: Tensor, members: Ten
     return torch.from_numpy((np.stack(words) >> np.uint64(1)).astype(np.int64))
 
 
-def initial_latents(seeds: Tensor, latent_shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal latents (B, *latent_shape) float32, drawn on the host from one seed (B,) per image."""
+def initial_latents(
+    seeds: Tensor, latent_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normal latents (B, *latent_shape), drawn in float32 on the host from one seed (B,) per image."""
     draws = [torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
-    return torch.stack(draws).to(device)
+    return torch.stack(draws).to(device, dtype)
 
 
 def predict_velocity(policy: Policy, latents: Tensor, sigma: float | Tensor, prompt_indices: Tensor) -> Tensor:
@@ -121,30 +212,30 @@ def rollout(
     prompt_indices: Tensor,
     seeds: Tensor,
     latent_shape: tuple[int, ...],
-    config: SamplerConfig,
+    schedule: Schedule,
+    dtype: torch.dtype = torch.float32,
 ) -> Rollout:
     """Sample one image per prompt index.
 
     Args:
         prompt_indices: (B,) int64 on the device to sample on; one prompt may appear many times.
-        seeds: (B, config.num_steps + 1) int64 on the host, from `sample_seeds`.
+        seeds: (B, steps + 1) int64 on the host, from `sample_seeds`.
         latent_shape: shape (S, C) of one image's latents.
-        config: schedule and noise; `sde_steps=0` gives plain ODE sampling without transitions.
+        dtype: of the latents and the noise; the policy's own, so that what is stored is what was used.
     """
-    if seeds.shape != (len(prompt_indices), config.num_steps + 1):
-        expected = (len(prompt_indices), config.num_steps + 1)
+    if seeds.shape != (len(prompt_indices), len(schedule) + 1):
+        expected = (len(prompt_indices), len(schedule) + 1)
         raise ValueError(f"seeds must have the shape {expected}, one per image and draw, got {tuple(seeds.shape)}")
     device = prompt_indices.device
     sample = torch.arange(len(prompt_indices), device=device)
-    sigmas = shifted_sigmas(config.num_steps, config.shift)
-    latents = initial_latents(seeds[:, 0], latent_shape, device)
+    latents = initial_latents(seeds[:, 0], latent_shape, device, dtype)
     transitions = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+    for i in range(len(schedule)):
+        sigma, step = schedule.sigmas[i], schedule.step(i)
         velocity = predict_velocity(policy, latents, sigma, prompt_indices)
-        if i >= config.sde_steps:
-            latents = sde_step(latents, velocity, ode(sigma, sigma_next).to(device)).latents
+        if i not in schedule.window:
+            latents = sde_step(latents, velocity, step.to(device)).latents
             continue
-        step = flow_sde(sigma, sigma_next, noise_level=config.noise_level, sigma_max=sigmas[1])
         out = sde_step(latents, velocity, step.to(device), seeds=seeds[:, i + 1].to(device))
         assert out.noise is not None  # a stochastic step always returns it
         transitions.append(
@@ -160,4 +251,11 @@ def rollout(
             )
         )
         latents = out.latents
-    return Rollout(latents, prompt_indices, tuple(transitions))
+    return Rollout(latents, tuple(transitions))
+
+
+def evaluation_images(prompts: int, per_prompt: int, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Prompt indices (B,) and seeds (B, num_steps + 1) of an evaluation: always the same, and used by no training."""
+    prompt_indices = torch.arange(prompts).repeat_interleave(per_prompt)
+    members = torch.arange(per_prompt).repeat(prompts)
+    return prompt_indices, sample_seeds(0, EVALUATION_EPOCH, prompt_indices, members, num_steps)

@@ -21,13 +21,14 @@ import pytest
 import torch
 
 from fastguard import cli
-from fastguard.config import ClassifierConfig, DemoConfig, PretrainConfig, quick_demo
-from fastguard.demo import cache, data, experiment, run, text, workers
+from fastguard.demo import backbone, cache, data, experiment, run, text, workers
 from fastguard.demo.analysis import at_crossing, common_proxy, compare, crossing, spread
-from fastguard.demo.experiment import Evaluation, Models, Reference, Results, Run
+from fastguard.demo.backbone import Models
+from fastguard.demo.config import ClassifierConfig, DemoConfig, PretrainConfig, quick_demo
+from fastguard.demo.experiment import Evaluation, Reference, Results, Run
 from fastguard.demo.model import GRID, PATCH, DigitPolicy, patchify, unpatchify
 from fastguard.demo.page import write_demo_page
-from fastguard.trainer import IterationLog
+from fastguard.metrics import EpochLog, RatioLog
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(quick: Path) -> Models:
-    return experiment.prepare(quick_demo(), CPU)
+    return backbone.prepare(quick_demo(), CPU)
 
 
 def test_quick_demo_writes_a_self_contained_report(quick: Path) -> None:
@@ -73,13 +74,13 @@ def test_quick_demo_writes_every_number(quick: Path) -> None:
     numbers = json.loads((quick / "results.json").read_text())
     assert [(r["objective"], r["seed"]) for r in numbers["runs"]] == [("flow_grpo", 0), ("grpo_guard", 0)]
     for entry in numbers["runs"]:
-        assert len(entry["iterations"]) == 2
+        assert len(entry["epochs"]) == 2
         assert len(entry["metrics"]) == 3
         assert entry["metrics"][0] == numbers["before"]
         assert entry["metrics"][1] != numbers["before"]
-        assert len(entry["probe"]["ratio_std"]) == 9
-        assert min(entry["probe"]["ratio_std"]) > 0
-    flow, guard = (entry["iterations"][0]["reward_mean"] for entry in numbers["runs"])
+        assert len(entry["probe"]["per_step"]) == 9
+        assert min(step["std"] for step in entry["probe"]["per_step"]) > 0
+    flow, guard = (entry["epochs"][0]["reward_mean"] for entry in numbers["runs"])
     assert flow == guard  # the first rollout precedes every update: same weights, same noise
     assert numbers["reference"]["gold_accuracy"] > 0.8
 
@@ -89,11 +90,11 @@ def test_weights_are_cached(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise AssertionError("trained again")
 
     for name in ("fit_gold", "fit_proxy", "pretrain"):
-        monkeypatch.setattr(experiment, name, never)
-    again = experiment.prepare(quick_demo(), CPU)
+        monkeypatch.setattr(backbone, name, never)
+    again = backbone.prepare(quick_demo(), CPU)
     assert again.pretraining_cached
     with pytest.raises(AssertionError, match="trained again"):
-        experiment.prepare(replace(quick_demo(), pretrain=PretrainConfig(steps=2)), CPU)
+        backbone.prepare(replace(quick_demo(), pretrain=PretrainConfig(steps=2)), CPU)
 
 
 def test_pretraining_learns(models: Models) -> None:
@@ -120,7 +121,7 @@ def test_worker_processes_give_the_same_runs(models: Models) -> None:
 
 
 def test_a_failing_worker_is_reported(models: Models) -> None:
-    with pytest.raises(RuntimeError, match=r"a worker process failed(.|\n)*expected non-negative"):
+    with pytest.raises(RuntimeError, match=r"a worker process failed(.|\n)*seed must be at least 0"):
         list(workers.run_in_workers(quick_demo(), [("flow_grpo", -1)], 1, lambda task, proxy: None))
 
 
@@ -317,7 +318,24 @@ def fake_run(
     clip: tuple[float, float] = (0.1, 0.1),
 ) -> Run:
     """A finished run with the given course."""
-    log = IterationLog(0, 0.0, 0, 1.0, clip[0], clip[1], bias, (1e-4, 4e-4))
+    log = EpochLog(
+        epoch=0,
+        reward_mean=0.0,
+        reward_std=1.0,
+        rewards={},
+        zero_spread_share=0.0,
+        dropped_groups=0,
+        updates=(),
+        steps=(0, 1),
+        per_step=tuple(RatioLog(b, std, *clip, None) for b, std in zip(bias, (1e-4, 4e-4), strict=True)),
+        clip_fraction_positive=clip[0],
+        clip_fraction_negative=clip[1],
+        clip_range_for_30_percent=None,
+        clip_range_for_10_percent=None,
+        seconds={},
+        images_per_s=1.0,
+        peak_memory_gib=None,
+    )
     tiles = np.zeros((4, 10, 64, 64), np.uint8)
     frechets = frechets or [5.0] * len(proxies)
     looks = [Evaluation(metrics(p, f), tiles) for p, f in zip(proxies, frechets, strict=True)]

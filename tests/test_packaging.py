@@ -100,9 +100,12 @@ LAYERS = [
     {"ops"},
     {"checks"},
     {"loss", "step"},
-    {"config", "advantages", "sampler"},
-    {"trainer", "report"},
-    {"demo"},
+    {"config", "advantages", "prompts", "weights", "report"},
+    {"sampler", "recipe", "optim", "rewards", "backbones"},
+    {"metrics", "monitor"},
+    {"trainer", "checkpoint"},
+    {"run", "demo", "memory"},
+    {"launch", "run_report", "sample", "doctor"},
     {"cli"},
 ]
 

@@ -2,114 +2,119 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from toys import RECIPE, MemoryRun, ToyBackbone, ToyPolicy, pool, towards
 
-from fastguard.config import ObjectiveConfig, SamplerConfig, TrainConfig
-from fastguard.demo.model import LATENT_SHAPE, DigitPolicy
-from fastguard.sampler import Transitions, rollout, sample_seeds
-from fastguard.trainer import (
-    Update,
-    clip_fractions,
-    global_advantages,
-    images_to_sample,
-    minibatches,
-    policy_loss,
-    summarize,
-    train,
-)
-
-SHAPE = (2, 8)
-CONFIG = TrainConfig(
-    iterations=15,
-    num_prompts=2,
-    group_size=16,
-    minibatches=4,
-    learning_rate=1e-2,
-    sampler=SamplerConfig(num_steps=5, sde_steps=4),
-    objective=ObjectiveConfig("grpo_guard", clip_range=1e-2),
-)
+from fastguard.advantages import advantages_without_failures, combine_rewards
+from fastguard.config import MonitorConfig, ObjectiveConfig, Recipe, RewardConfig
+from fastguard.demo.backbone import DigitBackbone
+from fastguard.demo.model import DigitPolicy
+from fastguard.metrics import Update, clip_fractions, clip_range_for, ratio_log
+from fastguard.monitor import Monitor
+from fastguard.rewards import RewardError
+from fastguard.sampler import Transitions, rollout, training_schedule
+from fastguard.trainer import TrainState, build_state, images_to_sample, minibatches, policy_loss, train
+from fastguard.weights import Shadow
 
 
-class Policy(nn.Module):
-    """Denoises towards one learned image per prompt, and keeps a share of the noise so that images differ."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image = nn.Parameter(torch.zeros(2, *SHAPE))
-
-    def forward(self, latents: Tensor, sigma: Tensor, prompt_indices: Tensor) -> Tensor:
-        return (0.7 * latents - self.image[prompt_indices]) / sigma[:, None, None]
-
-
-def identity(latents: Tensor) -> Tensor:
-    return latents
-
-
-def reward(images: Tensor, prompt_indices: Tensor) -> Tensor:
-    """Prompt 0 wants 1, prompt 1 wants -1."""
-    wanted = 1.0 - 2.0 * prompt_indices
-    return -(images - wanted[:, None, None]).square().mean((1, 2))
+def with_(recipe: Recipe = RECIPE, **sections: dict[str, Any]) -> Recipe:
+    """The recipe with some fields changed: with_(sampler={"group_size": 2})."""
+    changed = {name: replace(getattr(recipe, name), **fields) for name, fields in sections.items()}
+    return replace(recipe, **changed)
 
 
 def cpu() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def transitions_of(policy: nn.Module, config: TrainConfig, shape: tuple[int, ...]) -> list[Transitions]:
-    prompts, seeds = images_to_sample(config, 0, cpu())
-    return list(rollout(policy, prompts, seeds, shape, config.sampler).transitions)
+def run(recipe: Recipe, backbone: Any = None, reward: Any = towards, stop: int | None = None) -> Any:
+    """Train; returns (logs, backbone, run)."""
+    backbone, where = backbone or ToyBackbone(), MemoryRun(stop)
+    with pool(recipe, backbone, reward) as rewards:
+        logs = train(backbone, recipe, rewards, where, cpu())
+    return logs, backbone, where
+
+
+def state_of(backbone: Any, recipe: Recipe) -> TrainState:
+    return build_state(backbone, recipe, cpu(), None)
+
+
+def transitions_of(backbone: Any, recipe: Recipe) -> list[Transitions]:
+    prompts, seeds = images_to_sample(state_of(backbone, recipe))
+    schedule = training_schedule(recipe.sampler, backbone.shift, 0, 0)
+    return list(rollout(backbone.policy, prompts, seeds, backbone.latent_shape, schedule).transitions)
 
 
 @pytest.mark.parametrize(
     "objective",
-    [ObjectiveConfig("grpo_guard", clip_range=1e-2), ObjectiveConfig("flow_grpo", clip_range=5e-2, reweight="none")],
+    [
+        ObjectiveConfig("grpo_guard", clip_range=1e-2),
+        ObjectiveConfig("flow_grpo", clip_range=5e-2, reweight="none"),
+        ObjectiveConfig("flow_dppo", kl_threshold=1e-2, reweight="none"),
+    ],
     ids=lambda o: o.name,
 )
 def test_training_raises_the_reward(objective: ObjectiveConfig) -> None:
-    policy = Policy()
-    logs = train(policy, identity, reward, SHAPE, replace(CONFIG, objective=objective), accelerator=cpu())
-    assert len(logs) == CONFIG.iterations
+    logs, backbone, _ = run(replace(RECIPE, objective=objective))
+    assert len(logs) == RECIPE.run.epochs
     assert logs[-1].reward_mean > logs[0].reward_mean + 0.3
-    assert policy.image[0].mean() > 0.2
-    assert policy.image[1].mean() < -0.2
+    assert backbone.policy.image[0].mean() > 0.2
+    assert backbone.policy.image[1].mean() < -0.2
+
+
+@pytest.mark.parametrize("kind", ["dance_sde", "cps"])
+@pytest.mark.parametrize("window", ["random", "sliding"])
+def test_every_sampler_and_window_learns(kind: str, window: str) -> None:
+    sampler = {"kind": kind, "window": window, "sde_steps": 2} | ({"window_epochs": 2} if window == "sliding" else {})
+    logs, _, _ = run(with_(sampler=sampler, objective={"clip_range": 5e-2}))
+    assert logs[-1].reward_mean > logs[0].reward_mean + 0.1
+    assert len({log.steps for log in logs}) == 3  # windows of 2 among the first 4 of 5 steps
+    assert all(len(log.per_step) == 2 for log in logs)
 
 
 def test_runs_repeat_bitwise_and_seeds_matter() -> None:
     def result(seed: int) -> Tensor:
-        policy = Policy()
-        train(policy, identity, reward, SHAPE, replace(CONFIG, iterations=2, seed=seed), accelerator=cpu())
-        return policy.image.detach()
+        return run(with_(run={"epochs": 2, "seed": seed}))[1].policy.image.detach()
 
     assert torch.equal(result(0), result(0))
     assert not torch.equal(result(0), result(1))
 
 
+def test_micro_batches_and_host_storage_change_nothing_but_rounding() -> None:
+    whole = run(with_(run={"epochs": 1}))[1].policy.image.detach()
+    parts = run(with_(run={"epochs": 1}, update={"micro_batch": 8}, sampler={"store": "cpu"}))[1].policy.image.detach()
+    assert torch.allclose(whole, parts, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["grpo_guard", "flow_grpo"])
 def test_on_policy_log_ratio_is_bitwise_zero(name: Any) -> None:
     """The update re-scores with the rollout's own step function; at the same batch nothing may differ."""
-    policy = DigitPolicy(seed=0)
-    config = replace(CONFIG, num_prompts=3, group_size=2, minibatches=1, objective=ObjectiveConfig(name))
-    for batch in transitions_of(policy, config, LATENT_SHAPE):
-        result = policy_loss(policy, batch, torch.ones(len(batch)), config.objective)
+    backbone = DigitBackbone(DigitPolicy(seed=0))
+    recipe = with_(
+        prompts={"per_epoch": 3},
+        sampler={"group_size": 2, "batch_size": 6},
+        update={"minibatches": 1},
+        objective={"name": name},
+    )
+    for batch in transitions_of(backbone, recipe):
+        result = policy_loss(backbone.policy, batch, torch.ones(len(batch)), recipe.objective)
         assert (result.log_ratio == 0).all()
         assert (result.drift == 0).all()
     with torch.no_grad():
-        policy.flux.proj_out.bias += 1e-4
-    assert (policy_loss(policy, batch, torch.ones(len(batch)), config.objective).log_ratio != 0).all()
+        backbone.policy.flux.proj_out.bias += 1e-4
+    assert (policy_loss(backbone.policy, batch, torch.ones(len(batch)), recipe.objective).log_ratio != 0).all()
 
 
 def test_gradient_is_the_textbook_policy_gradient() -> None:
     """On-policy and unclipped: -mean(A grad log p), with log p from torch.distributions."""
-    policy = Policy()
-    batch = Transitions.cat(transitions_of(policy, CONFIG, SHAPE))
+    policy = ToyPolicy()
+    batch = Transitions.cat(transitions_of(ToyBackbone(policy), RECIPE))
     advantages = torch.randn(len(batch), generator=torch.Generator().manual_seed(0))
     objective = ObjectiveConfig("flow_grpo", clip_range=0.5, reweight="none")
     (gradient,) = torch.autograd.grad(policy_loss(policy, batch, advantages, objective).loss, [policy.image])
@@ -123,22 +128,51 @@ def test_gradient_is_the_textbook_policy_gradient() -> None:
     assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
 
 
+def test_kl_holds_the_policy_back_and_is_logged() -> None:
+    free, _, _ = run(with_(run={"epochs": 8}))
+    held, backbone, _ = run(with_(run={"epochs": 8}, objective={"kl_weight": 100.0}))
+    assert free[0].per_step[0].kl is None
+    kl = [log.per_step[0].kl for log in held]
+    assert all(value is not None and value >= 0 for value in kl)
+    assert kl[-1] > 0
+    assert held[-1].reward_mean < free[-1].reward_mean
+    assert backbone.policy.image.abs().max() < 0.3
+
+
+def test_the_average_follows_the_weights() -> None:
+    recipe = with_(run={"epochs": 2}, update={"ema_decay": 0.5, "ema_every": 4})
+    _, backbone, where = run(recipe)
+    shadow = where.state.average.tensors["image"]
+    assert (shadow != 0).any()
+    assert not torch.equal(shadow, backbone.policy.image)
+    with where.state.average.in_place():
+        assert torch.equal(backbone.policy.image, shadow)
+    assert not torch.equal(backbone.policy.image, shadow)
+
+
+def test_a_shadow_gives_the_weights_back_to_the_bit() -> None:
+    policy = nn.Linear(5, 1, bias=False).bfloat16()
+    before = policy.weight.detach().clone()
+    shadow = Shadow(policy, "cpu", torch.float32)
+    with torch.no_grad():
+        policy.weight.add_(1.0)
+    moved = policy.weight.detach().clone()
+    with shadow.in_place():
+        assert torch.equal(policy.weight, before)
+    assert torch.equal(policy.weight, moved)
+    shadow.move_towards(0.75)
+    assert torch.allclose(shadow.tensors["weight"], 0.75 * before.float() + 0.25 * moved.float())
+
+
 def test_no_gradient_outlives_its_update() -> None:
-    policy = Policy()
-    train(policy, identity, reward, SHAPE, replace(CONFIG, iterations=1), accelerator=cpu())
-    assert policy.image.grad is None
+    assert run(with_(run={"epochs": 1}))[1].policy.image.grad is None
 
 
-def test_callback_stops_training_and_sees_the_policy() -> None:
-    policy, seen = Policy(), []
-
-    def stop_at_second(log: Any, current: nn.Module) -> bool:
-        seen.append((log.iteration, current is policy))
-        return log.iteration == 1
-
-    logs = train(policy, identity, reward, SHAPE, CONFIG, stop_at_second, cpu())
-    assert seen == [(0, True), (1, True)]
-    assert [log.iteration for log in logs] == [0, 1]
+def test_a_run_can_stop_the_training_and_the_end_is_saved() -> None:
+    logs, _, where = run(RECIPE, stop=2)
+    assert [log.epoch for log in logs] == [0, 1]
+    assert where.saved == [2, 2]  # at the stop and at the end; a run folder writes it once
+    assert run(with_(run={"epochs": 5, "save_every": 2}))[2].saved == [2, 4, 5]
 
 
 class InfiniteGradient(torch.autograd.Function):
@@ -154,16 +188,19 @@ class InfiniteGradient(torch.autograd.Function):
         return torch.where(ctx.saved_tensors[0], torch.inf, gradient), None
 
 
-class PoisonedUpdate(Policy):
-    """Healthy in rollouts; in updates, prompt 1 below sigma 0.5 gives NaN, or only its gradient does."""
+class PoisonedUpdate(ToyPolicy):
+    """Healthy in rollouts; in updates, prompt 1 below sigma 0.6 gives NaN, or only its gradient does."""
 
-    def __init__(self, forward: bool) -> None:
+    def __init__(self, forward: bool, heals_after: int | None = None) -> None:
         super().__init__()
-        self.in_forward = forward
+        self.in_forward, self.heals_after, self.calls = forward, heals_after, 0
 
     def forward(self, latents: Tensor, sigma: Tensor, prompt_indices: Tensor) -> Tensor:
         velocity = super().forward(latents, sigma, prompt_indices)
         if not torch.is_grad_enabled():
+            return velocity
+        self.calls += 1
+        if self.heals_after is not None and self.calls > self.heals_after:
             return velocity
         bad = ((prompt_indices == 1) & (sigma < 0.6))[:, None, None]
         if self.in_forward:
@@ -171,33 +208,83 @@ class PoisonedUpdate(Policy):
         return InfiniteGradient.apply(velocity, bad)
 
 
+# Uniform flow times 1, 0.75, 0.5: only step 2 is poisoned; prompt 1 has the samples 2 and 3.
+SMALL = with_(
+    sampler={"num_steps": 4, "shift": 1.0, "sde_steps": 3, "group_size": 2, "batch_size": 4},
+    update={"minibatches": 1, "inner_epochs": 1, "parity": 0.0, "max_bad_updates": 2},
+)
+
+
 @pytest.mark.parametrize("forward", [True, False], ids=["loss", "gradient only"])
-def test_non_finite_updates_stop_and_name_step_and_sample(forward: bool) -> None:
-    policy = PoisonedUpdate(forward)
-    # Uniform flow times 1, 0.75, 0.5: only step 2 is poisoned; prompt 1 has the samples 2 and 3.
-    sampler = SamplerConfig(num_steps=4, shift=1.0, sde_steps=3)
-    config = replace(CONFIG, group_size=2, minibatches=1, epochs=1, sampler=sampler)
-    with pytest.raises(FloatingPointError) as caught:
-        train(policy, identity, reward, SHAPE, config, accelerator=cpu())
+def test_non_finite_updates_are_skipped_named_and_stop_the_run(forward: bool) -> None:
+    backbone = ToyBackbone(PoisonedUpdate(forward))
+    with pytest.raises(FloatingPointError, match="2 updates in a row") as caught:
+        run(SMALL, backbone)
     for sample in (2, 3):
-        assert f"denoising step 2 of sample {sample} (prompt 1)" in str(caught.value)
+        assert f"denoising step 2 of sample {sample} on process 0 (prompt 1: 'dark')" in str(caught.value)
     assert str(caught.value).count("denoising step") == 2
-    assert (policy.image == 0).all()
+    assert (backbone.policy.image == 0).all()
+    assert backbone.policy.image.grad is None
 
 
-def test_bad_rewards_stop_training() -> None:
-    def nan_for_image_3(images: Tensor, prompt_indices: Tensor) -> Tensor:
-        return torch.where(torch.arange(len(images)) == 3, torch.nan, images.mean((1, 2)))
+def test_one_bad_update_is_skipped_counted_and_survived() -> None:
+    # The first update's own pass, then one pass for each of its 12 transitions to find the guilty ones.
+    logs, backbone, where = run(with_(SMALL, run={"epochs": 3}), ToyBackbone(PoisonedUpdate(True, heals_after=13)))
+    assert [[u.skipped for u in log.updates] for log in logs] == [[True], [False], [False]]
+    assert len(where.messages) == 1
+    assert "denoising step 2 of sample 2" in where.messages[0]
+    assert where.state.updates == 2
+    assert (backbone.policy.image != 0).any()
 
-    with pytest.raises(ValueError, match=r"images \[3\]"):
-        train(Policy(), identity, nan_for_image_3, SHAPE, CONFIG, accelerator=cpu())
-    with pytest.raises(ValueError, match=r"one score per image, \(32,\), got \(32, 2\)"):
-        train(Policy(), identity, lambda images, prompts: images.mean(2), SHAPE, CONFIG, accelerator=cpu())
+
+class DropoutPolicy(ToyPolicy):
+    """Acts differently when a gradient is wanted, as a model with active dropout does."""
+
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_indices: Tensor) -> Tensor:
+        velocity = super().forward(latents, sigma, prompt_indices)
+        return velocity * 1.1 if torch.is_grad_enabled() else velocity
 
 
-def test_minibatches_cover_every_transition_once_per_epoch() -> None:
-    def order(iteration: int, config: TrainConfig = CONFIG) -> list[Tensor]:
-        return list(minibatches(128, iteration, config, cpu()))
+def test_parity_preflight_stops_before_the_first_update() -> None:
+    backbone = ToyBackbone(DropoutPolicy())
+    with pytest.raises(ValueError, match=r"parity preflight.*update\.parity.*batch_size.*dtype.*attention.*dropout"):
+        run(RECIPE, backbone)
+    assert (backbone.policy.image == 0).all()
+    run(with_(run={"epochs": 1}, update={"parity": 0.0}), backbone)  # and can be skipped
+    assert (backbone.policy.image != 0).any()
+
+
+def nan_for_the_last(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    scores = towards(images, prompts, metadata)
+    scores[-1] = torch.nan
+    return scores
+
+
+def test_a_failing_reward_saves_and_stops_or_drops_its_group() -> None:
+    backbone, where = ToyBackbone(), MemoryRun()
+    with pool(RECIPE, backbone, nan_for_the_last) as rewards, pytest.raises(RewardError, match="towards.*dark"):
+        train(backbone, RECIPE, rewards, where, cpu())
+    assert where.saved == [0]
+    dropping = with_(run={"epochs": 3}, scoring={"on_failure": "drop_group"})
+    logs, backbone, _ = run(dropping, reward=nan_for_the_last)
+    assert [log.dropped_groups for log in logs] == [1, 1, 1]
+    assert (backbone.policy.image[0] != 0).any()
+    assert (backbone.policy.image[1] == 0).all()  # the dark prompt's group was never trained on
+
+
+def test_a_rollout_without_any_score_stops() -> None:
+    def broken(*_: Any) -> Tensor:
+        raise OSError("no network")
+
+    with pytest.raises(RewardError, match="no group"):
+        run(with_(scoring={"on_failure": "drop_group"}), reward=broken)
+
+
+def test_minibatches_cover_every_transition_once_per_pass() -> None:
+    def order(epoch: int, recipe: Recipe = RECIPE) -> list[Tensor]:
+        state = state_of(ToyBackbone(), recipe)
+        state.epoch = epoch
+        return list(minibatches(state))
 
     batches = order(0)
     assert [len(b) for b in batches] == [32] * 8
@@ -206,78 +293,122 @@ def test_minibatches_cover_every_transition_once_per_epoch() -> None:
     assert not torch.equal(batches[0], batches[4])
     assert torch.equal(torch.cat(batches), torch.cat(order(0)))
     assert not torch.equal(torch.cat(batches), torch.cat(order(1)))
-    assert not torch.equal(torch.cat(batches), torch.cat(order(0, replace(CONFIG, seed=1))))
+    assert not torch.equal(torch.cat(batches), torch.cat(order(0, with_(run={"seed": 1}))))
 
 
-def other_process(index: int, count: int, **gathers: Any) -> Any:
-    return SimpleNamespace(num_processes=count, process_index=index, device=torch.device("cpu"), **gathers)
+def test_rewards_combine_by_weight_and_on_one_scale_if_asked() -> None:
+    prompts = torch.tensor([0, 0, 1, 1])
+    scores = torch.tensor([[1.0, 3.0, 5.0, 9.0], [0.0, 200.0, 100.0, 0.0]])
+    assert combine_rewards(scores, [1.0, 0.5], prompts).tolist() == [1.0, 103.0, 55.0, 9.0]
+    even = combine_rewards(scores, [1.0, 1.0], prompts, normalize_each=True)
+    assert even.tolist() == pytest.approx([-2.0, 2.0, 0.0, 0.0], abs=1e-3)
 
 
-def test_processes_share_the_same_images() -> None:
-    alone = images_to_sample(CONFIG, 3, other_process(0, 1))
-    shares = [images_to_sample(CONFIG, 3, other_process(i, 4)) for i in range(4)]
-    for whole, parts in zip(alone, zip(*shares, strict=True), strict=True):
-        assert torch.equal(whole, torch.cat(parts))
-    assert torch.equal(
-        alone[1], sample_seeds(0, 3, torch.arange(32) // 16, torch.arange(32) % 16, CONFIG.sampler.num_steps)
-    )
-    with pytest.raises(ValueError, match="32 images do not divide among 3 processes"):
-        images_to_sample(CONFIG, 0, other_process(0, 3))
-
-
-def test_group_statistics_span_processes() -> None:
-    rewards, prompts = torch.tensor([0.0, 2.0, 4.0, 10.0]), torch.zeros(4, dtype=torch.long)
-
-    def gather(share: Tensor) -> Tensor:
-        return rewards if share.is_floating_point() else prompts
-
-    whole = global_advantages(rewards, prompts, CONFIG, other_process(0, 1, gather=gather))
-    second = global_advantages(rewards[2:], prompts[2:], CONFIG, other_process(1, 2, gather=gather))
-    assert torch.equal(second.values, whole.values[2:])
-    assert whole.values[0] < 0 < whole.values[3]
+def test_a_failed_group_gets_no_advantage() -> None:
+    rewards, prompts = torch.tensor([1.0, 3.0, torch.nan, 5.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    advantages, counted = advantages_without_failures(rewards, prompts, "group")
+    assert advantages.values.tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-3)
+    assert counted.tolist() == [True, True, False, False]
 
 
 def update(steps: list[int], log_ratio: list[float], clipped: list[bool], advantages: list[float]) -> Update:
     return Update(
-        torch.tensor(advantages), torch.tensor(steps), torch.tensor(log_ratio), torch.tensor(clipped), torch.tensor(2.0)
-    )
+        torch.tensor(advantages), torch.tensor(steps), torch.tensor(log_ratio), torch.tensor(clipped), None,
+        torch.tensor(2.0),
+    )  # fmt: skip
 
 
-def test_log_reduces_updates() -> None:
-    config = replace(CONFIG, epochs=2, minibatches=1, sampler=SamplerConfig(num_steps=3, sde_steps=2))
+def test_ratios_are_reduced_by_denoising_step() -> None:
     first = update([0, 0, 1, 1], [9.0] * 4, [True, True, False, False], [1.0, -1.0, 1.0, 0.0])
     last = update([0, 1, 0, 1], [1e-8, -2e-3, 3e-8, -4e-3], [False] * 4, [1.0, -1.0, -1.0, 0.0])
-    rewards = torch.tensor([1.0, 2.0])
-    log = summarize(5, rewards, SimpleNamespace(zero_spread_groups=torch.tensor(1)), [first, last], config)  # type: ignore[arg-type]
-    assert (log.iteration, log.reward_mean, log.zero_spread_groups, log.grad_norm) == (5, 1.5, 1, 2.0)
+    overall = ratio_log([first, last])
     # Positive advantages: 1 of 3 clipped; negative: 1 of 3; the clipped flag of a zero advantage counts nowhere.
-    assert (log.clip_fraction_positive, log.clip_fraction_negative) == pytest.approx((1 / 3, 1 / 3))
-    # The last epoch only, and 1e-8 survives although float32 has no number between 1 and 1 + 1.2e-7.
-    assert log.ratio_bias == pytest.approx((2e-8, -2.993e-3), rel=1e-3)
-    assert log.ratio_std == pytest.approx((1e-8, 0.997e-3), rel=1e-3)
+    assert (overall.clip_fraction_positive, overall.clip_fraction_negative) == pytest.approx((1 / 3, 1 / 3))
+    # 1e-8 survives although float32 has no number between 1 and 1 + 1.2e-7.
+    steps = [ratio_log([last], step) for step in (0, 1)]
+    assert [s.bias for s in steps] == pytest.approx([2e-8, -2.993e-3], rel=1e-3)
+    assert [s.std for s in steps] == pytest.approx([1e-8, 0.997e-3], rel=1e-3)
+
+
+def test_clip_advice_would_clip_the_share_it_names() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_ratio = 1e-3 * torch.randn(10_000, generator=generator)
+    advantages = torch.randn(10_000, generator=generator)
+    one = Update(advantages, torch.zeros(10_000), log_ratio, torch.zeros(10_000), None, torch.tensor(1.0))
+    for share in (0.1, 0.3):
+        clip = clip_range_for(share, [one])
+        assert clip is not None
+        ratio = log_ratio.double().exp()
+        clipped = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
+        assert clipped.float().mean().item() == pytest.approx(share, abs=1e-3)
+    still = Update(advantages, torch.zeros(10_000), 0 * log_ratio, torch.zeros(10_000), None, torch.tensor(1.0))
+    assert clip_range_for(0.1, [still]) is None
 
 
 def test_clip_fractions_tell_the_signs_apart() -> None:
-    only_negative = update([0] * 4, [0.0] * 4, [False, False, True, True], [1.0, 2.0, -1.0, -2.0])
-    assert clip_fractions([only_negative]) == (0.0, 1.0)
-    assert clip_fractions([update([0], [0.0], [True], [1.0])]) == (1.0, 0.0)
+    clipped, advantages = torch.tensor([False, False, True, True]), torch.tensor([1.0, 2.0, -1.0, -2.0])
+    assert clip_fractions(clipped, advantages) == (0.0, 1.0)
+    assert clip_fractions(torch.tensor([True]), torch.tensor([1.0])) == (1.0, 0.0)
 
 
-def test_train_leaves_the_pretrained_copy_alone() -> None:
-    """Objectives must start from the same weights: training one deep copy must not touch another."""
-    base = Policy()
-    train(copy.deepcopy(base), identity, reward, SHAPE, replace(CONFIG, iterations=1), accelerator=cpu())
-    assert (base.image == 0).all()
+# --- the monitor
 
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"group_size": 1}, "group_size"),
-        ({"minibatches": 5}, "128 .* minibatches = 5"),
-        ({"sampler": SamplerConfig(sde_steps=0)}, "sde_steps"),
-    ],
+WATCHED = replace(
+    with_(run={"epochs": 8}),
+    monitor=MonitorConfig(
+        every=1, prompts=2, images_per_prompt=4, num_steps=4, gold=(RewardConfig("gold", name="gold"),)
+    ),
 )
-def test_config_errors_name_the_field(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(CONFIG, **change)
+
+
+def watch(gold: Any, **fields: Any) -> tuple[list[Any], MemoryRun]:
+    recipe = replace(WATCHED, monitor=replace(WATCHED.monitor, **fields))
+    backbone, where = ToyBackbone(), MemoryRun()
+    with pool(recipe, backbone) as rewards, pool(recipe, backbone, gold=[gold]) as judges:
+        logs = train(backbone, recipe, rewards, where, cpu(), Monitor(recipe, judges, 0))
+    return logs, where
+
+
+def test_the_monitor_keeps_the_best_and_stays_silent_while_gold_rises() -> None:
+    logs, where = watch(towards)
+    assert len(logs) == 8
+    assert [v.log.epoch for v in where.verdicts] == list(range(9))
+    assert not any(v.log.warning for v in where.verdicts)
+    best = max(range(9), key=lambda i: where.verdicts[i].log.gold)
+    assert where.state.monitor is not None
+    assert where.state.monitor.best is not None
+    assert where.state.monitor.best.epoch == best
+    assert best in where.saved
+
+
+def away(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    """A gold reward that falls as the proxy rises: what over-optimization looks like."""
+    return -towards(images, prompts, metadata)
+
+
+def test_the_monitor_warns_and_stops_if_asked() -> None:
+    logs, where = watch(away)
+    assert len(logs) == 8
+    warnings = [v.log.warning for v in where.verdicts if v.log.warning]
+    assert "the reward is being hacked: since epoch 0 the proxy rose from" in warnings[0]
+    assert where.state.monitor is not None
+    assert where.state.monitor.best is not None
+    assert where.state.monitor.best.epoch == 0
+    stopped, _ = watch(away, on_hacking="stop", patience=2)
+    assert len(stopped) < 8
+
+
+def test_a_fall_within_the_noise_is_no_alarm() -> None:
+    """The same mean fall, once equal over all images, once lost in their spread."""
+    judge = Monitor(WATCHED, None, 0)  # type: ignore[arg-type]
+    images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+    proxy = torch.arange(8.0)
+    spread = torch.tensor([3.0, -3.0] * 4)
+    judge.judge(torch.stack([proxy, torch.zeros(8)]), 0, images)
+    noisy = judge.judge(torch.stack([proxy + 1, spread - 0.1]), 1, images)
+    assert -1 < noisy.log.gold_change_in_errors < 0
+    clear = judge.judge(torch.stack([proxy + 1, 0.01 * spread - 0.1]), 2, images)
+    assert clear.log.gold_change_in_errors < -2
+    assert not clear.log.warning
+    assert judge.judge(torch.stack([proxy + 1, 0.01 * spread - 0.1]), 3, images).log.warning
+    assert not judge.judge(torch.stack([proxy - 1, 0.01 * spread - 0.2]), 4, images).log.warning  # proxy falls too

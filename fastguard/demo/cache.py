@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastguard.prompts import cache_folder
+
 RECIPE = 1
 """Raise it when the code that trains cached weights changes what they become."""
-
-
-def cache_dir() -> Path:
-    """`$FASTGUARD_CACHE`, or `~/.cache/fastguard`."""
-    return Path(os.environ.get("FASTGUARD_CACHE") or Path.home() / ".cache" / "fastguard")
 
 
 def cache_path(name: str, settings: Any) -> Path:
     """The file for `name` trained with the dataclass `settings`; any changed field gives another file."""
     content = json.dumps([RECIPE, dataclasses.asdict(settings)], sort_keys=True)
-    return cache_dir() / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+    return cache_folder() / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
 
 
 def load_or_train(module: nn.Module, name: str, settings: Any, fit: Callable[[], None]) -> bool:

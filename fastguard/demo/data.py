@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastguard.config import ClassifierConfig
+from fastguard.demo.config import ClassifierConfig
 
 IMAGE_SIZE = 64
 NUM_CLASSES = 10

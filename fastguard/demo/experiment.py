@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,41 +16,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fastguard.config import DemoConfig, Objective, TrainConfig
-from fastguard.demo.cache import load_or_train
+from fastguard.config import MonitorConfig, Objective, Recipe
+from fastguard.demo.backbone import DigitBackbone, Judge, Models
+from fastguard.demo.config import DemoConfig
 from fastguard.demo.data import (
     NUM_CLASSES,
-    Digits,
-    GoldClassifier,
     Metrics,
-    ProxyClassifier,
     class_diversity,
     evaluate,
-    fit_gold,
-    fit_proxy,
     frechet_distance,
-    load_images,
 )
-from fastguard.demo.model import LATENT_SHAPE, DigitPolicy, pretrain, unpatchify
-from fastguard.sampler import Policy, rollout, sample_seeds
-from fastguard.trainer import IterationLog, OnIteration, train
+from fastguard.demo.model import LATENT_SHAPE, unpatchify
+from fastguard.metrics import EpochLog
+from fastguard.monitor import Verdict
+from fastguard.rewards import RewardPool
+from fastguard.sampler import Policy, evaluation_images, ode_schedule, rollout
+from fastguard.trainer import TrainState, train
 
 OBJECTIVES: tuple[Objective, ...] = ("flow_grpo", "grpo_guard")
-EVALUATION_EPOCH = 1_000_000
-"""Seeds of the evaluation's noise; no training run counts this far."""
 GRID_ROWS = 4
-
-
-@dataclass(frozen=True)
-class Models:
-    """What every run starts from."""
-
-    digits: Digits
-    policy: DigitPolicy
-    proxy: ProxyClassifier
-    gold: GoldClassifier
-    real_features: Tensor
-    pretraining_cached: bool
 
 
 @dataclass(frozen=True)
@@ -67,10 +52,10 @@ class Run:
 
     objective: Objective
     seed: int
-    logs: list[IterationLog]
+    logs: list[EpochLog]
     evaluations: list[Evaluation]
     """entry i is after i iterations; entry 0 is the pretrained model"""
-    probe: IterationLog
+    probe: EpochLog
     """ratio statistics of one separate rollout's updates with uniform steps and without clipping"""
 
 
@@ -102,21 +87,6 @@ class Results:
     """wall time by stage"""
 
 
-def prepare(config: DemoConfig, device: torch.device) -> Models:
-    """Load the data and the three networks, from the cache or by training them."""
-    digits = load_images(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.classifiers.seed)
-        proxy, gold = ProxyClassifier().to(device), GoldClassifier().to(device)
-    policy = DigitPolicy(config.pretrain.seed).to(device)
-    load_or_train(proxy, "proxy", config.classifiers, lambda: fit_proxy(proxy, digits, config.classifiers))
-    load_or_train(gold, "gold", config.classifiers, lambda: fit_gold(gold, digits, config.classifiers))
-    cached = load_or_train(policy, "policy", config.pretrain, lambda: pretrain(policy, digits, config.pretrain))
-    with torch.no_grad():
-        real_features = gold.features(digits.images)
-    return Models(digits, policy, proxy, gold, real_features, cached)
-
-
 def measure_reference(models: Models) -> Reference:
     """Judge the real images as the samples are judged."""
     images, labels = models.digits.images, models.digits.labels
@@ -134,13 +104,12 @@ def measure_reference(models: Models) -> Reference:
 
 def look(policy: Policy, models: Models, config: DemoConfig) -> Evaluation:
     """Sample and judge: the same classes and initial noise whenever it is called."""
-    per_class = config.eval_samples // NUM_CLASSES
-    classes = torch.arange(NUM_CLASSES).repeat_interleave(per_class)
-    members = torch.arange(per_class).repeat(NUM_CLASSES)
-    sampler = dataclasses.replace(config.train.sampler, sde_steps=0)
-    seeds = sample_seeds(0, EVALUATION_EPOCH, classes, members, sampler.num_steps)
+    per_class, sampler = config.eval_samples // NUM_CLASSES, config.train.sampler
+    classes, seeds = evaluation_images(NUM_CLASSES, per_class, sampler.num_steps)
     classes = classes.to(models.digits.images.device)
-    images = unpatchify(rollout(policy, classes, seeds, LATENT_SHAPE, sampler).latents)
+    assert sampler.shift != "auto"  # recipes/digits.toml sets it
+    schedule = ode_schedule(sampler.num_steps, sampler.shift)
+    images = unpatchify(rollout(policy, classes, seeds, LATENT_SHAPE, schedule).latents)
     metrics = evaluate(images, classes, models.proxy, models.gold, models.real_features)
     return Evaluation(metrics, ink_tiles(images.unflatten(0, (NUM_CLASSES, per_class))))
 
@@ -151,21 +120,49 @@ def ink_tiles(images: Tensor) -> np.ndarray:
     return (255 * (1 - ink)).round().byte().cpu().numpy()
 
 
+class Watch:
+    """A `trainer.Run` that keeps nothing on the disk: it looks at the policy after every epoch."""
+
+    def __init__(self, after_epoch: Callable[[nn.Module], bool]) -> None:
+        self._after_epoch = after_epoch
+
+    def restore(self, state: TrainState) -> None:
+        """Every run starts from the pretrained model."""
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def skipped(self, message: str) -> None:
+        warnings.warn(message, stacklevel=2)
+
+    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:
+        return self._after_epoch(state.policy)
+
+    def evaluated(self, verdict: Verdict) -> None:
+        """The demo has no monitor: it looks for itself."""
+
+    def save(self, state: TrainState) -> None:
+        """A run takes seconds."""
+
+
 def run_one(config: DemoConfig, models: Models, objective: Objective, seed: int, tick: Callable[[float], None]) -> Run:
     """One probe of the ratio and one training run, both from the pretrained weights; `tick` gets the proxy reward."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     evaluations = [look(models.policy, models, config)]
 
-    def on_iteration(log: IterationLog, policy: nn.Module) -> bool:
+    def after_epoch(policy: nn.Module) -> bool:
         evaluations.append(look(policy, models, config))
         proxy = evaluations[-1].metrics.proxy
         tick(proxy)
         return proxy >= config.target_proxy
 
-    def start(settings: TrainConfig, callback: OnIteration) -> list[IterationLog]:
-        policy = copy.deepcopy(models.policy)
-        return train(policy, unpatchify, models.proxy.score, LATENT_SHAPE, settings, callback, accelerator)
+    def start(recipe: Recipe, watch: Watch) -> list[EpochLog]:
+        recipe = dataclasses.replace(recipe, monitor=MonitorConfig())
+        backbone = DigitBackbone(copy.deepcopy(models.policy))
+        rewards = [(recipe.rewards[0], Judge("proxy", models))]
+        with RewardPool(rewards, recipe.scoring, backbone.prompts) as pool:
+            return train(backbone, recipe, pool, watch, accelerator)
 
-    probe = start(config.probe(objective, seed), lambda log, policy: False)
-    logs = start(config.run(objective, seed), on_iteration)
+    probe = start(config.probe(objective, seed), Watch(lambda policy: False))
+    logs = start(config.run(objective, seed), Watch(after_epoch))
     return Run(objective, seed, logs, evaluations, probe[0])

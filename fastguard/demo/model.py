@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastguard.config import PretrainConfig
+from fastguard.demo.config import PretrainConfig
 from fastguard.demo.data import IMAGE_SIZE, NUM_CLASSES, Digits
 
 PATCH = 16

@@ -131,7 +131,7 @@ def _clipping(runs: list[Run], out: Path) -> list[Picture]:
     for name in NAMES:
         lines = []
         for run in (run for run in runs if run.objective == name):
-            xs = [float(log.iteration + 1) for log in run.logs]
+            xs = [float(log.epoch + 1) for log in run.logs]
             positive = [100 * log.clip_fraction_positive for log in run.logs]
             negative = [100 * log.clip_fraction_negative for log in run.logs]
             lines.append(Line("positive advantages", COLORS[name], xs, positive))
@@ -183,21 +183,22 @@ def _samples(results: Results, out: Path) -> list[Picture]:
 
 
 def _updates(results: Results) -> int:
-    return results.config.train.epochs * results.config.train.minibatches
+    update = results.config.train.update
+    return update.inner_epochs * update.minibatches
 
 
 def _settings(results: Results) -> Table:
     config, train, reference = results.config, results.config.train, results.reference
-    sampler = train.sampler
+    sampler, update = train.sampler, train.update
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results.seconds.items())
     rows = [
         ["Policy", "FluxTransformer2DModel, 1 double and 2 single blocks, width 64; 16 tokens × 256 channels"],
         ["Pretraining", f"rectified flow, {config.pretrain.steps:,} steps, batch {config.pretrain.batch_size}"],
-        ["Rollout", f"{train.num_prompts} prompts × {train.group_size} images, {sampler.num_steps} steps, "
-                    f"shift {sampler.shift:g}, noise level {sampler.noise_level:g}, first {sampler.sde_steps} trained"],
-        ["Updates", f"{train.epochs} epochs × {train.minibatches} minibatches per rollout, AdamW "
-                    f"{train.learning_rate:g}, gradient norm {train.max_grad_norm:g}"],
-        ["Stop", f"proxy {config.target_proxy:g} or {train.iterations} iterations"],
+        ["Rollout", f"{train.prompts.per_epoch} prompts × {sampler.group_size} images, {sampler.num_steps} steps, "
+                    f"shift {sampler.shift}, noise level {sampler.noise_level:g}, first {sampler.sde_steps} trained"],
+        ["Updates", f"{update.inner_epochs} passes × {update.minibatches} minibatches per rollout, AdamW "
+                    f"{update.learning_rate:g}, gradient norm {update.max_grad_norm:g}"],
+        ["Stop", f"proxy {config.target_proxy:g} or {train.run.epochs} iterations"],
         ["Proxy", f"perceptron trained on {config.classifiers.proxy_images_per_class} images per class; recognizes "
                   f"{reference.proxy_accuracy:.1%} of real images"],
         ["Gold", f"convolutional network trained on 797 other images; recognizes {reference.gold_accuracy:.1%} of "

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastguard.config import DemoConfig
 from fastguard.demo import text
-from fastguard.demo.experiment import OBJECTIVES, Models, Results, look, measure_reference, prepare
+from fastguard.demo.backbone import Models, prepare
+from fastguard.demo.config import DemoConfig
+from fastguard.demo.experiment import OBJECTIVES, Results, look, measure_reference
 from fastguard.demo.page import PICTURE_KINDS, write_demo_page
 from fastguard.demo.workers import Task, run_here, run_in_workers
 from fastguard.report import write_page
@@ -72,7 +73,7 @@ def train_all(results: Results, models: Models, workers: int) -> None:
     config = results.config
     tasks: list[Task] = [(objective, seed) for seed in range(config.seeds) for objective in OBJECTIVES]
     start = time.perf_counter()
-    with tqdm(total=len(tasks) * config.train.iterations, desc="training runs", unit="it") as bar:
+    with tqdm(total=len(tasks) * config.train.run.epochs, desc="training runs", unit="it") as bar:
         tick = _tick(bar)
         if workers == 1:
             runs = run_here(config, models, tasks, tick)
@@ -81,7 +82,7 @@ def train_all(results: Results, models: Models, workers: int) -> None:
         with closing(runs):
             for run in runs:
                 results.runs.append(run)
-                bar.update(config.train.iterations - len(run.logs))  # what it saved by reaching its target early
+                bar.update(config.train.run.epochs - len(run.logs))  # what it saved by reaching its target early
     results.runs.sort(key=lambda run: (run.objective, run.seed))
     results.seconds["training runs"] = time.perf_counter() - start
 
@@ -118,14 +119,14 @@ def write_numbers(results: Results, out: Path) -> None:
             "objective": run.objective,
             "seed": run.seed,
             "metrics": [dataclasses.asdict(evaluation.metrics) for evaluation in run.evaluations],
-            "iterations": [dataclasses.asdict(log) for log in run.logs],
+            "epochs": [dataclasses.asdict(log) for log in run.logs],
             "probe": dataclasses.asdict(run.probe),
         }
         for run in results.runs
     ]
     reference = {k: v for k, v in vars(results.reference).items() if k != "tiles"}
     content = {
-        "config": dataclasses.asdict(results.config),
+        "config": json.loads(json.dumps(dataclasses.asdict(results.config), default=str)),
         "torch": torch.__version__,
         "reference": reference,
         "before": dataclasses.asdict(results.before.metrics),

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
-from fastguard.config import DemoConfig, Objective
-from fastguard.demo.experiment import Models, Run, prepare, run_one
+from fastguard.config import Objective
+from fastguard.demo.backbone import Models, prepare
+from fastguard.demo.config import DemoConfig
+from fastguard.demo.experiment import Run, run_one
 
 Task = tuple[Objective, int]
 Tick = Callable[[Task, float], None]

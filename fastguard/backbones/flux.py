@@ -1,0 +1,234 @@
+"""Flux.1 as a policy: diffusers' transformer with its LoRA adapters, its VAE, and its schedule.
+
+Axes: B image, S image token, T text token, C channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastguard.config import LoraConfig, ModelConfig, Recipe
+from fastguard.prompts import EncodedPrompts, Prompt
+
+ADAPTER = "default"
+
+
+class FluxPolicy(nn.Module):
+    """velocity = policy(latents (B, S, C), sigma (B,), prompt_indices (B,)).
+
+    Prompt embeddings are plain attributes, not buffers: DDP would send buffers from rank 0 to all at every forward.
+    """
+
+    def __init__(self, transformer: Any, rows: int, columns: int, guidance: float) -> None:
+        super().__init__()
+        self.transformer: Any = transformer  # diffusers' mixins hide from mypy that it is a Module
+        self.guidance = guidance
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        self.image_ids = torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float()
+        self.row_of = self.embeds = self.pooled = torch.empty(0)
+
+    def hold(self, indices: Sequence[int], embeds: Tensor, pooled: Tensor) -> None:
+        """Keep the embeddings of these prompts: embeds (P, T, C) and pooled (P, C), on the policy's device."""
+        row_of = torch.zeros(max(indices) + 1, dtype=torch.int64)
+        row_of[torch.tensor(indices)] = torch.arange(len(indices))
+        # A table on the device: looking prompts up on the host would wait for the GPU at every step.
+        self.row_of, self.embeds, self.pooled = row_of.to(embeds.device), embeds, pooled
+
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_indices: Tensor) -> Tensor:
+        device = latents.device
+        row = self.row_of[prompt_indices]
+        embeds = self.embeds[row]
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = torch.full((len(latents),), self.guidance, dtype=torch.float32, device=device)
+        return self.transformer(
+            hidden_states=latents,
+            encoder_hidden_states=embeds,
+            pooled_projections=self.pooled[row],
+            timestep=sigma,
+            guidance=guidance,
+            img_ids=self.image_ids.to(device, latents.dtype),
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=latents.dtype),
+            return_dict=False,
+        )[0]
+
+
+class LowPrecisionLinear(nn.Linear):
+    """A float32 linear layer that computes in its input's dtype.
+
+    peft would cast the input to the adapter's float32 instead: a copy of every activation, and slow matmuls.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def add_lora(transformer: Any, config: LoraConfig) -> None:
+    """Freeze the transformer and add adapters in float32 that compute in the activations' dtype.
+
+    Raises ValueError for a target that names no linear layer.
+    """
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    missing = [t for t in config.targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if missing:
+        raise ValueError(f"lora.targets: no linear layer of the transformer is called {missing}")
+    transformer.requires_grad_(False)
+    adapters = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(config.targets),
+    )
+    transformer.add_adapter(adapters, adapter_name=ADAPTER)
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for part in (layer.lora_A, layer.lora_B):
+                linear = part[ADAPTER]
+                assert isinstance(linear, nn.Linear)
+                part[ADAPTER] = _low_precision(linear)
+
+
+def _low_precision(linear: nn.Linear) -> LowPrecisionLinear:
+    replacement = LowPrecisionLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+    replacement.weight = nn.Parameter(linear.weight.detach().float())
+    return replacement
+
+
+def prepare_transformer(transformer: Any, model: ModelConfig, lora: LoraConfig, checkpointing: bool) -> None:
+    """Choose what is trained and how, in place: adapters or all weights, checkpointing, attention backend."""
+    if model.train == "lora":
+        add_lora(transformer, lora)
+    else:
+        transformer.requires_grad_(True)
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if model.attention != "native":
+        transformer.set_attention_backend(model.attention)
+
+
+def latent_grid(vae_config: Any, model: ModelConfig) -> tuple[int, int]:
+    """(rows, columns) of image tokens: the VAE's factor, then patches of 2 x 2.
+
+    Raises ValueError if the image does not divide into them.
+    """
+    factor = 2 ** (len(vae_config.block_out_channels) - 1) * 2
+    for name in ("height", "width"):
+        if getattr(model, name) % factor:
+            raise ValueError(f"model.{name} must be a multiple of {factor} pixels, got {getattr(model, name)}")
+    return model.height // factor, model.width // factor
+
+
+def schedule_shift(scheduler_config: Any, tokens: int) -> float:
+    """The factor s of the schedule s t / (1 + (s - 1) t) that diffusers would use for this many image tokens."""
+    if not scheduler_config.use_dynamic_shifting:
+        return float(scheduler_config.shift)
+    mu = calculate_shift(
+        tokens,
+        scheduler_config.base_image_seq_len,
+        scheduler_config.max_image_seq_len,
+        scheduler_config.base_shift,
+        scheduler_config.max_shift,
+    )
+    return math.exp(mu)
+
+
+class FluxBackbone:
+    """Flux.1-dev, or any pipeline of its kind; the protocol is `backbones.Backbone`.
+
+    Args:
+        transformer: on the device and already prepared by `prepare_transformer`.
+        encoded: embeddings of the prompts, on the host.
+        num_trained_prompts: the first so many of them are trained on.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any,
+        scheduler: Any,
+        encoded: EncodedPrompts,
+        num_trained_prompts: int,
+        recipe: Recipe,
+        device: torch.device,
+    ) -> None:
+        rows, columns = latent_grid(vae.config, recipe.model)
+        self.policy = FluxPolicy(transformer, rows, columns, recipe.model.guidance)
+        self.prompts: Sequence[Prompt] = encoded.prompts
+        self.num_trained_prompts = num_trained_prompts
+        self.latent_shape = (rows * columns, transformer.config.in_channels)
+        self.dtype: torch.dtype = transformer.dtype
+        self.shift = schedule_shift(scheduler.config, rows * columns)
+        self.has_adapters = recipe.model.train == "lora"
+        self._vae, self._encoded, self._recipe, self._device = vae, encoded, recipe, device
+        self._transformer = transformer
+
+    @classmethod
+    def load(
+        cls,
+        recipe: Recipe,
+        encoded: EncodedPrompts,
+        num_trained_prompts: int,
+        device: torch.device,
+        checkpointing: bool,
+    ) -> FluxBackbone:
+        """Load the transformer, VAE and scheduler (not the text encoders) from `recipe.model.path`."""
+        path, dtype = recipe.model.path, getattr(torch, recipe.model.dtype)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype).requires_grad_(False).to(device)
+        transformer = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype)
+        transformer.to(device)
+        prepare_transformer(transformer, recipe.model, recipe.lora, checkpointing)
+        return cls(transformer, vae, scheduler, encoded, num_trained_prompts, recipe, device)
+
+    def hold(self, prompt_indices: Iterable[int]) -> None:
+        indices = sorted(set(prompt_indices))
+        embeds, pooled = self._encoded.load(indices)
+        self.policy.hold(indices, embeds.to(self._device, self.dtype), pooled.to(self._device, self.dtype))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        model, config = self._recipe.model, self._vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        images = []
+        for chunk in latents.split(self._recipe.sampler.decode_batch):
+            z = FluxPipeline._unpack_latents(chunk, model.height, model.width, factor)
+            z = (z / config.scaling_factor + config.shift_factor).to(self._vae.dtype)
+            pixels = self._vae.decode(z, return_dict=False)[0]
+            images.append(pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+        return torch.cat(images)
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        self._transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self._transformer.enable_adapters()
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """LoRA: a file for `pipe.load_lora_weights(folder)`; full: a folder for
+        `FluxTransformer2DModel.from_pretrained(folder)`."""
+        ours = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+        if self._recipe.model.train == "full":
+            ours = {name: tensor.to(self.dtype).contiguous() for name, tensor in ours.items()}
+            self._transformer.save_pretrained(folder, state_dict=ours)
+            return
+        FluxPipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self._transformer, ours, adapter_name=ADAPTER),
+            transformer_lora_adapter_metadata=self._transformer.peft_config[ADAPTER].to_dict(),
+        )

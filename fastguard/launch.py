@@ -1,0 +1,149 @@
+"""From a recipe to a run: check everything that can be checked, say what follows, then load weights and train.
+
+Every process of a launch runs this.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from accelerate import Accelerator
+
+from fastguard.backbones import Backbone
+from fastguard.checkpoint import broadcast
+from fastguard.config import Recipe
+from fastguard.memory import choose_checkpointing, plan
+from fastguard.monitor import Monitor
+from fastguard.prompts import Prompt, cache_folder, encode_prompts, read_prompts
+from fastguard.recipe import totals
+from fastguard.rewards import RewardPool, build_reward
+from fastguard.run import RunFolder
+from fastguard.trainer import for_processes, train
+
+TINY = "tiny"
+"""model.path of the random pipeline that is made on first use."""
+
+
+def train_recipe(recipe: Recipe, resume: str = "never") -> int:
+    """Train as the recipe says, in this process or in all processes of a launch. Returns the exit code."""
+    accelerator = Accelerator(log_with=list(recipe.run.trackers), project_dir=recipe.run.dir)
+    recipe = for_processes(recipe, accelerator.num_processes)
+    _check_sharding(recipe, accelerator)
+    prompts = gather_prompts(recipe)
+    rewards = [(config, build_reward(config)) for config in recipe.rewards]
+    gold = [(config, build_reward(config)) for config in recipe.monitor.gold]
+    run = RunFolder(recipe, accelerator, resume)
+    with accelerator.main_process_first():
+        recipe = with_model(recipe)
+    checkpointing = False
+    if accelerator.is_main_process:
+        checkpointing = announce(recipe)
+    checkpointing = broadcast([checkpointing], accelerator)[0]
+    with ExitStack() as stack:
+        stack.enter_context(run.catching_signals())
+        backbone = load_backbone(recipe, prompts, accelerator, checkpointing)
+        pool = stack.enter_context(RewardPool(rewards, recipe.scoring, backbone.prompts))
+        monitor = None
+        if recipe.monitor.every:
+            judges = stack.enter_context(RewardPool([*rewards, *gold], recipe.scoring, backbone.prompts))
+            monitor = Monitor(recipe, judges, prompts.first_evaluated)
+        train(backbone, recipe, pool, run, accelerator, monitor)
+    if accelerator.is_main_process:
+        ended = "stopped" if run.was_stopped else "finished"
+        print(f"{ended}; trained weights: {run.checkpoints.all()[0] / 'diffusers'}")
+        print(f"`fastguard report {run.path}` draws the run")
+    accelerator.end_training()
+    return 0
+
+
+def _check_sharding(recipe: Recipe, accelerator: Accelerator) -> None:
+    launched = "fsdp2" if accelerator.is_fsdp2 else "none"
+    if launched != recipe.hardware.sharding:
+        raise ValueError(
+            f'hardware.sharding = "{recipe.hardware.sharding}", but this was launched with "{launched}": use '
+            "`accelerate launch --config_file recipes/accelerate/fsdp2.yaml` (or ddp.yaml), or change the field"
+        )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run: those that are trained on, then those of the evaluation if they have their own file."""
+
+    all: list[Prompt]
+    trained: int
+    """the first so many are trained on"""
+    first_evaluated: int
+    """index of the evaluation's first prompt"""
+
+
+def gather_prompts(recipe: Recipe) -> Prompts:
+    """Read the prompt files. Raises ValueError if there are fewer prompts than the recipe asks for."""
+    if recipe.model.kind == "digits":
+        trained = [Prompt(str(digit), {"digit": digit}) for digit in range(10)]
+    else:
+        trained = read_prompts(recipe.prompts.file)
+    own = recipe.monitor.every and recipe.monitor.file is not None
+    evaluated = read_prompts(recipe.monitor.file) if own and recipe.monitor.file is not None else trained
+    for field, wanted, there in (
+        ("prompts.per_epoch", recipe.prompts.per_epoch, len(trained)),
+        ("monitor.prompts", recipe.monitor.prompts if recipe.monitor.every else 0, len(evaluated)),
+    ):
+        if wanted > there:
+            raise ValueError(f"{field} = {wanted}, but the file holds {there} prompts: set it to at most {there}")
+    return Prompts(trained + (evaluated if own else []), len(trained), len(trained) if own else 0)
+
+
+def with_model(recipe: Recipe) -> Recipe:
+    """The recipe with a model that is on this machine: makes the tiny random pipeline if it is asked for."""
+    if recipe.model.kind != "flux" or recipe.model.path != TINY:
+        return recipe
+    from fastguard.backbones.tiny import make_tiny_flux
+
+    folder = make_tiny_flux(cache_folder(recipe.prompts.cache) / "tiny_flux")
+    return replace(recipe, model=replace(recipe.model, path=str(folder)))
+
+
+def announce(recipe: Recipe) -> bool:
+    """Print what follows from the recipe, before any weight is loaded; returns whether blocks are checkpointed."""
+    for name, value in totals(recipe):
+        print(f"{name:>24}: {value}")
+    if recipe.model.kind == "digits":
+        return False
+    checkpointing = choose_checkpointing(recipe) if recipe.model.checkpointing == "auto" else None
+    chosen = recipe.model.checkpointing == "on" if checkpointing is None else checkpointing
+    predicted = plan(replace(recipe, model=replace(recipe.model, checkpointing="on" if chosen else "off")))
+    verdict = "fits" if predicted.fits else "does NOT fit: `fastguard plan` suggests what would"
+    print(f"{'checkpointing':>24}: {'on' if chosen else 'off'}{' (auto)' if checkpointing is not None else ''}")
+    print(
+        f"{'predicted peak memory':>24}: {predicted.peak / 2**30:.1f} GiB per GPU; {verdict} in "
+        f"{recipe.hardware.memory_gb:g} GB"
+    )
+    return chosen
+
+
+def load_backbone(recipe: Recipe, prompts: Prompts, accelerator: Accelerator, checkpointing: bool) -> Backbone:
+    """Encode the prompts, free the encoders, then load what is trained."""
+    if recipe.model.kind == "digits":
+        from fastguard.demo.backbone import DigitBackbone
+
+        return DigitBackbone.load(accelerator.device)
+    import torch
+
+    from fastguard.backbones.flux import FluxBackbone
+
+    dtype = getattr(torch, recipe.model.dtype)
+    with accelerator.main_process_first():
+        encoded = encode_prompts(
+            prompts.all, recipe.model.path, recipe.prompts.max_tokens, recipe.prompts.cache, dtype, accelerator.device
+        )
+    return FluxBackbone.load(recipe, encoded, prompts.trained, accelerator.device, checkpointing)
+
+
+def print_plan(recipe: Recipe) -> int:
+    """Print what follows from the recipe and its memory by phase; exit code 1 if it does not fit."""
+    for name, value in totals(recipe):
+        print(f"{name:>24}: {value}")
+    predicted = plan(with_model(recipe))
+    print(predicted)
+    return 0 if predicted.fits else 1

@@ -1,0 +1,166 @@
+"""The real modules of a Flux pipeline at full size, without weights: configurations, meta modules, fake tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from fastguard.backbones.tiny import _pipeline
+
+FLUX_TRANSFORMER = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+}
+FLUX_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+FLUX_CLIP = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+}
+FLUX_T5 = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+@dataclass(frozen=True)
+class PipelineConfigs:
+    """Configuration of each module of a pipeline, as in its config.json."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    clip: dict[str, Any]
+    t5: dict[str, Any]
+
+
+FLUX_DEV = PipelineConfigs(FLUX_TRANSFORMER, FLUX_VAE, FLUX_CLIP, FLUX_T5)
+KNOWN = {
+    "black-forest-labs/FLUX.1-dev": FLUX_DEV,
+    "black-forest-labs/FLUX.1-schnell": PipelineConfigs(
+        {**FLUX_TRANSFORMER, "guidance_embeds": False}, FLUX_VAE, FLUX_CLIP, FLUX_T5
+    ),
+}
+
+
+def pipeline_configs(path: str) -> PipelineConfigs:
+    """Configurations of `model.path`: a local folder in diffusers' layout, "tiny", or a name in `KNOWN`.
+
+    Raises ValueError for any other name: the planner downloads nothing.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        names = ("transformer", "vae", "text_encoder", "text_encoder_2")
+        missing = [name for name in names if not (folder / name / "config.json").is_file()]
+        if missing:
+            raise ValueError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')
+        read = [json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in names]
+        return PipelineConfigs(*read)
+    if path == "tiny":
+        return _tiny_configs()
+    if path in KNOWN:
+        return KNOWN[path]
+    raise ValueError(
+        f'model.path = "{path}" is neither a local folder nor one of {", ".join(["tiny", *KNOWN])}; '
+        "the planner downloads nothing, so download the pipeline and give its folder"
+    )
+
+
+@lru_cache(maxsize=1)
+def _tiny_configs() -> PipelineConfigs:
+    with torch.random.fork_rng(devices=[]):
+        pipe: Any = _pipeline()
+    return PipelineConfigs(
+        dict(pipe.transformer.config),
+        dict(pipe.vae.config),
+        pipe.text_encoder.config.to_dict(),
+        pipe.text_encoder_2.config.to_dict(),
+    )
+
+
+def _from_config(cls: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        module = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    return _cast(module, dtype)
+
+
+def meta_transformer(configs: PipelineConfigs, dtype: torch.dtype) -> Any:
+    return _from_config(FluxTransformer2DModel, configs.transformer, dtype)
+
+
+def meta_vae(configs: PipelineConfigs, dtype: torch.dtype) -> Any:
+    return _from_config(AutoencoderKL, configs.vae, dtype).requires_grad_(False)
+
+
+def meta_encoders(configs: PipelineConfigs, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(CLIP, T5), as `FluxPipeline.from_pretrained` holds them: T5 keeps its `wo` in float32 under float16."""
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig(**configs.clip))
+        t5 = T5EncoderModel(T5Config(**configs.t5))
+    _cast(clip, dtype)
+    _cast(t5, dtype)
+    if dtype == torch.float16:
+        for name, module in t5.named_modules():
+            if name.endswith(".wo"):
+                _cast(module, torch.float32)
+    return clip, t5
+
+
+def _cast(module: Any, dtype: torch.dtype) -> Any:
+    """`module.to(dtype)`, without diffusers' warning about weights that are only meta."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return module
+
+
+def materialize(module: nn.Module) -> None:
+    """Give a meta module empty parameters and buffers in place; under FakeTensorMode they take no memory."""
+    made: dict[int, Any] = {}
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:  # tied weights stay tied
+                    made[id(parameter)] = nn.Parameter(empty(parameter), requires_grad=parameter.requires_grad)
+                part._parameters[name] = made[id(parameter)]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = empty(buffer)

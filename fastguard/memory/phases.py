@@ -1,0 +1,258 @@
+"""Peak memory of each phase of a recipe: a fake run, and what waits on the GPU meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fastguard.config import ObjectiveConfig, Recipe
+from fastguard.memory.live import allocated
+from fastguard.memory.passes import (
+    Pass,
+    PassSettings,
+    Sizes,
+    Weights,
+    as_built,
+    decode_pass,
+    dtype_of,
+    encode_pass,
+    rollout_pass,
+    update_pass,
+    weights_of,
+)
+
+GIB = 2**30
+LIBRARY_BYTES = 64 * 2**20
+"""workspaces of cuBLAS and cuBLASLt on Hopper, 32 MiB each; PyTorch takes them from its own allocator"""
+RESERVE = 0.05
+"""share of the GPU that model.checkpointing = "auto" leaves free"""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes on one GPU at the peak of a phase; the parts add up to `peak`."""
+
+    name: str
+    """encode, rollout, decode or update"""
+    weights: int
+    """transformer, VAE (encode: CLIP and T5), copies of trained weights on the GPU"""
+    gradients: int
+    """with DDP's buckets"""
+    optimizer: int
+    """its state and float32 masters on the GPU"""
+    activations: int
+    """everything else that is alive: activations, temporaries, workspaces"""
+    trajectories: int
+    """stored transitions, and the embeddings of the epoch's prompts"""
+    host: int = 0
+    """bytes in host memory: what `sampler.store`, `update.copies` and adamw_cpu put there, per process"""
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.trajectories
+
+
+def gib(n_bytes: int) -> str:
+    return f"{n_bytes / GIB:.1f} GiB"
+
+
+def limit_bytes(recipe: Recipe) -> int:
+    return int(recipe.hardware.memory_gb * 1e9)
+
+
+def resolve_checkpointing(recipe: Recipe) -> bool:
+    if recipe.model.checkpointing != "auto":
+        return recipe.model.checkpointing == "on"
+    weights = weights_of(as_built(recipe.model), recipe.lora)
+    return _update(recipe, weights, checkpointing=False).peak > (1 - RESERVE) * limit_bytes(recipe)
+
+
+def update_settings(recipe: Recipe, checkpointing: bool) -> PassSettings:
+    return PassSettings(
+        model=as_built(recipe.model),
+        lora=recipe.lora,
+        objective=recipe.objective,
+        max_tokens=recipe.prompts.max_tokens,
+        micro_batch=recipe.micro_batch,
+        checkpointing=checkpointing,
+        accumulate=recipe.micro_batch < recipe.transitions_per_update,
+    )
+
+
+def planned_phases(recipe: Recipe, checkpointing: bool) -> tuple[Phase, ...]:
+    weights = weights_of(as_built(recipe.model), recipe.lora)
+    return (
+        _encode(recipe),
+        _rollout(recipe, weights),
+        _decode(recipe, weights),
+        _update(recipe, weights, checkpointing),
+    )
+
+
+def _encode(recipe: Recipe) -> Phase:
+    """Before anything else is loaded; nothing if all prompts are in the cache."""
+    run = encode_pass(recipe.model.path, dtype_of(recipe.model), recipe.prompts.max_tokens)
+    return Phase("encode", run.at_peak["weights"], 0, 0, run.at_peak.get("activations", 0) + LIBRARY_BYTES, 0)
+
+
+def _rollout(recipe: Recipe, weights: Weights) -> Phase:
+    return _resident(recipe, weights, "rollout", rollout_pass(_sampling_settings(recipe)), swaps=True)
+
+
+def _decode(recipe: Recipe, weights: Weights) -> Phase:
+    run = decode_pass(_sampling_settings(recipe), recipe.sampler.decode_batch)
+    return _resident(recipe, weights, "decode", run, swaps=False)
+
+
+def _sampling_settings(recipe: Recipe) -> PassSettings:
+    """The same for all recipes that sample alike."""
+    return PassSettings(
+        model=as_built(recipe.model),
+        lora=recipe.lora,
+        objective=ObjectiveConfig(),
+        max_tokens=recipe.prompts.max_tokens,
+        micro_batch=recipe.sampler.batch_size,
+        checkpointing=False,
+    )
+
+
+def _resident(recipe: Recipe, weights: Weights, name: str, run: Pass, swaps: bool) -> Phase:
+    """A phase between updates: gradients are freed, everything else waits."""
+    state = optimizer_bytes(recipe, weights.trained)
+    copies, copies_host = _copies(recipe, weights)
+    trajectories, trajectories_host = _trajectories(recipe, weights, sampling=True)
+    held = _swapped(recipe, weights) if swaps else 0
+    return Phase(
+        name,
+        weights=_sharded_weights(recipe, weights) + weights.vae + copies + held,
+        gradients=_buckets(recipe, weights.trained),
+        optimizer=state.device,
+        activations=run.at_peak.get("activations", 0) + LIBRARY_BYTES,
+        trajectories=trajectories,
+        host=state.host + copies_host + trajectories_host,
+    )
+
+
+def _update(recipe: Recipe, weights: Weights, checkpointing: bool) -> Phase:
+    """The larger of backward pass and optimizer step."""
+    run = update_pass(update_settings(recipe, checkpointing))
+    state = optimizer_bytes(recipe, weights.trained)
+    copies, copies_host = _copies(recipe, weights)
+    trajectories, trajectories_host = _trajectories(recipe, weights, sampling=False)
+    gradients = _sharded_gradients(recipe, weights.trained)
+    buckets = _buckets(recipe, weights.trained)
+    resident = Phase(
+        "update",
+        weights=_sharded_weights(recipe, weights) + weights.vae + copies,
+        gradients=gradients + buckets,
+        optimizer=state.device,
+        activations=state.temporaries + LIBRARY_BYTES,
+        trajectories=trajectories,
+        host=state.host + copies_host + trajectories_host,
+    )
+    # A sharded gradient is whole only for its block; otherwise take the gradients that are there at the peak.
+    there = gradients if recipe.hardware.sharding == "fsdp2" else run.at_peak.get("gradients", 0)
+    backward = replace(
+        resident,
+        gradients=there + buckets,
+        activations=run.at_peak["activations"] + LIBRARY_BYTES,
+        trajectories=trajectories + run.at_peak.get("trajectories", 0),
+    )
+    return max(backward, resident, key=lambda phase: phase.peak)
+
+
+@dataclass(frozen=True)
+class OptimizerBytes:
+    """What `fastguard.optim` keeps, and what its step needs for a moment."""
+
+    device: int
+    host: int
+    temporaries: int
+
+
+def optimizer_bytes(recipe: Recipe, trained: Sizes) -> OptimizerBytes:
+    """One parameter is stepped at a time, so that temporaries are those of the largest.
+
+    adamw: two float32 states, and a float32 master of a bf16 weight; a step makes a float32 gradient for a master,
+    and the square root of the second moment. adamw8bit: two bytes and two float32 scales per 256 elements; its
+    compiled step is taken to hold four float32 copies. adamw_cpu: everything on the host, and a float32 gradient on
+    its way there.
+    """
+    share = _share(recipe, trained)
+    count, largest = int(trained.count * share), int(4 * trained.largest * share)
+    masters = trained.n_bytes < 4 * trained.count
+    if recipe.update.optimizer == "adamw8bit":
+        return OptimizerBytes(2 * count + 2 * 4 * count // 256, 0, 4 * largest)
+    if recipe.update.optimizer == "adamw_cpu":
+        return OptimizerBytes(0, 12 * count + largest, largest)
+    return OptimizerBytes((12 if masters else 8) * count, 0, (2 if masters else 1) * largest)
+
+
+def _share(recipe: Recipe, sizes: Sizes) -> float:
+    """Share of these parameters that one process holds: FSDP2 divides those of the blocks."""
+    if recipe.hardware.sharding == "none":
+        return 1.0
+    return 1 - sizes.block_bytes / sizes.n_bytes * (1 - 1 / recipe.hardware.processes)
+
+
+def _sharded_weights(recipe: Recipe, weights: Weights) -> int:
+    """The transformer's weights; under FSDP2 a share, and two whole blocks (one in use, one on its way)."""
+    sizes = weights.transformer
+    gathered = 2 * sizes.largest_block if recipe.hardware.sharding == "fsdp2" else 0
+    return int(sizes.n_bytes * _share(recipe, sizes)) + gathered
+
+
+def _sharded_gradients(recipe: Recipe, trained: Sizes) -> int:
+    """Gradients; under FSDP2 a share, two whole blocks' in their dtype, and one's in float32 to be summed."""
+    if recipe.hardware.sharding == "none":
+        return trained.n_bytes
+    wide = 4 * trained.largest_block * trained.count // trained.n_bytes
+    return int(trained.n_bytes * _share(recipe, trained)) + 2 * trained.largest_block + wide
+
+
+def _buckets(recipe: Recipe, trained: Sizes) -> int:
+    """DDP's flat copies of all gradients, from which it sums over the processes."""
+    several = recipe.hardware.processes > 1 and recipe.hardware.sharding == "none"
+    return trained.n_bytes if several else 0
+
+
+def _copies(recipe: Recipe, weights: Weights) -> tuple[int, int]:
+    """(device, host) bytes of the average, in float32, and of the model before full fine-tuning, in its dtype."""
+    trained, share = weights.trained, _share(recipe, weights.trained)
+    n_bytes = 0
+    if recipe.update.ema_decay > 0:
+        n_bytes += int(4 * trained.count * share)
+    if _has_reference_copy(recipe):
+        n_bytes += int(trained.n_bytes * share)
+    return (n_bytes, 0) if recipe.update.copies == "device" else (0, n_bytes)
+
+
+def _has_reference_copy(recipe: Recipe) -> bool:
+    return recipe.objective.kl_weight > 0 and recipe.model.train == "full"
+
+
+def _swapped(recipe: Recipe, weights: Weights) -> int:
+    """Trained weights put aside on the GPU while a copy scores or samples in their place."""
+    swaps = _has_reference_copy(recipe) or (recipe.update.ema_decay > 0 and recipe.monitor.every > 0)
+    on_device = swaps and recipe.update.copies == "device"
+    return int(weights.trained.n_bytes * _share(recipe, weights.trained)) if on_device else 0
+
+
+def _trajectories(recipe: Recipe, weights: Weights, sampling: bool) -> tuple[int, int]:
+    """(device, host) bytes of an epoch's transitions, and of its prompts on the device.
+
+    A rollout batch stores each of its tensors at once. While a batch is sampled, its transitions exist once more, and
+    those of the batch before are still referenced. Pinned memory is handed out in powers of two.
+    """
+    sampler = recipe.sampler
+    tokens, channels = weights.latent_shape
+    itemsize = dtype_of(recipe.model).itemsize
+    one = sampler.batch_size * sampler.sde_steps * tokens * channels * itemsize
+    tensors = 3 + (recipe.objective.kl_weight > 0)  # latents, velocity, noise; the reference's velocity
+    batches = recipe.images_per_process // sampler.batch_size
+    prompts = min(recipe.prompts.per_epoch, recipe.images_per_process // sampler.group_size + 2)
+    text, pooled = weights.text
+    table = prompts * (recipe.prompts.max_tokens * text + pooled) * itemsize
+    batch = tensors * allocated(one) if sampling else 0
+    if sampler.store == "cpu":
+        return table + 2 * batch, batches * tensors * 2 ** (one - 1).bit_length()
+    return table + batch + batches * tensors * allocated(one), 0

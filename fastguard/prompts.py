@@ -1,0 +1,159 @@
+"""Prompts from a file, encoded once by CLIP and T5 and kept on disk.
+
+Axes: P prompt, T text token, C channel.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+ENCODE_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt; groups are told apart by its index in the file, never by its text."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """further keys of its JSON line, handed to the rewards (the text that an OCR reward looks for, say)"""
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read a text file (a prompt per line) or a .jsonl file (`{"prompt": "...", ...}` per line), without blank lines.
+
+    Raises ValueError, naming the line, for what is not JSON, has no "prompt", or if there are no prompts at all.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no prompt file {path}; set prompts.file (or monitor.file)")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            prompts.append(_from_json(line, f"{path}, line {number}"))
+        else:
+            prompts.append(Prompt(line.strip()))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; it needs one per line")
+    return prompts
+
+
+def _from_json(line: str, where: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'{where}: expected an object with a "prompt" string, got {line.strip()[:80]}')
+    return Prompt(entry["prompt"], {key: value for key, value in entry.items() if key != "prompt"})
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts whose embeddings lie on disk, one file per distinct text; read as needed."""
+
+    prompts: Sequence[Prompt]
+    files: Sequence[Path]
+    """(P,): where the embeddings of each prompt are"""
+
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Embeddings (P, T, C) of T5 and (P, C) of CLIP, in the encoders' dtype on the host."""
+        embeds, pooled = [], []
+        for index in indices:
+            with safe_open(self.files[index], "pt") as file:
+                embeds.append(file.get_tensor("embeds"))
+                pooled.append(file.get_tensor("pooled"))
+        return torch.stack(embeds), torch.stack(pooled)
+
+
+def cache_folder(chosen: Path | None = None) -> Path:
+    """The folder of everything that can be made again: as chosen, $FASTGUARD_CACHE, or ~/.cache/fastguard."""
+    return chosen or Path(os.environ.get("FASTGUARD_CACHE", Path.home() / ".cache" / "fastguard"))
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], path: str, max_tokens: int, cache: Path | None, dtype: torch.dtype, device: torch.device
+) -> EncodedPrompts:
+    """Encode what the cache does not hold yet, and free the encoders again.
+
+    Args:
+        path: the pipeline whose text encoders are used; they are loaded only if something is missing.
+        max_tokens: T5 tokens per prompt.
+        cache: as in `cache_folder`; files are keyed by the encoders, their dtype, `max_tokens` and the text.
+    """
+    folder = cache_folder(cache) / "prompts" / _encoder_key(path, max_tokens, dtype)
+    files = [folder / f"{hashlib.sha256(p.text.encode()).hexdigest()[:32]}.safetensors" for p in prompts]
+    missing = {file: p.text for file, p in zip(files, prompts, strict=True) if not _is_whole(file)}
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        _encode(list(missing.items()), path, max_tokens, dtype, device)
+    return EncodedPrompts(prompts, files)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the file is there and not cut short; its header is checked against its length, no tensor is read."""
+    try:
+        with safe_open(file, "pt") as content:
+            return set(content.keys()) == {"embeds", "pooled"}
+    except (OSError, SafetensorError):
+        return False
+
+
+@torch.no_grad()
+def _encode(
+    missing: Sequence[tuple[Path, str]], path: str, max_tokens: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    from diffusers import FluxPipeline  # seconds of import, which a warm cache spares
+
+    pipe: Any = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype)
+    pipe.to(device)
+    for start in tqdm(range(0, len(missing), ENCODE_BATCH), desc="encoding prompts", unit="batch"):
+        part = missing[start : start + ENCODE_BATCH]
+        embeds, pooled, _ = pipe.encode_prompt([text for _, text in part], max_sequence_length=max_tokens)
+        for i, (file, _) in enumerate(part):
+            # Aside and renamed: a killed run leaves no half file.
+            aside = file.with_suffix(f".{os.getpid()}.part")
+            save_file({"embeds": embeds[i].cpu().contiguous(), "pooled": pooled[i].cpu().contiguous()}, aside)
+            os.replace(aside, file)
+    del pipe
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def pipeline_folder(path: str) -> Path:
+    """The local folder of a pipeline: the path itself, or the hub's snapshot (downloaded if it is not there)."""
+    if Path(path).is_dir():
+        return Path(path)
+    from diffusers import DiffusionPipeline
+
+    return Path(DiffusionPipeline.download(path))
+
+
+def _encoder_key(path: str, max_tokens: int, dtype: torch.dtype) -> str:
+    """What the embeddings depend on: the encoders' settings and vocabularies, and the identity of their weights."""
+    digest = hashlib.sha256(f"{max_tokens} {dtype}".encode())
+    folder = pipeline_folder(path)
+    for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
+        for file in sorted((folder / name).glob("*")):
+            digest.update(f"{name}/{file.name}".encode())
+            if file.suffix in (".json", ".txt", ".model"):
+                digest.update(file.read_bytes())
+            else:  # gigabytes of weights: their size and time of change stand for them
+                stat = file.stat()
+                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

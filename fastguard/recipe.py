@@ -1,0 +1,129 @@
+"""Recipes: TOML files into `config.Recipe`, strictly, and what follows from one in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from fastguard.config import Recipe
+
+
+def shipped_recipes() -> Path:
+    """The folder of the recipes that come with the package."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"  # an editable install
+
+
+def find_recipe(name: str) -> Path:
+    """A file, or the name of a shipped recipe (with or without .toml). Raises ValueError with the names there are."""
+    if Path(name).is_file():
+        return Path(name)
+    folder = shipped_recipes()
+    shipped = folder / f"{name.removesuffix('.toml')}.toml"
+    if "/" not in name and shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
+    raise ValueError(f"there is no recipe {name}; give a TOML file, or one of the shipped ones: {names}")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe. Paths in it are relative to its own folder (run.dir: to the working directory).
+
+    Raises ValueError that names every field that is unknown, of a wrong type, or at odds with another.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for section, name in (("prompts", "file"), ("monitor", "file")):
+        value = content.get(section, {}).get(name) if isinstance(content.get(section, {}), dict) else None
+        if isinstance(value, str):
+            content[section][name] = str(path.parent / value)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
+    """A recipe from nested dictionaries; errors begin with `where`. As `load_recipe`."""
+    try:
+        # As JSON, whose strict mode takes lists for tuples but no string or bool for a number.
+        return _ADAPTER.validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        problems = [_problem(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
+        raise ValueError("\n".join([f"{where}:", *(f"  {problem}" for problem in problems)])) from None
+
+
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def _problem(location: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
+    field = ".".join(str(part) for part in location)
+    if kind == "unexpected_keyword_argument":
+        section: Any = Recipe
+        for part in location[:-1]:
+            section = _element(section, part)
+        names = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
+        close = difflib.get_close_matches(str(location[-1]), names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
+        return f"{field}: there is no such field{hint}"
+    if kind == "missing":
+        return f"{field}: this field is needed"
+    if kind == "value_error":
+        prefix = f"{field}: " if field else ""
+        return prefix + message.removeprefix("Value error, ")
+    return f"{field}: {message[0].lower()}{message[1:]}, got {value!r}"
+
+
+def _element(section: Any, part: int | str) -> Any:
+    """The dataclass behind a field, or behind an entry of a list of tables."""
+    if isinstance(part, int):
+        return section
+    kind = get_type_hints(section)[part]
+    inside = [a for a in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(a)]
+    return inside[0] if inside else kind
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """JSON values, all fields."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field: old -> new` for everything that two recipes (as dictionaries) do not share."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before} -> {after}")
+    return found
+
+
+def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
+    """What follows from a recipe, as (name, value) lines."""
+    sampler, update, processes = recipe.sampler, recipe.update, recipe.hardware.processes
+    updates = update.inner_epochs * update.minibatches
+    end = sampler.window_start + sampler.sde_steps - 1
+    moving = "" if sampler.window == "fixed" else f", {sampler.window} from step {sampler.window_start} on"
+    window = f"steps {sampler.window_start} to {end}" if sampler.window == "fixed" else f"{sampler.sde_steps} steps"
+    per_update = recipe.transitions_per_update
+    return (
+        ("images per epoch", f"{recipe.images_per_epoch} = {recipe.prompts.per_epoch} prompts x {sampler.group_size}"),
+        ("images per GPU", f"{recipe.images_per_process}, in rollout batches of {sampler.batch_size}"),
+        ("trained steps", f"{window} of {sampler.num_steps} ({sampler.kind}){moving}"),
+        ("updates per epoch", f"{updates} = {update.inner_epochs} passes x {update.minibatches} minibatches"),
+        (
+            "transitions per update",
+            f"{per_update * processes} = {processes} GPUs x {per_update // recipe.micro_batch} micro-batches x "
+            f"{recipe.micro_batch}",
+        ),
+        ("updates in all", f"{updates * recipe.run.epochs} in {recipe.run.epochs} epochs"),
+        ("images in all", f"{recipe.images_per_epoch * recipe.run.epochs}"),
+    )

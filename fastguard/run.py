@@ -1,0 +1,270 @@
+"""The folder of a run: checkpoints, metrics, images; and how a run is asked to stop.
+
+recipe.json          the recipe, every field
+metrics.jsonl        an `EpochLog` per line
+evaluations.jsonl    an `EvaluationLog` per line
+skipped.jsonl        updates that were not finite, and reward failures
+images/              grids: epoch_000010.png (training), evaluation_000010.png
+checkpoints/         see checkpoint.py; each holds diffusers/, for others to load
+tensorboard/         what accelerate's tracker writes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from fastguard.checkpoint import CheckpointFolder, read_state, read_tensors, restore_rng, verify
+from fastguard.config import Recipe
+from fastguard.metrics import EpochLog
+from fastguard.monitor import Verdict
+from fastguard.optim import load_state, state_tensors
+from fastguard.recipe import as_dict, differences
+from fastguard.report import save_images
+from fastguard.trainer import TrainState
+from fastguard.weights import put
+
+GRID_IMAGES = 16
+
+
+class RunFolder:
+    """Implements `trainer.Run`; a context manager that catches SIGTERM and Ctrl-C.
+
+    Args:
+        resume: "never" refuses a folder that holds checkpoints, "auto" goes on from the newest whole one (or begins,
+            if there is none), anything else is the path of a checkpoint.
+
+    Raises ValueError if the folder is in use, or holds a run and `resume` is "never".
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, resume: str = "never") -> None:
+        self.path = recipe.run.dir
+        self._recipe, self._accelerator = recipe, accelerator
+        self._main = accelerator.is_main_process
+        if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
+            raise ValueError('run.trackers names "wandb", which is not installed: pip install wandb')
+        if self._main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints", accelerator)
+        self._from = self._choose(resume)
+        self._saved: int | None = None
+        self._stopping = False
+        self._bar: tqdm | None = None
+
+    def _choose(self, resume: str) -> Path | None:
+        there = self.checkpoints.all()
+        if resume == "never":
+            if there:
+                raise ValueError(
+                    f"run.dir = {self.path} holds a run ({there[0].name}): go on with --resume auto, or choose another "
+                    "--run.dir"
+                )
+            return None
+        if resume == "auto":
+            newest = self.checkpoints.newest_whole()
+            if newest is None and there:
+                raise ValueError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is whole")
+            return newest
+        verify(Path(resume))
+        return Path(resume)
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """Inside, SIGTERM, SIGHUP and Ctrl-C ask the run to save and stop; a second one interrupts at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stopping:
+                raise KeyboardInterrupt
+            self._stopping = True
+            if self._main:
+                name = signal.Signals(number).name
+                print(f"\n{name}: saving at the next safe point; once more to stop at once", file=sys.stderr)
+
+        previous = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            if self._bar is not None:
+                self._bar.close()
+
+    def stop_requested(self) -> bool:
+        if self._accelerator.num_processes == 1:
+            return self._stopping
+        own = torch.tensor([self._stopping], device=self._accelerator.device)
+        return bool(self._accelerator.gather(own).any().item())
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a signal ended the run before its last epoch."""
+        return self._stopping
+
+    def restore(self, state: TrainState) -> None:
+        recipe = as_dict(self._recipe)
+        if self._from is not None:
+            self._load(self._from, state)
+            if self._main:
+                changed = differences(read_state(self._from)["recipe"], recipe)
+                print(f"resumed {self._from} after {state.epoch} epochs" + "".join(f"\n  {line}" for line in changed))
+        if self._main:
+            (self.path / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+            # What a killed run logged after its last save will be done, and logged, again.
+            _keep(self.path / "metrics.jsonl", lambda row: row["epoch"] < state.epoch)
+            _keep(self.path / "evaluations.jsonl", lambda row: row["epoch"] <= state.epoch)
+            self._bar = tqdm(total=self._recipe.run.epochs, initial=state.epoch, desc="training", unit="epoch")
+        if self._recipe.run.trackers:
+            self._accelerator.init_trackers("fastguard", config=_flat(recipe))
+
+    def _load(self, path: Path, state: TrainState) -> None:
+        content = read_state(path)
+        try:
+            load_state(state.optimizer, state.parameters, read_tensors(path, "optimizer"))
+            _put_all(dict(state.parameters), read_tensors(path, "weights"))
+            if state.average is not None:
+                _put_all(state.average.tensors, read_tensors(path, "average") or read_tensors(path, "weights"))
+        except ValueError as error:
+            raise ValueError(f"checkpoint {path} does not fit this recipe: {error}") from None
+        state.epoch, state.updates = content["epoch"], content["updates"]
+        state.bad_in_a_row = content["bad_in_a_row"]
+        if state.monitor is not None and content["monitor"] is not None:
+            state.monitor.restore(content["monitor"])
+        restore_rng(path, self._accelerator)
+        self._saved = state.epoch
+
+    def skipped(self, message: str) -> None:
+        if self._main:
+            warnings.warn(f"skipped an update: {message}", stacklevel=2)
+            _append(self.path / "skipped.jsonl", {"message": message})
+
+    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:
+        every = self._recipe.run.images_every
+        if self._main:
+            _append(self.path / "metrics.jsonl", dataclasses.asdict(log))
+            if every and log.epoch % every == 0:
+                save_images(self.path / "images" / f"epoch_{log.epoch:06d}.png", images[:GRID_IMAGES])
+            assert self._bar is not None
+            self._bar.set_postfix_str(f"reward {log.reward_mean:.4g}", refresh=False)
+            self._bar.update()
+        self._accelerator.log(log.scalars(), step=log.epoch)
+        return self.stop_requested()
+
+    def evaluated(self, verdict: Verdict) -> None:
+        log = verdict.log
+        if self._main:
+            _append(self.path / "evaluations.jsonl", dataclasses.asdict(log))
+            save_images(self.path / "images" / f"evaluation_{log.epoch:06d}.png", verdict.images[:GRID_IMAGES])
+            if log.warning:
+                warnings.warn(log.warning, stacklevel=2)
+        self._accelerator.log({"gold/score": log.gold, "gold/proxy": log.proxy}, step=log.epoch)
+
+    def save(self, state: TrainState) -> None:
+        if self._saved == state.epoch:
+            return
+        averages = {} if state.average is None else state.average.tensors
+        content = {
+            "format": 1,
+            "epoch": state.epoch,
+            "updates": state.updates,
+            "bad_in_a_row": state.bad_in_a_row,
+            "prompts_used": state.epoch * self._recipe.prompts.per_epoch,
+            "processes": self._accelerator.num_processes,
+            "monitor": None if state.monitor is None else state.monitor.state(),
+            "recipe": as_dict(self._recipe),
+            "torch": torch.__version__,
+        }
+        groups = {
+            "weights": state.parameters.items(),
+            "average": averages.items(),
+            "optimizer": state_tensors(state.optimizer, state.parameters),
+        }
+        exported = averages or state.parameters
+        self.checkpoints.save(state.epoch, content, groups, exported.items(), state.backbone.export)
+        self._saved = state.epoch
+        best = state.monitor.best if state.monitor is not None else None
+        self.checkpoints.prune(self._recipe.run.keep_last, None if best is None else f"epoch_{best.epoch:06d}")
+
+
+def checkpoint_of(run: Path, which: str) -> Path:
+    """A run's "newest" or "best" checkpoint (by gold score), or the checkpoint at the path `which`."""
+    if which not in ("newest", "best"):
+        return Path(which)
+    checkpoints = sorted((run / "checkpoints").glob("epoch_*"))
+    if not checkpoints:
+        raise ValueError(f"{run} holds no checkpoint")
+    if which == "newest":
+        return checkpoints[-1]
+    monitor = read_state(checkpoints[-1])["monitor"]
+    if monitor is None or monitor["best"] is None:
+        raise ValueError(f"{run} has no best checkpoint: monitor.every was 0")
+    return run / "checkpoints" / f"epoch_{monitor['best']['epoch']:06d}"
+
+
+def _put_all(live: dict[str, Any], saved: dict[str, Tensor]) -> None:
+    if live.keys() != saved.keys():
+        raise ValueError(f"it holds other weights: {sorted(live.keys() ^ saved.keys())[:3]}")
+    for name, tensor in live.items():
+        try:
+            put(tensor, saved[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def _lock(folder: Path) -> Any:
+    """Hold the folder for this process; the lock goes with the process, however it ends."""
+    handle = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"run.dir = {folder} is in use by another process; choose another --run.dir") from None
+    return handle
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+def _keep(file: Path, wanted: Any) -> None:
+    """Drop the rows that are not wanted, and a last line that was cut short."""
+    if file.exists():
+        kept = [json.dumps(row) + "\n" for row in read_rows(file) if wanted(row)]
+        aside = file.with_suffix(".part")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, file)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a line that a killed run left unfinished is passed over."""
+    rows = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as one level of strings, which every tracker takes."""
+    flat: dict[str, str] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
+    return flat

@@ -1,0 +1,70 @@
+"""Draw images with a run's trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from fastguard.checkpoint import read_tensors, verify
+from fastguard.config import Recipe
+from fastguard.launch import Prompts, gather_prompts, load_backbone, with_model
+from fastguard.prompts import Prompt
+from fastguard.report import save_images
+from fastguard.rewards.images import to_pil
+from fastguard.run import checkpoint_of
+from fastguard.sampler import ode_schedule, rollout, sample_seeds
+from fastguard.weights import put, trained_parameters
+
+
+def sample_recipe(
+    recipe: Recipe, texts: Sequence[str], checkpoint: str, images: int, steps: int, seed: int, out: Path
+) -> int:
+    """Write `images` PNG files per prompt, and grid.png with a row for each, to `out`.
+
+    Noise depends on the seed, the prompt's place and the image's: checkpoints can be compared image by image.
+
+    Args:
+        texts: prompts; none draws the first four of the recipe.
+        checkpoint: as in `run.checkpoint_of`, or "none" for the model before training.
+        steps: denoising steps, all deterministic.
+    """
+    if images < 1 or steps < 1:
+        raise ValueError(f"images and steps must be at least 1, got {images} and {steps}")
+    if texts and recipe.model.kind == "digits":
+        raise ValueError('model.kind = "digits" draws the ten digits: leave out --prompt')
+    recipe = with_model(recipe)
+    own = [Prompt(text) for text in texts]
+    prompts = Prompts(own, len(own), 0) if own else gather_prompts(recipe)
+    count = len(own) or min(4, prompts.trained)
+    weights = None if checkpoint == "none" else _trained_weights(recipe, checkpoint)
+    accelerator = Accelerator()
+    backbone = load_backbone(recipe, prompts, accelerator, checkpointing=False)
+    if weights is not None:
+        for name, parameter in trained_parameters(backbone.policy).items():
+            put(parameter, weights[name])
+    shift = backbone.shift if recipe.sampler.shift == "auto" else recipe.sampler.shift
+    prompt_indices = torch.arange(count).repeat_interleave(images)
+    seeds = sample_seeds(seed, 0, prompt_indices, torch.arange(images).repeat(count), steps)
+    backbone.hold(range(count))
+    drawn = []
+    for part in torch.arange(len(prompt_indices)).split(recipe.sampler.batch_size):
+        on_device = prompt_indices[part].to(accelerator.device)
+        schedule = ode_schedule(steps, shift)
+        rolled = rollout(backbone.policy, on_device, seeds[part], backbone.latent_shape, schedule, backbone.dtype)
+        drawn.append(backbone.decode(rolled.latents))
+    everything = torch.cat(drawn)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(to_pil(everything)):
+        image.save(out / f"prompt{i // images:03d}_{i % images:02d}.png")
+    print(f"{len(everything)} images of {count} prompts: {save_images(out / 'grid.png', everything, columns=images)}")
+    return 0
+
+
+def _trained_weights(recipe: Recipe, checkpoint: str) -> dict[str, torch.Tensor]:
+    path = checkpoint_of(recipe.run.dir, checkpoint)
+    verify(path)
+    print(f"weights of {path}")
+    return read_tensors(path, "average") or read_tensors(path, "weights")

@@ -1,0 +1,144 @@
+"""A toy training run with a run folder, as a process of its own: python toy_run.py DIR EPOCHS [--resume auto] [...].
+
+With --slow SECONDS every reward waits, so that a test can hit the run at work; --optimizer NAME; --fsdp2 pretends that
+CPU processes are GPUs, which is what accelerate asks before it shards; --out FILE gets what a test compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from toys import RECIPE, ToyBackbone, towards
+
+from fastguard.config import MonitorConfig, Recipe, RewardConfig
+from fastguard.monitor import Monitor
+from fastguard.rewards import RewardPool
+from fastguard.run import RunFolder
+from fastguard.trainer import for_processes, train
+from fastguard.weights import whole
+
+
+class Layer(nn.Linear):
+    """The class that FSDP2 shards in these tests."""
+
+
+class SharedPolicy(nn.Module):
+    """A small network, so that sharding has something to shard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inside, self.outside = Layer(8, 16), Layer(16, 8)
+        self.inside.requires_grad_(False)  # as a LoRA's base
+        self.image = nn.Embedding(2, 8)
+
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_indices: Tensor) -> Tensor:
+        shift = 0.1 * self.outside(torch.tanh(self.inside(latents))) + self.image(prompt_indices)[:, None]
+        return (0.7 * latents - shift) / sigma[:, None, None]
+
+
+def recipe_for(arguments: argparse.Namespace) -> Recipe:
+    return replace(
+        RECIPE,
+        run=replace(RECIPE.run, dir=Path(arguments.dir), epochs=arguments.epochs, save_every=1, images_every=2),
+        sampler=replace(RECIPE.sampler, batch_size=8),
+        objective=replace(RECIPE.objective, kl_weight=0.1),
+        update=replace(
+            RECIPE.update, optimizer=arguments.optimizer, ema_decay=0.5, ema_every=2, micro_batch=arguments.micro_batch
+        ),
+        monitor=MonitorConfig(
+            every=2, prompts=2, images_per_prompt=3, num_steps=4, gold=(RewardConfig("g", name="g"),)
+        ),
+        hardware=replace(RECIPE.hardware, sharding="fsdp2" if arguments.fsdp2 else "none"),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("dir")
+    parser.add_argument("epochs", type=int)
+    parser.add_argument("--resume", default="never")
+    parser.add_argument("--slow", type=float, default=0.0)
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--micro-batch", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--fsdp2", action="store_true")
+    parser.add_argument("--out")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.fsdp2:
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    accelerator = Accelerator() if arguments.fsdp2 else Accelerator(cpu=True)
+    recipe = for_processes(recipe_for(arguments), accelerator.num_processes)
+    policy = SharedPolicy().to(getattr(torch, arguments.dtype))
+    backbone = ToyBackbone(policy)
+    backbone.dtype = getattr(torch, arguments.dtype)
+
+    def slow(*batch: Any) -> Tensor:
+        time.sleep(arguments.slow)
+        return towards(*batch)
+
+    run = RunFolder(recipe, accelerator, arguments.resume)
+    with (
+        run.catching_signals(),
+        RewardPool([(recipe.rewards[0], slow)], recipe.scoring, backbone.prompts) as rewards,
+        RewardPool(
+            [(recipe.rewards[0], towards), (recipe.monitor.gold[0], towards)], recipe.scoring, backbone.prompts
+        ) as judges,
+    ):
+        monitor = Monitor(recipe, judges, 0)
+        seen: dict[str, Tensor] = {}
+        if arguments.out:
+            watch(seen, accelerator)
+        train(backbone, recipe, rewards, run, accelerator, monitor)
+    if arguments.out:
+        state_dict = {f"weights.{n}": whole(p) for n, p in last_state.parameters.items()}
+        save_file(seen | state_dict, f"{arguments.out}.{accelerator.process_index}")
+    print(json.dumps({"stopped": run.was_stopped}))
+    accelerator.end_training()
+    return 0
+
+
+last_state: Any = None
+
+
+def watch(seen: dict[str, Tensor], accelerator: Accelerator) -> None:
+    """Keep the first epoch's samples and advantages, and the first update's gradients, of this process."""
+    import fastguard.trainer as trainer
+
+    sample_epoch, clip = trainer.sample_epoch, accelerator.clip_grad_norm_
+
+    def sampled(state: Any, *rest: Any) -> Any:
+        global last_state
+        last_state = state
+        rolled = sample_epoch(state, *rest)
+        if "latents" not in seen:
+            seen["latents"] = torch.cat([t.latents for t in rolled.transitions])
+            seen["noise"] = torch.cat([t.noise for t in rolled.transitions])
+            seen["advantages"] = rolled.advantages.values
+        return rolled
+
+    def clipped(parameters: Any, norm: float) -> Any:
+        if not any(name.startswith("gradient") for name in seen):
+            for name, parameter in last_state.parameters.items():
+                seen[f"gradient.{name}"] = whole(parameter.grad).clone()
+        return clip(parameters, norm)
+
+    trainer.sample_epoch = sampled
+    accelerator.clip_grad_norm_ = clipped  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
