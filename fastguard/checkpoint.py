@@ -93,7 +93,11 @@ class CheckpointFolder:
         for group, named in tensors.items():
             for count, part in enumerate(self._whole_parts(named)):
                 writer(save_file, part, aside / f"{group}-{count:04d}.safetensors")
-        weights = {name: whole(tensor) for name, tensor in exported}
+        weights = {}
+        for name, tensor in exported:
+            value = whole(tensor)
+            if self._accelerator.is_main_process:  # the others' hosts need not hold it all
+                weights[name] = value
         writer(export, aside / "diffusers", weights)
         writer(_seal, aside)
         if path.exists():  # the same epoch once more, after a resume from an earlier one
@@ -245,7 +249,7 @@ def restore_rng(path: Path, accelerator: Accelerator) -> None:
 
 
 def broadcast(values: list[Any], accelerator: Accelerator) -> list[Any]:
-    """The first process's list of JSON values, on every process (nothing is pickled in a single process)."""
+    """The first process's list of JSON values, on every process."""
     if accelerator.num_processes == 1:
         return values
     torch.distributed.broadcast_object_list(values, src=0)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from fastguard.backbones import Backbone
 from fastguard.checkpoint import broadcast
@@ -30,6 +31,7 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     accelerator = Accelerator(log_with=list(recipe.run.trackers), project_dir=recipe.run.dir)
     recipe = for_processes(recipe, accelerator.num_processes)
     _check_sharding(recipe, accelerator)
+    set_seed(recipe.run.seed)  # the same on every process, for adapters begin with random weights
     prompts = gather_prompts(recipe)
     rewards = [(config, build_reward(config)) for config in recipe.rewards]
     gold = [(config, build_reward(config)) for config in recipe.monitor.gold]

@@ -26,7 +26,7 @@ COLORS = {"flow_grpo": "#D55E00", "grpo_guard": "#0072B2"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """That palette, for curves that are no objective."""
 MOST_MARKERS = 60
-"""Curves of more points are drawn without a marker for each."""
+"""Curves of more points are drawn thin, and without a marker for each."""
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -129,6 +129,7 @@ def plot_lines(
                 color=line.color,
                 linestyle=(0, (4, 2)) if line.dashed else "-",
                 alpha=0.85,
+                linewidth=1.6 if len(line.x) <= MOST_MARKERS else 0.8,
                 marker="o" if len(line.x) <= MOST_MARKERS else None,
                 markersize=2.6,
                 label=None if line.label in labelled else line.label,
@@ -276,7 +277,7 @@ thead th, thead th:first-child { font-weight: 600; border-bottom: 1.5px solid #2
 .prose th, .prose td { text-align: left; white-space: normal; vertical-align: top; }
 tbody tr { border-bottom: 1px solid #e7e7e4; }
 .pictures {
-  display: grid; gap: 1.6rem; margin-top: 1.4rem;
+  display: grid; gap: 1.6rem; margin-top: 1.4rem; align-items: end;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr));
 }
 figure { margin: 0; min-width: 0; }

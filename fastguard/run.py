@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,10 +124,12 @@ class RunFolder:
                 changed = differences(read_state(self._from)["recipe"], recipe)
                 print(f"resumed {self._from} after {state.epoch} epochs" + "".join(f"\n  {line}" for line in changed))
         if self._main:
-            (self.path / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+            _write(self.path / "recipe.json", json.dumps(recipe, indent=1))
             # What a killed run logged after its last save will be done, and logged, again.
+            evaluated = {log.epoch for log in state.monitor.history} if state.monitor is not None else set()
             _keep(self.path / "metrics.jsonl", lambda row: row["epoch"] < state.epoch)
-            _keep(self.path / "evaluations.jsonl", lambda row: row["epoch"] <= state.epoch)
+            _keep(self.path / "skipped.jsonl", lambda row: row["epoch"] < state.epoch)
+            _keep(self.path / "evaluations.jsonl", lambda row: row["epoch"] in evaluated)
             self._bar = tqdm(total=self._recipe.run.epochs, initial=state.epoch, desc="training", unit="epoch")
         if self._recipe.run.trackers:
             self._accelerator.init_trackers("fastguard", config=_flat(recipe))
@@ -148,10 +150,10 @@ class RunFolder:
         restore_rng(path, self._accelerator)
         self._saved = state.epoch
 
-    def skipped(self, message: str) -> None:
+    def skipped(self, epoch: int, message: str) -> None:
         if self._main:
-            warnings.warn(f"skipped an update: {message}", stacklevel=2)
-            _append(self.path / "skipped.jsonl", {"message": message})
+            warnings.warn(f"skipped: {message}", stacklevel=2)
+            _append(self.path / "skipped.jsonl", {"epoch": epoch, "message": message})
 
     def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:
         every = self._recipe.run.images_every
@@ -241,13 +243,17 @@ def _append(file: Path, row: dict[str, Any]) -> None:
         lines.write(json.dumps(row) + "\n")
 
 
-def _keep(file: Path, wanted: Any) -> None:
+def _write(file: Path, text: str) -> None:
+    """Write a file at once or not at all."""
+    aside = file.with_suffix(".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
+
+
+def _keep(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the rows that are not wanted, and a last line that was cut short."""
     if file.exists():
-        kept = [json.dumps(row) + "\n" for row in read_rows(file) if wanted(row)]
-        aside = file.with_suffix(".part")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, file)
+        _write(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if wanted(row)))
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

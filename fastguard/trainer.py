@@ -47,8 +47,8 @@ class Run(Protocol):
         """Whether to save and end at the next safe point; the same answer on every process."""
         ...
 
-    def skipped(self, message: str) -> None:
-        """Write down an update that was skipped, and the transitions to blame."""
+    def skipped(self, epoch: int, message: str) -> None:
+        """Write down an update that was skipped and the transitions to blame, or a group and the reward that failed."""
         ...
 
     def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:
@@ -143,6 +143,8 @@ def train(
             raise
         if rolled is None:  # asked to stop before any weight changed: this epoch begins again after a resume
             break
+        for failure in rolled.scores.failures:
+            run.skipped(state.epoch, f'reward "{failure.label}" for prompt {failure.prompt!r}: {failure.reason}')
         with clock.phase("reference"):
             transitions = add_reference(rolled.transitions, state)
         check_parity(transitions, state)
@@ -255,14 +257,18 @@ def score_epoch(
         return accelerator.gather(x.movedim(-1, 0).contiguous().to(device)).movedim(0, -1).cpu()
 
     values, prompts = everyone(scores.values), everyone(prompt_indices)
-    total = combine_rewards(values, [r.weight for r in recipe.rewards], prompts, recipe.scoring.normalize_each)
-    if torch.isnan(total).all():
-        raise RewardError("no group of this epoch was scored by every reward; see the failures above")
-    advantages, counted = advantages_without_failures(total, prompts, recipe.scoring.std)
+    whole = Scores(values, tuple(gather_object(list(scores.failures))))
+    weights = [reward.weight for reward in recipe.rewards]
+    total = combine_rewards(values, weights, prompts)
+    compared = (
+        combine_rewards(values, weights, prompts, normalize_each=True) if recipe.scoring.normalize_each else total
+    )
+    advantages, counted = advantages_without_failures(compared, prompts, recipe.scoring.std)
+    if not counted.any():
+        raise RewardError(f"every group had a reward that failed, the first: {whole.failures[0]}")
     first = accelerator.process_index * len(prompt_indices)
     own = Advantages(advantages.values[first : first + len(prompt_indices)], advantages.zero_spread_groups)
     dropped = len(prompts[~counted].unique())
-    whole = Scores(values, tuple(gather_object(list(scores.failures))))
     return SampledEpoch(transitions, own, whole, total, dropped, images)
 
 
@@ -402,7 +408,7 @@ def update_weights(
     state.optimizer.zero_grad()
     state.bad_in_a_row += 1
     message = blame(state, transitions, index, advantages)
-    run.skipped(message)
+    run.skipped(state.epoch, message)
     if state.bad_in_a_row >= config.max_bad_updates:
         raise FloatingPointError(f"{state.bad_in_a_row} updates in a row (update.max_bad_updates): {message}")
     return update

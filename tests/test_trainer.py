@@ -266,7 +266,9 @@ def test_a_failing_reward_saves_and_stops_or_drops_its_group() -> None:
         train(backbone, RECIPE, rewards, where, cpu())
     assert where.saved == [0]
     dropping = with_(run={"epochs": 3}, scoring={"on_failure": "drop_group"})
-    logs, backbone, _ = run(dropping, reward=nan_for_the_last)
+    logs, backbone, where = run(dropping, reward=nan_for_the_last)
+    assert len(where.messages) == 3
+    assert "reward \"towards\" for prompt 'dark'" in where.messages[0]
     assert [log.dropped_groups for log in logs] == [1, 1, 1]
     assert (backbone.policy.image[0] != 0).any()
     assert (backbone.policy.image[1] == 0).all()  # the dark prompt's group was never trained on
@@ -276,7 +278,7 @@ def test_a_rollout_without_any_score_stops() -> None:
     def broken(*_: Any) -> Tensor:
         raise OSError("no network")
 
-    with pytest.raises(RewardError, match="no group"):
+    with pytest.raises(RewardError, match="every group had a reward that failed, the first: .*no network"):
         run(with_(scoring={"on_failure": "drop_group"}), reward=broken)
 
 

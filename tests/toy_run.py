@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from toys import RECIPE, ToyBackbone, towards
@@ -38,14 +39,18 @@ class SharedPolicy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.inside, self.outside = Layer(8, 16), Layer(16, 8)
         self.inside.requires_grad_(False)  # as a LoRA's base
         self.image = nn.Embedding(2, 8)
+        self.poisoned = False
 
     def forward(self, latents: Tensor, sigma: Tensor, prompt_indices: Tensor) -> Tensor:
         shift = 0.1 * self.outside(torch.tanh(self.inside(latents))) + self.image(prompt_indices)[:, None]
-        return (0.7 * latents - shift) / sigma[:, None, None]
+        velocity = (0.7 * latents - shift) / sigma[:, None, None]
+        if self.poisoned and torch.is_grad_enabled():
+            self.poisoned = len(latents) > 1  # until the transitions to blame have been looked for
+            return velocity * torch.inf
+        return velocity
 
 
 def recipe_for(arguments: argparse.Namespace) -> Recipe:
@@ -55,7 +60,12 @@ def recipe_for(arguments: argparse.Namespace) -> Recipe:
         sampler=replace(RECIPE.sampler, batch_size=8),
         objective=replace(RECIPE.objective, kl_weight=0.1),
         update=replace(
-            RECIPE.update, optimizer=arguments.optimizer, ema_decay=0.5, ema_every=2, micro_batch=arguments.micro_batch
+            RECIPE.update,
+            optimizer=arguments.optimizer,
+            ema_decay=0.5,
+            ema_every=2,
+            micro_batch=arguments.micro_batch,
+            parity=0.5 if arguments.poison_on is None else 0.0,
         ),
         monitor=MonitorConfig(
             every=2, prompts=2, images_per_prompt=3, num_steps=4, gold=(RewardConfig("g", name="g"),)
@@ -73,6 +83,8 @@ def main() -> int:
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--micro-batch", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--fail-on", type=int, help="the process whose reward raises")
+    parser.add_argument("--poison-on", type=int, help="the process whose first update is not finite")
     parser.add_argument("--fsdp2", action="store_true")
     parser.add_argument("--out")
     arguments = parser.parse_args()
@@ -82,11 +94,16 @@ def main() -> int:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     accelerator = Accelerator() if arguments.fsdp2 else Accelerator(cpu=True)
     recipe = for_processes(recipe_for(arguments), accelerator.num_processes)
+    set_seed(0)
     policy = SharedPolicy().to(getattr(torch, arguments.dtype))
     backbone = ToyBackbone(policy)
     backbone.dtype = getattr(torch, arguments.dtype)
 
+    policy.poisoned = arguments.poison_on == accelerator.process_index
+
     def slow(*batch: Any) -> Tensor:
+        if arguments.fail_on == accelerator.process_index:
+            raise OSError("failed on purpose")
         time.sleep(arguments.slow)
         return towards(*batch)
 
@@ -141,4 +158,6 @@ def watch(seen: dict[str, Tensor], accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # gloo's threads now and then abort an interpreter that shuts down; GPUs talk through NCCL

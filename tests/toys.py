@@ -101,7 +101,7 @@ class MemoryRun:
     def stop_requested(self) -> bool:
         return False
 
-    def skipped(self, message: str) -> None:
+    def skipped(self, epoch: int, message: str) -> None:
         self.messages.append(message)
 
     def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:

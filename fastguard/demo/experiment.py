@@ -132,7 +132,7 @@ class Watch:
     def stop_requested(self) -> bool:
         return False
 
-    def skipped(self, message: str) -> None:
+    def skipped(self, epoch: int, message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
     def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:

@@ -1,0 +1,183 @@
+"""Recipes: strict TOML, overrides, what is at odds or unread, and the shipped ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from toys import RECIPE
+
+from fastguard.cli import RECIPE_COMMANDS, parse_recipe_command
+from fastguard.config import Recipe
+from fastguard.launch import gather_prompts
+from fastguard.recipe import as_dict, differences, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
+from fastguard.trainer import for_processes
+
+SHIPPED = sorted(path.stem for path in shipped_recipes().glob("*.toml"))
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "recipe.toml"
+    file.write_text(text + ('\n[[rewards]]\nuse = "jpeg_compressibility"\n' if "[[rewards]]" not in text else ""))
+    return file
+
+
+def test_every_recipe_is_there() -> None:
+    assert SHIPPED == [
+        "digits", "flux_full_1gpu", "flux_full_fsdp2", "flux_lora", "flux_lora_1024", "flux_lora_fast", "flux_tiny",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load_and_have_their_prompts(name: str) -> None:
+    recipe = load_recipe(find_recipe(name))
+    prompts = gather_prompts(recipe)
+    assert prompts.trained >= recipe.prompts.per_epoch
+    assert recipe.run.dir == Path("runs") / name
+    assert dict(totals(recipe))["images per epoch"].startswith(str(recipe.images_per_epoch))
+
+
+def test_the_flux_recipe_is_the_public_one() -> None:
+    recipe = load_recipe(find_recipe("flux_lora"))
+    assert (recipe.model.height, recipe.model.width, recipe.model.guidance) == (512, 512, 3.5)
+    assert (recipe.model.dtype, recipe.lora.rank, recipe.lora.alpha) == ("bfloat16", 64, 128)
+    assert (recipe.sampler.num_steps, recipe.sampler.noise_level, recipe.sampler.group_size) == (6, 0.9, 24)
+    fast = load_recipe(find_recipe("flux_lora_fast"))
+    changed = [line.split(":")[0] for line in differences(as_dict(recipe), as_dict(fast))]
+    assert changed == ["run.dir", "sampler.sde_steps", "sampler.window"]
+    assert 1 <= fast.sampler.sde_steps <= 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[sampler]\nnum_stps = 3", r"sampler\.num_stps: there is no such field; did you mean num_steps\?"),
+        ("[samplr]\nnum_steps = 3", r"samplr: there is no such field; did you mean sampler\?"),
+        ("[[rewards]]\nuse = 'x'\nwieght = 1.0", r"rewards\.0\.wieght: there is no such field; did you mean weight"),
+        ("[[rewards]]\nweight = 1.0", r"rewards\.0\.use: this field is needed"),
+        ("[sampler]\nnum_steps = '3'", r"sampler\.num_steps: .*integer, got '3'"),
+        ("[sampler]\nnum_steps = true", r"sampler\.num_steps: .*integer, got True"),
+        ("[sampler]\nkind = 'ddim'", r"sampler\.kind: .*'flow_sde', 'dance_sde' or 'cps', got 'ddim'"),
+        ("[update]\nbetas = [0.9]", r"update\.betas"),
+        ("[sampler]\nshift = -1.0", r"sampler: shift must be positive or auto, got -1"),
+        ("[model]\nguidance = 'high'", r"model\.guidance"),
+        ("x = ", r"not valid TOML"),
+        ("rewards = []", r"at least one \[\[rewards\]\] entry"),
+    ],
+)
+def test_errors_name_the_field_and_the_fix(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(written(tmp_path, text) if "rewards = []" not in text else _raw(tmp_path, text))
+
+
+def _raw(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "raw.toml").write_text(text)
+    return tmp_path / "raw.toml"
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"num_stps") as caught:
+        load_recipe(written(tmp_path, "[sampler]\nnum_stps = 3\n[model]\nhight = 3"))
+    assert "model.hight" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[model]\ntrain = "full"\n[lora]\nrank = 8', r'lora\.rank = 8: set, but not read: model\.train = "full"'),
+        ("[sampler]\nwindow_epochs = 3", r"sampler\.window_epochs = 3: set, but not read"),
+        ("[objective]\nkl_type = 'velocity'", r"objective\.kl_type = velocity: set, but not read.*kl_weight = 0"),
+        ("[objective]\nname = 'flow_dppo'\nclip_range = 0.1", r"objective\.clip_range = 0\.1: set, but not read"),
+        ("[objective]\nkl_threshold = 0.1", r"objective\.kl_threshold = 0\.1: set, but not read"),
+        ("[update]\nema_every = 3", r"update\.ema_every = 3: set, but not read"),
+        ("[update]\ncopies = 'cpu'", r"update\.copies = cpu: set, but not read"),
+        ("[monitor]\nprompts = 3", r"monitor\.prompts = 3: set, but not read: monitor\.every = 0"),
+        ("[model]\nkind = 'digits'\nheight = 64", r"model\.height = 64: set, but not read"),
+        ("[monitor]\nevery = 3", r"monitor\.every needs a reward in \[\[monitor\.gold\]\]"),
+        ('[model]\ntrain = "full"\ndtype = "float16"', r"float16.*cannot train all weights"),
+        ("[hardware]\nsharding = 'fsdp2'\n[update]\noptimizer = 'adamw8bit'", r'update\.optimizer.*use "adamw"'),
+        ("[[rewards]]\nuse = 'a'\n[[rewards]]\nuse = 'a'", r"two rewards are called \['a'\]"),
+        ("[update]\nminibatches = 7", r"30 transitions of a rollout batch do not divide into update\.minibatches = 7"),
+        ("[update]\nmicro_batch = 7", r"update\.micro_batch = 7 does not divide the"),
+        ("[sampler]\nsde_steps = 0", r"sampler\.sde_steps must be at least 1"),
+    ],
+)
+def test_values_at_odds_or_without_effect_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    defaults = "" if "[sampler]" in text else "[sampler]\nsde_steps = 5\n"
+    with pytest.raises(ValueError, match=message):
+        load_recipe(written(tmp_path, defaults + text))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 7, 8, 16])
+def test_a_group_that_does_not_divide_is_refused_with_what_works(processes: int) -> None:
+    recipe = replace(RECIPE, sampler=replace(RECIPE.sampler, batch_size=4))  # 32 images
+    if 32 % (4 * processes) == 0:
+        assert for_processes(recipe, processes).images_per_process == 32 // processes
+        return
+    with pytest.raises(ValueError, match=rf"launched on {processes} processes.*32 images do not divide") as caught:
+        for_processes(recipe, processes)
+    offers = re.findall(r"(\w+)\.(\w+) = (\d+)(?= or|$)", str(caught.value))
+    assert offers
+    for section, field, value in offers:  # every offer works
+        changed = replace(recipe, **{section: replace(getattr(recipe, section), **{field: int(value)})})
+        chosen = processes if section != "hardware" else int(value)
+        pairs = changed.sampler.batch_size * changed.sampler.sde_steps
+        if pairs % changed.update.minibatches == 0:
+            for_processes(changed, chosen)
+
+
+def test_relative_prompt_files_belong_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("a cat\n" * 48)
+    recipe = load_recipe(written(tmp_path, '[prompts]\nfile = "mine.txt"\n[sampler]\nsde_steps = 5'))
+    assert recipe.prompts.file == tmp_path / "mine.txt"
+    assert gather_prompts(recipe).trained == 48
+    few = replace(recipe, prompts=replace(recipe.prompts, per_epoch=50))
+    with pytest.raises(ValueError, match=r"prompts\.per_epoch = 50, but the file holds 48 prompts"):
+        gather_prompts(few)
+
+
+def test_overrides_come_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(written(tmp_path, "[sampler]\nsde_steps = 5"))
+    options = ["--run.dir", "elsewhere", "--objective.clip-range", "3e-6", "--resume", "auto", "--sampler.shift", "2.5"]
+    command: Any = parse_recipe_command(["train", file, *options])
+    assert (command.recipe.run.dir, command.recipe.objective.clip_range) == (Path("elsewhere"), 3e-6)
+    assert (command.recipe.sampler.shift, command.resume) == (2.5, "auto")
+    assert command.recipe.sampler.sde_steps == 5
+    with pytest.raises(SystemExit) as caught:
+        parse_recipe_command(["train", file, "--sampler.num-steps", "many"])
+    assert caught.value.code == 2
+    assert "sampler.num-steps" in capsys.readouterr().err
+    with pytest.raises((ValueError, SystemExit)):
+        parse_recipe_command(["train", file, "--lora.rank", "0"])
+    with pytest.raises(ValueError, match=r"no recipe nothing\.toml.*flux_lora"):
+        parse_recipe_command(["train", "nothing.toml"])
+
+
+def test_a_recipe_survives_the_way_through_json() -> None:
+    recipe = load_recipe(find_recipe("digits"))
+    assert parse_recipe(as_dict(recipe), "again") == recipe
+    assert differences(as_dict(recipe), as_dict(replace(recipe, run=replace(recipe.run, seed=4)))) == [
+        "run.seed: 0 -> 4"
+    ]
+
+
+def test_every_field_has_its_line() -> None:
+    """A field without a docstring has no help on the command line."""
+    source = Path(__import__("fastguard.config", fromlist=["x"]).__file__).read_text()
+    sections = [kind for kind in get_type_hints(Recipe).values() if dataclasses.is_dataclass(kind)]
+    assert len(sections) >= 10
+    for section in sections:
+        body = source[source.index(f"class {section.__name__}:") :]
+        for field in dataclasses.fields(section):
+            assert re.search(rf"\n    {field.name}: [^\n]*\n    \"\"\"[^\n]+\"\"\"\n", body), f"{section} {field.name}"
+
+
+def test_every_recipe_command_parses() -> None:
+    for name in RECIPE_COMMANDS:
+        assert parse_recipe_command([name, "flux_tiny"]) is not None
+    assert parse_recipe_command(["doctor"]) is None
+    assert parse_recipe_command(["demo", "--quick"]) is None

@@ -1,0 +1,288 @@
+"""Runs as processes: they resume to the bit, survive signals, kills, damaged checkpoints and full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fastguard import checkpoint
+from fastguard.checkpoint import CheckpointError, CheckpointFolder, read_state, read_tensors, restore_rng, verify
+from fastguard.run import checkpoint_of, read_rows
+
+TESTS = Path(__file__).parent
+GROUPS = ("weights", "average", "optimizer")
+
+
+def command(folder: Path, epochs: int, *options: str) -> list[str]:
+    return [sys.executable, str(TESTS / "toy_run.py"), str(folder), str(epochs), *options]
+
+
+def finish(folder: Path, epochs: int, *options: str, code: int = 0) -> str:
+    result = subprocess.run(command(folder, epochs, *options), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == code, result.stderr[-2000:]
+    return result.stdout + result.stderr
+
+
+def start(folder: Path, epochs: int, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(folder, epochs, *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_epoch(folder: Path, epoch: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(read_rows(folder / "metrics.jsonl")) < epoch:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.02)
+
+
+def newest(folder: Path) -> Path:
+    return checkpoint_of(folder, "newest")
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Bitwise: weights, average, optimizer, generators, monitor; and the metrics, but for times."""
+    one_end, other_end = newest(one), newest(other)
+    assert one_end.name == other_end.name
+    for group in GROUPS:
+        tensors, expected = read_tensors(one_end, group), read_tensors(other_end, group)
+        assert tensors.keys() == expected.keys()
+        assert expected
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[name]), f"{group} {name}"
+    assert json.loads((one_end / "rng.json").read_text()) == json.loads((other_end / "rng.json").read_text())
+    states = [read_state(path) for path in (one_end, other_end)]
+    for state in states:
+        state["recipe"]["run"].pop("dir")
+    assert states[0] == states[1]
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        rows = [[{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in read_rows(f / name)]
+                for f in (one, other)]  # fmt: skip
+        assert rows[0] == rows[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(folder, 4)
+    return folder
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_cpu"])
+def test_two_and_two_epochs_equal_four(tmp_path: Path, optimizer: str) -> None:
+    options = ("--optimizer", optimizer, "--dtype", "bfloat16" if optimizer == "adamw_cpu" else "float32")
+    finish(tmp_path / "whole", 4, *options)
+    finish(tmp_path / "parts", 2, *options)
+    said = finish(tmp_path / "parts", 4, "--resume", "auto", *options)
+    assert "after 2 epochs" in said
+    assert "run.epochs: 2 -> 4" in said
+    assert_same_end(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_checkpoint_holds_no_pickle_and_a_run_folder_says_everything(undisturbed: Path) -> None:
+    files = {path.name for path in newest(undisturbed).rglob("*") if path.is_file()}
+    assert {path.rsplit(".", 1)[1] for path in files} == {"json", "safetensors"}
+    assert {"trainer.json", "rng.json", "manifest.json", "toy.safetensors"} <= files
+    assert len(list((undisturbed / "checkpoints").glob("epoch_*"))) <= 3  # keep_last = 2, and the best
+    state = read_state(newest(undisturbed))
+    assert (state["epoch"], state["updates"], state["prompts_used"]) == (4, 32, 8)
+    assert state["monitor"]["best"]["epoch"] == 4
+    assert checkpoint_of(undisturbed, "best") == newest(undisturbed)
+    rows = read_rows(undisturbed / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0]["per_step"][0]["kl"] is not None
+    assert {p.name for p in (undisturbed / "images").glob("*.png")} >= {"epoch_000002.png", "evaluation_000004.png"}
+    # The export holds the averaged weights.
+    exported = load_file(newest(undisturbed) / "diffusers" / "toy.safetensors")
+    average = read_tensors(newest(undisturbed), "average")
+    assert all(torch.equal(exported[name], average[name]) for name in average)
+    assert not torch.equal(average["image.weight"], read_tensors(newest(undisturbed), "weights")["image.weight"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_exits_0_and_the_run_goes_on(tmp_path: Path, undisturbed: Path, number: int) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, 4, "--slow", "0.15")  # eight batches an epoch, so that the signal falls inside one
+    wait_for_epoch(folder, 1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert '"stopped": true' in output
+    assert read_state(newest(folder))["epoch"] < 4
+    finish(folder, 4, "--resume", "auto")
+    assert_same_end(folder, undisturbed)
+
+
+def kill_and_compare(folder: Path, reference: Path, epochs: int, kills: int, seed: int) -> None:
+    """Kill a run at random moments of its life, resume it each time, and compare the end."""
+    rng = random.Random(seed)
+    for _ in range(kills):
+        process = start(folder, epochs, "--resume", "auto")
+        before = len(read_rows(folder / "metrics.jsonl"))
+        wait_for_epoch(folder, min(before + 1, epochs))
+        time.sleep(rng.uniform(0, 0.3))  # about five epochs, most of it inside saves
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        whole = list((folder / "checkpoints").glob("epoch_*"))
+        for path in whole:
+            verify(path)
+    finish(folder, epochs, "--resume", "auto")
+    assert_same_end(folder, reference)
+
+
+@pytest.fixture(scope="module")
+def long_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "long"
+    finish(folder, 150)
+    return folder
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, long_reference: Path) -> None:
+    kill_and_compare(tmp_path / "run", long_reference, 150, kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path: Path, long_reference: Path) -> None:
+    kill_and_compare(tmp_path / "run", long_reference, 150, kills=20, seed=1)
+
+
+def damage(path: Path, how: str) -> str:
+    """Damage a checkpoint; returns what its error must name."""
+    file = path / "optimizer-0000.safetensors"
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "flipped":
+        content = bytearray(file.read_bytes())
+        content[-50] ^= 1
+        file.write_bytes(content)
+    elif how == "missing":
+        file.unlink()
+    else:
+        (path / "manifest.json").write_text("{")
+        return "manifest.json"
+    return file.name
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, undisturbed: Path, how: str) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    bad = newest(tmp_path / "run")
+    name = damage(bad, how)
+    with pytest.raises(CheckpointError, match=f"{bad.name}.*{name}"):
+        verify(bad)
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints", Accelerator(cpu=True))
+    with pytest.warns(UserWarning, match=f"{bad.name}.*{name}.*Trying the one before"):
+        found = folder.newest_whole()
+    assert found is not None
+    assert found.name == "epoch_000003"
+    if how == "flipped":
+        finish(tmp_path / "run", 4, "--resume", "auto")
+        assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_a_run_folder_is_not_overwritten_by_mistake(undisturbed: Path) -> None:
+    assert "go on with --resume auto, or choose another" in finish(undisturbed, 4, code=1)
+    assert "does not fit this recipe: its optimizer state is of another kind" in finish(
+        undisturbed, 5, "--resume", "auto", "--optimizer", "adamw_cpu", "--dtype", "bfloat16", code=1
+    )
+
+
+def test_two_processes_cannot_share_a_run_folder(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", 50, "--slow", "0.1")
+    try:
+        wait_for_epoch(tmp_path / "run", 1)
+        assert "in use by another process" in finish(tmp_path / "run", 4, "--resume", "auto", code=1)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def save_once(folder: CheckpointFolder, epoch: int) -> Path:
+    tensors = {"weights": [("w", torch.ones(3))], "optimizer": []}
+
+    def export(path: Path, weights: dict[str, torch.Tensor]) -> None:
+        path.mkdir()
+        (path / "w.json").write_text(str(weights["w"].tolist()))
+
+    return folder.save(epoch, {"epoch": epoch}, tensors, [("w", torch.ones(3))], export)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        # What safetensors 0.8 raised on a full tmpfs.
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["os", "safetensors"],
+)
+def test_a_full_disk_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    folder = CheckpointFolder(tmp_path, Accelerator(cpu=True))
+    save_once(folder, 1)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="disk is full: the checkpoint was not saved, earlier ones are untouched"):
+        save_once(folder, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_000001"]
+    verify(tmp_path / "epoch_000001")
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
+    for left in (".part-epoch_000007", ".old-epoch_000003"):
+        (tmp_path / left).mkdir()
+    folder = CheckpointFolder(tmp_path, Accelerator(cpu=True))
+    assert list(tmp_path.iterdir()) == []
+    for epoch in range(1, 6):
+        save_once(folder, epoch)
+    save_once(folder, 3)  # the same epoch again, as after a resume from an earlier one
+    folder.prune(keep=2, best="epoch_000002")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_000002", "epoch_000004", "epoch_000005"]
+
+
+def test_generators_are_restored(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    folder = CheckpointFolder(tmp_path, accelerator)
+    torch.manual_seed(5)
+    random.seed(5)
+    path = save_once(folder, 1)
+    expected = torch.rand(3), random.random()
+    torch.rand(100)
+    random.random()
+    restore_rng(path, accelerator)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert random.random() == expected[1]
+
+
+def test_nothing_is_unpickled() -> None:
+    root = TESTS.parent / "fastguard"
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        assert "import pickle" not in text, path
+        assert "pickle.load" not in text, path
+        for line in text.splitlines():
+            assert "torch.load(" not in line or "weights_only=True" in line, path
+
+
+def test_unfinished_lines_are_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
+    assert [row["epoch"] for row in read_rows(file)] == [0, 1]
