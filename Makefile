@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-all bench clean
 
 demo: $(READY)
 	$(BIN)/fastguard demo
@@ -18,6 +18,10 @@ test: $(READY)
 	$(BIN)/python benchmarks/h100_code.py --faults-only
 	@echo "== tests: pytest (kernels run in Triton's interpreter where there is no GPU)"
 	$(BIN)/python -m pytest
+
+test-all: test
+	@echo "== tests of minutes"
+	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_transition.py

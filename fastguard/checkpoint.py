@@ -95,7 +95,7 @@ class CheckpointFolder:
                 writer(save_file, part, aside / f"{group}-{count:04d}.safetensors")
         weights = {}
         for name, tensor in exported:
-            value = whole(tensor)
+            value = whole(tensor).cpu()
             if self._accelerator.is_main_process:  # the others' hosts need not hold it all
                 weights[name] = value
         writer(export, aside / "diffusers", weights)
@@ -118,7 +118,7 @@ class CheckpointFolder:
         part: dict[str, Tensor] = {}
         size = 0
         for name, tensor in named:
-            value = whole(tensor)
+            value = whole(tensor).cpu()
             size += value.nbytes
             if main:
                 part[name] = value.contiguous()

@@ -129,13 +129,13 @@ class SamplerConfig:
 
     kind: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     """stochastic step: Flow-GRPO's, DanceGRPO's, or Flow-CPS'"""
-    num_steps: int = 10
+    num_steps: int = 6
     """denoising steps per image"""
     shift: float | Literal["auto"] = "auto"
     """schedule shift (1 = uniform steps); larger values spend more steps near the noise; auto asks the model"""
-    noise_level: float = 0.7
+    noise_level: float = 0.9
     """eta of the stochastic step; scales the noise that it adds"""
-    sde_steps: int = 9
+    sde_steps: int = 5
     """steps in the window: stochastic and trained; all others are deterministic (ODE) and not trained"""
     window: Literal["fixed", "random", "sliding"] = "fixed"
     """the window stays at window_start, is drawn anew each epoch, or moves one step every window_epochs"""
@@ -145,11 +145,11 @@ class SamplerConfig:
     """epochs before a sliding window moves on; after its last place it begins again"""
     group_size: int = 24
     """images per prompt and rollout, over all processes; advantages compare images within it"""
-    batch_size: int = 6
+    batch_size: int = 4
     """images sampled at once, per process"""
     decode_batch: int = 4
     """images that the VAE decodes at once, per process"""
-    store: Literal["device", "cpu"] = "device"
+    store: Literal["device", "cpu"] = "cpu"
     """where trained transitions wait for their update: on the GPU, or in pinned host memory"""
 
     def __post_init__(self) -> None:
@@ -254,11 +254,11 @@ class UpdateConfig:
     """passes over each rollout"""
     minibatches: int = 2
     """optimizer updates per pass; each takes an equal share of every rollout batch's transitions"""
-    micro_batch: int = 0
+    micro_batch: int = 4
     """transitions per forward and backward pass, per process; 0 takes a minibatch's whole share at once"""
     optimizer: Literal["adamw", "adamw8bit", "adamw_cpu"] = "adamw"
     """AdamW; with 8-bit state and stochastic rounding (torchao); with float32 weights and state in host memory"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """AdamW learning rate"""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW moment decay rates"""

@@ -33,7 +33,7 @@ from fastguard.sampler import (
     sample_seeds,
     training_schedule,
 )
-from fastguard.weights import Shadow, trained_parameters
+from fastguard.weights import Shadow, local, trained_parameters, whole
 
 
 class Run(Protocol):
@@ -385,8 +385,7 @@ def update_weights(
         total += loss.detach()
         batches.append(batch.denoising_step)
         results.append(result._replace(loss=result.loss.detach()))
-    grad_norm = accelerator.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm)
-    grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()  # FSDP2 gives a sharded scalar
+    grad_norm = whole(accelerator.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm))
     finite = accelerator.gather(torch.isfinite(total + grad_norm)[None]).all().item()
     update = Update(
         advantages=torch.cat(batch_advantages),
@@ -425,7 +424,7 @@ def blame(state: TrainState, transitions: Sequence[Transitions], index: Tensor, 
             loss = policy_loss(state.policy, one, weight, objective).loss
             loss.backward()
         gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
-        if not all(torch.isfinite(getattr(x, "to_local", lambda x=x: x)()).all() for x in (loss.detach(), *gradients)):
+        if not all(torch.isfinite(local(x)).all() for x in (loss, *gradients)):
             prompt = state.backbone.prompts[int(one.prompt_indices.item())].text
             guilty.append(
                 f"denoising step {one.denoising_step.item()} of sample {one.sample.item()} on process "

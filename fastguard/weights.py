@@ -27,8 +27,13 @@ def trained_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a plain or sharded tensor, on the host. Collective: every process calls it in the same order."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    """The whole of a plain or sharded tensor. Collective: every process calls it in the same order."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a plain or sharded tensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 @torch.no_grad()

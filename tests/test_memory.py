@@ -50,7 +50,7 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
     merged = {name: {**values, **sections.get(name, {})} for name, values in defaults.items()}
     return Recipe(
         model=ModelConfig(**merged["model"]),
-        sampler=SamplerConfig(**merged["sampler"]),
+        sampler=SamplerConfig(**{"store": "device", **merged["sampler"]}),
         update=UpdateConfig(**merged["update"]),
         prompts=PromptsConfig(**merged["prompts"]),
         objective=ObjectiveConfig(**merged["objective"]),

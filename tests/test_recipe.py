@@ -101,7 +101,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ('[model]\ntrain = "full"\ndtype = "float16"', r"float16.*cannot train all weights"),
         ("[hardware]\nsharding = 'fsdp2'\n[update]\noptimizer = 'adamw8bit'", r'update\.optimizer.*use "adamw"'),
         ("[[rewards]]\nuse = 'a'\n[[rewards]]\nuse = 'a'", r"two rewards are called \['a'\]"),
-        ("[update]\nminibatches = 7", r"30 transitions of a rollout batch do not divide into update\.minibatches = 7"),
+        ("[update]\nminibatches = 7", r"20 transitions of a rollout batch do not divide into update\.minibatches = 7"),
         ("[update]\nmicro_batch = 7", r"update\.micro_batch = 7 does not divide the"),
         ("[sampler]\nsde_steps = 0", r"sampler\.sde_steps must be at least 1"),
     ],
@@ -181,3 +181,16 @@ def test_every_recipe_command_parses() -> None:
         assert parse_recipe_command([name, "flux_tiny"]) is not None
     assert parse_recipe_command(["doctor"]) is None
     assert parse_recipe_command(["demo", "--quick"]) is None
+
+
+def test_the_tutorials_recipe_is_a_whole_recipe(tmp_path: Path) -> None:
+    text = (shipped_recipes().parent / "docs" / "training.md").read_text()
+    block = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    recipe = load_recipe(_raw(tmp_path, block[1]))
+    assert recipe.rewards[0].use == "my_reward:blue"
+    assert (recipe.monitor.every, recipe.monitor.gold[0].use) == (20, "clipscore")
+    # What it does not say is what the recipe that it begins with says, but for choices of that recipe.
+    defaults, shipped = as_dict(recipe), as_dict(load_recipe(find_recipe("flux_lora")))
+    for section in ("lora", "sampler", "objective", "hardware"):
+        assert defaults[section] == shipped[section]

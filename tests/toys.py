@@ -37,7 +37,9 @@ RECIPE = Recipe(
     objective=ObjectiveConfig("grpo_guard", clip_range=1e-2),
     rewards=(RewardConfig("towards", name="towards"),),
     scoring=ScoringConfig(threads=1),
-    update=UpdateConfig(inner_epochs=2, minibatches=4, learning_rate=1e-2, betas=(0.9, 0.99), weight_decay=0.0),
+    update=UpdateConfig(
+        inner_epochs=2, minibatches=4, micro_batch=0, learning_rate=1e-2, betas=(0.9, 0.99), weight_decay=0.0
+    ),
 )
 
 

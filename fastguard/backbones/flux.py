@@ -116,8 +116,7 @@ def prepare_transformer(transformer: Any, model: ModelConfig, lora: LoraConfig, 
         transformer.requires_grad_(True)
     if checkpointing:
         transformer.enable_gradient_checkpointing()
-    if model.attention != "native":
-        transformer.set_attention_backend(model.attention)
+    transformer.set_attention_backend(model.attention)  # "native" too: diffusers' choice is global and may be another
 
 
 def latent_grid(vae_config: Any, model: ModelConfig) -> tuple[int, int]:
