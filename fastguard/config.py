@@ -409,11 +409,6 @@ class Recipe:
             f"sampler.batch_size * sampler.sde_steps = {pairs} transitions of a rollout batch do not divide into "
             f"update.minibatches = {self.update.minibatches}",
         )
-        _require(
-            self.update.micro_batch == 0 or self.transitions_per_update % self.update.micro_batch == 0,
-            f"update.micro_batch = {self.update.micro_batch} does not divide the {self.transitions_per_update} "
-            "transitions that one process contributes to an update",
-        )
 
     def _check_unread(self) -> None:
         """A value that nothing reads is a mistake: it was meant to have an effect."""
@@ -462,8 +457,8 @@ class Recipe:
 
     @property
     def micro_batch(self) -> int:
-        """Transitions per forward and backward pass, per process."""
-        return self.update.micro_batch or self.transitions_per_update
+        """Transitions per forward and backward pass, per process (the last pass of an update may have fewer)."""
+        return min(self.update.micro_batch or self.transitions_per_update, self.transitions_per_update)
 
 
 def _changed(recipe: Recipe, path: str) -> list[str]:

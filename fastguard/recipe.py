@@ -121,8 +121,7 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
         ("updates per epoch", f"{updates} = {update.inner_epochs} passes x {update.minibatches} minibatches"),
         (
             "transitions per update",
-            f"{per_update * processes} = {processes} GPUs x {per_update // recipe.micro_batch} micro-batches x "
-            f"{recipe.micro_batch}",
+            f"{per_update * processes} = {processes} GPUs x {per_update}, in micro-batches of {recipe.micro_batch}",
         ),
         ("updates in all", f"{updates * recipe.run.epochs} in {recipe.run.epochs} epochs"),
         ("images in all", f"{recipe.images_per_epoch * recipe.run.epochs}"),

@@ -102,7 +102,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("[hardware]\nsharding = 'fsdp2'\n[update]\noptimizer = 'adamw8bit'", r'update\.optimizer.*use "adamw"'),
         ("[[rewards]]\nuse = 'a'\n[[rewards]]\nuse = 'a'", r"two rewards are called \['a'\]"),
         ("[update]\nminibatches = 7", r"20 transitions of a rollout batch do not divide into update\.minibatches = 7"),
-        ("[update]\nmicro_batch = 7", r"update\.micro_batch = 7 does not divide the"),
         ("[sampler]\nsde_steps = 0", r"sampler\.sde_steps must be at least 1"),
     ],
 )
