@@ -32,7 +32,10 @@ from fastguard.metrics import EpochLog, RatioLog, RewardLog, UpdateLog
 from fastguard.monitor import EvaluationLog
 from fastguard.recipe import as_dict
 from fastguard.report import save_grid
-from fastguard.run_report import GRID_WIDTH, TrainingRun, clip_advice, read_run, summary, write_run_report
+from fastguard.run_report import write_run_report
+from fastguard.run_report.data import TrainingRun, read_run
+from fastguard.run_report.pictures import GRID_WIDTH
+from fastguard.run_report.words import clip_advice, summary
 
 RECIPE = Recipe(
     run=RunConfig(epochs=4),

@@ -116,7 +116,8 @@ def prepare_transformer(transformer: Any, model: ModelConfig, lora: LoraConfig, 
         transformer.requires_grad_(True)
     if checkpointing:
         transformer.enable_gradient_checkpointing()
-    transformer.set_attention_backend(model.attention)  # "native" too: diffusers' choice is global and may be another
+    if model.attention != "native":
+        transformer.set_attention_backend(model.attention)
 
 
 def latent_grid(vae_config: Any, model: ModelConfig) -> tuple[int, int]:
