@@ -1,12 +1,15 @@
-"""Everything that needs a GPU, in one command: tests, then the loss and step kernels with their baselines.
+"""Everything that needs a GPU, in one command: tests, the loss and step kernels with their baselines, a training step.
 
-    python benchmarks/gpu_suite.py [--out DIR] [--skip-tests]
+    python benchmarks/gpu_suite.py [--out DIR] [--skip-tests] [--skip-train-step]
 
 Refuses to time anything while a test is red. Kernels are timed as CUDA graphs of many launches, each with inputs and
 outputs of its own, which together are larger than the L2 cache; the copy bandwidth of the device, the textbook formula
 and torch.compile of it are measured in the same run. Saved after every shape, in
-benchmarks/results/<gpu>/<date>_<commit>.json. Takes some minutes, needs the `bench` extra, not diffusers. `--dry-run`
-walks the whole path on a CPU at toy sizes and saves nothing.
+benchmarks/results/<gpu>/<date>_<commit>.json. Needs the `bench` extra.
+
+Then bench_train_step.py trains the whole of Flux with random weights, in processes of its own; it needs 80 GB and the
+`lowbit` extra, and each of its cases has 5 minutes at most. `--dry-run` walks the whole path on a CPU at toy sizes and
+saves nothing.
 """
 
 from __future__ import annotations
@@ -177,10 +180,22 @@ def run_tests() -> None:
         sys.exit("gpu_suite: the kernel tests failed; no timings are reported")
 
 
+def run_train_step(out: Path, dry_run: bool) -> None:
+    """The training step of the whole model, in processes that find the GPU empty."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    mode = ["--dry-run"] if dry_run else ["--save", "--out", str(out)]
+    command = [sys.executable, str(Path(__file__).with_name("bench_train_step.py")), *mode]
+    print(f"\n{' '.join(command)}", flush=True)
+    if subprocess.run(command, cwd=results.ROOT, check=False).returncode:
+        sys.exit("gpu_suite: the training step failed, as said above; --skip-train-step leaves it out")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the result files")
     parser.add_argument("--skip-tests", action="store_true", help="time without testing; for work on the suite itself")
+    parser.add_argument("--skip-train-step", action="store_true", help="kernels only; any GPU will do")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, nothing saved")
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.dry_run:
@@ -205,6 +220,8 @@ def main() -> None:
             path = results.save("kernels", env, {"shapes": table}, args.out)
     if not args.dry_run:
         print(f"\nsaved {path}")
+    if not args.skip_train_step:
+        run_train_step(args.out.resolve(), args.dry_run)
 
 
 if __name__ == "__main__":

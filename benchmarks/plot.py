@@ -1,11 +1,12 @@
 """README tables and plots from the result files: python benchmarks/plot.py
 
 Rewrites the part of README.md between the `results` markers and the pictures in benchmarks/results/plots/. Devices are
-never mixed: each has its own table, from its newest file. What was not measured says so.
+never mixed: each has its own table, from its newest file. What was not measured says so; what was only predicted, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,133 @@ def kernel_table(device: str, section: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def newest_cases(files: list[dict[str, Any]], section: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The newest row of each case for each device, with its `environment`: cases may be measured one by one."""
+    devices: dict[str, dict[str, dict[str, Any]]] = {}
+    runs = [run for file in files for run in file.get(section, [])]
+    for run in sorted(runs, key=lambda run: str(run["environment"]["time"])):
+        env = run["environment"]
+        for name, row in run["cases"].items():
+            devices.setdefault(env["device"], {})[name] = {**row, "environment": env, "memory_gb": run["memory_gb"]}
+    return devices
+
+
+def gib(n_bytes: float | None) -> str:
+    return "-" if n_bytes is None else f"{n_bytes / 2**30:.1f}"
+
+
+def case_label(row: dict[str, Any]) -> str:
+    checkpointing = "on" if row["checkpointing"] else "off"
+    return f"{row['train']}, {row['size']}^2, checkpointing {checkpointing}, micro-batch {row['micro_batch']}"
+
+
+def distinct(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def train_step_table(device: str, cases: dict[str, dict[str, Any]]) -> str:
+    """The training step of the whole model on one GPU, beside what was planned and what was to be reached."""
+    envs = [row["environment"] for row in cases.values()]
+    stacks = distinct(f"driver {env['driver']}, torch {env['torch']}, triton {env['triton']}" for env in envs)
+    lines = [
+        f"**{device}**, one training step of Flux (11.9 billion random weights), {stacks}, held to "
+        f"{distinct(row['memory_gb'] for row in cases.values())} GB, "
+        f"{distinct(env['time'][:10] for env in envs)}, commit {distinct(env['commit'] for env in envs)}; "
+        "peaks in GiB, in parentheses the planner's:",
+        "",
+        "| case | rollout: s an image, peak | update: s a transition (p20 to p80), peak | MFU | loss | goals |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    words = {True: "reached", False: "**missed**", None: "not measured"}
+    for row in cases.values():
+        planned = {phase: gib(n) for phase, n in row["planned"]["peak_bytes"].items()}
+        said = [f"{goal['what']}: {goal['measured']}, {words[goal['reached']]}" for goal in row["goals"]]
+        if "error" in row:
+            fits = "fits" if row["planned"]["fits"] else "does not fit"
+            cells = ["", f"{row['error']} (planner: {planned['update']}, {fits})", "", ""]
+        else:
+            rollout, update = row["rollout"], row["update"]
+            low, high = (update[f"{p}_s"] / row["transitions_per_update"] for p in ("p20", "p80"))
+            cells = [
+                f"{rollout['s_per_image']:.3f}, {gib(rollout['peak_bytes'])} ({planned['rollout']})",
+                f"{update['s_per_transition']:.3f} ({low:.3f} to {high:.3f}), "
+                f"{gib(update['peak_bytes'])} ({planned['update']})",
+                "-" if update["mfu"] is None else f"{update['mfu']:.1%}",
+                f"{row['loss']['share']:.3%}",
+            ]
+        lines.append(f"| {case_label(row)} | {' | '.join(cells)} | {'; '.join(said)} |")
+    return "\n".join(lines)
+
+
+def planned_table(files: list[dict[str, Any]]) -> str:
+    """What the planner says of the same cases: the newest, from any machine, since it needs no GPU."""
+    runs = [run for file in files for run in file.get("plan_train_step", [])]
+    if not runs:
+        return ""
+    run = max(runs, key=lambda run: str(run["environment"]["time"]))
+    env = run["environment"]
+    lines = [
+        f"Predicted, not measured: what the memory planner says of those cases, in GiB (`python "
+        f"benchmarks/bench_train_step.py --plan`, {env['time'][:10]}, commit {env['commit']}):",
+        "",
+        f"| case | peak of the rollout | peak of the update | in {run['memory_gb']:g} GB "
+        f"({gib(run['memory_gb'] * 1e9)} GiB) | goal |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in run["cases"].values():
+        peaks, goal = row["peak_bytes"], row["peak_goal_gib"]
+        said = "" if goal is None else f"<= {goal:g} GiB"
+        fits = "fits" if row["fits"] else "too large"
+        lines.append(f"| {case_label(row)} | {gib(peaks['rollout'])} | {gib(peaks['update'])} | {fits} | {said} |")
+    return "\n".join(lines)
+
+
+def train_step_plot(device: str, cases: dict[str, dict[str, Any]], path: Path) -> None:
+    """Peak of the update with the planner's prediction, and seconds a transition, for the cases that ran."""
+    ran = {name: row for name, row in cases.items() if "error" not in row}
+    figure, (memory, times) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained", sharey=True)
+    places = range(len(ran))
+    memory.barh(places, [row["update"]["peak_bytes"] / 2**30 for row in ran.values()], color=COLOURS["fused"])
+    planned = [row["planned"]["peak_bytes"]["update"] / 2**30 for row in ran.values()]
+    memory.scatter(planned, places, marker="|", s=160, color=COLOURS["compiled"], label="planned", zorder=3)
+    memory.set_xlabel("peak of the update, GiB")
+    memory.legend(frameon=False, fontsize=8)
+    middle = [row["update"]["s_per_transition"] for row in ran.values()]
+    times.barh(places, middle, color=COLOURS["fused"])
+    for place, row in enumerate(ran.values()):
+        mfu = row["update"]["mfu"]
+        times.annotate("" if mfu is None else f"MFU {mfu:.0%}", (middle[place], place), xytext=(3, 0),
+                       textcoords="offset points", va="center", fontsize=7)  # fmt: skip
+    times.set_xlabel("update, seconds a transition")
+    times.margins(x=0.2)
+    memory.set_yticks(places, list(ran))
+    memory.invert_yaxis()
+    memory.set_title(f"Training step of Flux, {device}", fontsize=10, loc="left")
+    for axis in (memory, times):
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def train_step_parts(files: list[dict[str, Any]]) -> list[str]:
+    """Measured where it was; else the planner's predictions, called by their name."""
+    parts = []
+    for device, cases in newest_cases(files, "train_step").items():
+        parts.append(train_step_table(device, cases))
+        if any("error" not in row for row in cases.values()):
+            path = PLOTS / f"train_step_{results.slug(device)}.png"
+            train_step_plot(device, cases, path)
+            parts[-1] += f"\n\n![training step]({path.relative_to(results.ROOT)})"
+    if not parts:
+        parts.append(
+            "**Training step of the whole of Flux**: not yet measured. `python benchmarks/bench_train_step.py --save` "
+            "does it on a GPU of 80 GB; it is part of gpu_suite.py."
+        )
+        parts += [text for text in (planned_table(files),) if text]
+    return parts
+
+
 def loss_plot(device: str, section: dict[str, Any], path: Path) -> None:
     """Grouped bars: forward + backward per shape, logarithmic, with the p20 to p80 range."""
     shapes = list(section["forward_backward"])
@@ -114,6 +242,7 @@ def main() -> None:
     parts += [kernel_table(device, section) for device, section in kernels.items()]
     if not kernels:
         parts.append("**H100 / H200**: not yet measured. `python benchmarks/gpu_suite.py` does it in one command.")
+    parts += train_step_parts(files)
     before, rest = README.read_text().split(BEGIN)
     after = rest.split(END)[1]
     README.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + after)

@@ -36,6 +36,11 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged or does not fit; the message names the file."""
 
 
+def checkpoint_name(epoch: int) -> str:
+    """The folder of the checkpoint after so many epochs."""
+    return f"epoch_{epoch:06d}"
+
+
 class CheckpointFolder:
     """The checkpoints of one run; every method is collective (all processes call it), the first process writes."""
 
@@ -43,9 +48,17 @@ class CheckpointFolder:
         self.folder, self._accelerator = folder, accelerator
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in (*folder.glob(".part-*"), *folder.glob(".old-*")):  # of a run that was killed
-                shutil.rmtree(left)
+            self._clear()
         accelerator.wait_for_everyone()
+
+    def _clear(self) -> None:
+        """After a killed run: put back what it was about to replace, remove what it was writing or dropping."""
+        for replaced in self.folder.glob(".old-*"):
+            original = self.folder / replaced.name.removeprefix(".old-")
+            if not original.exists():
+                os.replace(replaced, original)
+        for left in (*self.folder.glob(".part-*"), *self.folder.glob(".old-*"), *self.folder.glob(".drop-*")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def all(self) -> list[Path]:
         """Checkpoints, newest first, whole or not."""
@@ -81,9 +94,9 @@ class CheckpointFolder:
             tensors: group -> (name, live tensor); sharded ones are gathered one after the other.
             exported: the weights that `export(folder, whole weights)` writes as others load them.
 
-        Raises OSError on every process if the disk is full (or fails); every earlier checkpoint is still there.
+        Raises on every process what failed on the first: OSError if the disk is full. Earlier checkpoints stay.
         """
-        path = self.folder / f"epoch_{epoch:06d}"
+        path = self.folder / checkpoint_name(epoch)
         aside, replaced = self.folder / f".part-{path.name}", self.folder / f".old-{path.name}"
         writer = _Writer(self._accelerator.is_main_process)
         writer(lambda: aside.mkdir(parents=True))
@@ -109,7 +122,7 @@ class CheckpointFolder:
             shutil.rmtree(replaced, ignore_errors=True)
         failure = broadcast([None if writer.failure is None else str(writer.failure)], self._accelerator)[0]
         if failure is not None:
-            raise writer.failure if writer.failure is not None else OSError(failure)
+            raise writer.failure or OSError(f"the first process could not save: {failure}")
         return path
 
     def _whole_parts(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -127,14 +140,24 @@ class CheckpointFolder:
                 part, size = {}, 0
         yield part
 
+    def set_aside_after(self, epoch: int) -> None:
+        """Rename checkpoints after `epoch`, of a branch that is not gone on with: they would pass for the newest."""
+        if self._accelerator.is_main_process:
+            for path in self.all():
+                if path.name > checkpoint_name(epoch):
+                    target = self.folder / f"aside_{path.name}"
+                    shutil.rmtree(target, ignore_errors=True)
+                    os.replace(path, target)
+        self._accelerator.wait_for_everyone()
+
     def prune(self, keep: int, best: str | None) -> None:
         """Delete all but the newest `keep` and the best; called once a newer one is safe."""
         if self._accelerator.is_main_process:
             for path in self.all()[keep:]:
                 if path.name != best:
-                    old = self.folder / f".old-{path.name}"
-                    os.replace(path, old)  # so that a half-deleted folder is never taken for a checkpoint
-                    shutil.rmtree(old)
+                    dropped = self.folder / f".drop-{path.name}"
+                    os.replace(path, dropped)  # so that a half-deleted folder is never taken for a checkpoint
+                    shutil.rmtree(dropped, ignore_errors=True)
         self._accelerator.wait_for_everyone()
 
 
@@ -146,7 +169,7 @@ class _Writer:
 
     def __init__(self, active: bool) -> None:
         self._active = active
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
 
     def __call__(self, operation: Callable[..., Any], *args: Any) -> None:
         if not self._active or self.failure is not None:
@@ -157,6 +180,8 @@ class _Writer:
             self.failure = _explain(error)
         except SafetensorError as error:  # safetensors has its own word for it
             self.failure = _explain(OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)))
+        except Exception as error:  # whatever it is, the other processes wait in the next collective
+            self.failure = error
 
 
 def verify(path: Path) -> None:
@@ -166,6 +191,10 @@ def verify(path: Path) -> None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"checkpoint {path} has no readable {MANIFEST}") from None
+    there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    unlisted = (there | {"trainer.json", "rng.json"}) - expected.keys()
+    if unlisted:
+        raise CheckpointError(f"checkpoint {path}: {MANIFEST} does not list {sorted(unlisted)}")
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():

@@ -212,6 +212,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:  # a folder that cannot be made or written; the message names it
         print(f"fastguard: cannot read or write: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, FloatingPointError) as error:
+        if type(error).__name__ not in ("RewardError", "FloatingPointError"):
+            raise
+        print(f"fastguard: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the command could take care of it itself
         print("fastguard: interrupted", file=sys.stderr)
         return 130

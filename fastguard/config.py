@@ -7,6 +7,7 @@ denoising step of one image; a *process* is one GPU (or one CPU process).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -60,6 +61,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, seed=self.seed, images_every=self.images_every)
+        _require(self.seed < 2**32, f"seed must be below 2**32, got {self.seed}")
         _at_least(1, epochs=self.epochs, save_every=self.save_every, keep_last=self.keep_last)
 
 
@@ -71,7 +73,7 @@ class ModelConfig:
     """model family: a diffusers FluxPipeline, or the demo's digit model (then only `kind` is read)"""
     path: str = "black-forest-labs/FLUX.1-dev"
     """folder of the pipeline in diffusers' layout, or its name on the model hub"""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of the weights that are not trained, of activations and of latents"""
     height: int = 512
     """image height in pixels, a multiple of 16 for Flux.1 (8 for the VAE, 2 for the patches)"""
@@ -88,6 +90,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, height=self.height, width=self.width)
+        _at_least(0, guidance=self.guidance)
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,10 @@ class UpdateConfig:
             ema_every=self.ema_every,
             max_bad_updates=self.max_bad_updates,
         )
-        _at_least(0, micro_batch=self.micro_batch, parity=self.parity)
+        _at_least(0, micro_batch=self.micro_batch, parity=self.parity, weight_decay=self.weight_decay)
+        for name in ("learning_rate", "max_grad_norm", "eps"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 
 
@@ -371,6 +377,7 @@ class Recipe:
     """what it is planned for"""
 
     def __post_init__(self) -> None:
+        self._check_finite()
         _require(len(self.rewards) > 0, "a recipe needs at least one [[rewards]] entry")
         labels = [reward.label for reward in self.rewards + self.monitor.gold]
         twice = {label for label in labels if labels.count(label) > 1}
@@ -378,11 +385,7 @@ class Recipe:
         _require(self.sampler.sde_steps >= 1, "sampler.sde_steps must be at least 1: only those steps are trained")
         self._check_divisions()
         self._check_unread()
-        full, sharded = self.model.train == "full", self.hardware.sharding == "fsdp2"
-        _require(
-            not (full and self.model.dtype == "float16"),
-            'model.dtype = "float16" cannot train all weights; use "bfloat16"',
-        )
+        sharded = self.hardware.sharding == "fsdp2"
         for name, works, value in (
             ("optimizer", "adamw", self.update.optimizer),
             ("copies", "device", self.update.copies),
@@ -392,6 +395,19 @@ class Recipe:
                 f'update.{name} = "{value}" works on whole weights; with hardware.sharding = "fsdp2" use "{works}", '
                 "which is sharded too",
             )
+
+    def _check_finite(self) -> None:
+        sections = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rewards"}
+        sections |= {f"rewards.{i}": reward for i, reward in enumerate(self.rewards)}
+        sections |= {f"monitor.gold.{i}": reward for i, reward in enumerate(self.monitor.gold)}
+        for section, values in sections.items():
+            for f in fields(values):
+                value = getattr(values, f.name)
+                for number in value if isinstance(value, tuple) else (value,):
+                    _require(
+                        not isinstance(number, float) or math.isfinite(number),
+                        f"{section}.{f.name} must be finite, got {value}",
+                    )
 
     def _check_divisions(self) -> None:
         """Work divides evenly over processes, batches and minibatches, so that every rank takes the same steps."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from fastguard.backbones import Backbone
 from fastguard.checkpoint import broadcast
@@ -22,28 +24,33 @@ from fastguard.rewards import RewardPool, build_reward
 from fastguard.run import RunFolder
 from fastguard.trainer import for_processes, train
 
+PATIENCE = timedelta(hours=4)
+"""How long processes wait for each other: a first encoding, slow rewards, or a save of 190 GB take longer than NCCL's
+ten minutes."""
 TINY = "tiny"
 """model.path of the random pipeline that is made on first use."""
 
 
 def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     """Train as the recipe says, in this process or in all processes of a launch. Returns the exit code."""
-    accelerator = Accelerator(log_with=list(recipe.run.trackers), project_dir=recipe.run.dir)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=list(recipe.run.trackers),
+        project_dir=recipe.run.dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     recipe = for_processes(recipe, accelerator.num_processes)
-    _check_sharding(recipe, accelerator)
+    _check_launch(recipe, accelerator)
     set_seed(recipe.run.seed)  # the same on every process, for adapters begin with random weights
     prompts = gather_prompts(recipe)
-    rewards = [(config, build_reward(config)) for config in recipe.rewards]
-    gold = [(config, build_reward(config)) for config in recipe.monitor.gold]
     run = RunFolder(recipe, accelerator, resume)
     with accelerator.main_process_first():
         recipe = with_model(recipe)
-    checkpointing = False
-    if accelerator.is_main_process:
-        checkpointing = announce(recipe)
-    checkpointing = broadcast([checkpointing], accelerator)[0]
+    checkpointing = broadcast([accelerator.is_main_process and announce(recipe)], accelerator)[0]
     with ExitStack() as stack:
         stack.enter_context(run.catching_signals())
+        rewards = [(config, build_reward(config)) for config in recipe.rewards]
+        gold = [(config, build_reward(config)) for config in recipe.monitor.gold]
         backbone = load_backbone(recipe, prompts, accelerator, checkpointing)
         pool = stack.enter_context(RewardPool(rewards, recipe.scoring, backbone.prompts))
         monitor = None
@@ -59,7 +66,20 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     return 0
 
 
-def _check_sharding(recipe: Recipe, accelerator: Accelerator) -> None:
+def _check_launch(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse what accelerate was told elsewhere and would change what the recipe says."""
+    kind = accelerator.distributed_type.value
+    for name, works, value in (
+        ("distributed_type", kind in ("NO", "MULTI_GPU", "MULTI_CPU") or accelerator.is_fsdp2, kind),
+        ("mixed_precision", accelerator.mixed_precision == "no", accelerator.mixed_precision),
+        ("gradient_accumulation_steps", accelerator.gradient_accumulation_steps == 1,
+         accelerator.gradient_accumulation_steps),
+    ):  # fmt: skip
+        if not works:
+            raise ValueError(
+                f"accelerate was configured with {name} = {value}, which would change what the recipe says: launch "
+                "with recipes/accelerate/ddp.yaml or fsdp2.yaml (model.dtype and update.micro_batch are in the recipe)"
+            )
     launched = "fsdp2" if accelerator.is_fsdp2 else "none"
     if launched != recipe.hardware.sharding:
         raise ValueError(
@@ -130,8 +150,6 @@ def load_backbone(recipe: Recipe, prompts: Prompts, accelerator: Accelerator, ch
         from fastguard.demo.backbone import DigitBackbone
 
         return DigitBackbone.load(accelerator.device)
-    import torch
-
     from fastguard.backbones.flux import FluxBackbone
 
     dtype = getattr(torch, recipe.model.dtype)

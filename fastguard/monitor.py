@@ -6,6 +6,7 @@ Axes: R reward, B image.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastguard.advantages import combine_rewards
 from fastguard.backbones import Backbone
 from fastguard.config import Recipe
-from fastguard.rewards import RewardPool
+from fastguard.rewards import RewardPool, collect_scores
 from fastguard.sampler import Policy, evaluation_images, ode_schedule, rollout
 
 
@@ -108,7 +109,7 @@ class Monitor:
             self._rewards.submit(images, prompts[part])
             first = images if first is None else first
         assert first is not None
-        values = self._rewards.collect().values.T.contiguous().to(accelerator.device)  # (B, R)
+        values = collect_scores(self._rewards, accelerator).values.T.contiguous().to(accelerator.device)  # (B, R)
         return accelerator.gather(values)[:total].T.cpu(), first
 
     def _shift(self, backbone: Backbone) -> float:
@@ -129,11 +130,10 @@ class Monitor:
             rewards={label: row.nanmean().item() for label, row in zip(labels, scores, strict=True)},
             gold_change_in_errors=0.0,
         )
-        is_best = self.best is None or log.gold > self.best.gold
+        is_best = math.isfinite(log.gold) and (self.best is None or log.gold > self.best.gold)
         if is_best:
             self.best, self._best_scores, self._falling = log, gold.tolist(), 0
-        else:
-            assert self.best is not None
+        elif self.best is not None and math.isfinite(log.gold):
             change = _in_standard_errors(gold - torch.tensor(self._best_scores, dtype=gold.dtype))
             fallen = change < -config.drop and log.proxy > self.best.proxy
             self._falling = self._falling + 1 if fallen else 0

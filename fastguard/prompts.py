@@ -40,7 +40,11 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"there is no prompt file {path}; set prompts.file (or monitor.file)")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut inside JSON strings
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
@@ -57,7 +61,7 @@ def _from_json(line: str, where: str) -> Prompt:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ValueError(f'{where}: expected an object with a "prompt" string, got {line.strip()[:80]}')
     return Prompt(entry["prompt"], {key: value for key, value in entry.items() if key != "prompt"})
 

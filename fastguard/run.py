@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from fastguard.checkpoint import CheckpointFolder, read_state, read_tensors, restore_rng, verify
+from fastguard.checkpoint import CheckpointFolder, checkpoint_name, read_state, read_tensors, restore_rng, verify
 from fastguard.config import Recipe
 from fastguard.metrics import EpochLog
 from fastguard.monitor import Verdict
@@ -40,6 +41,8 @@ from fastguard.trainer import TrainState
 from fastguard.weights import put
 
 GRID_IMAGES = 16
+SAME_WISH_S = 3.0
+"""Seconds after a signal within which another one counts as the same."""
 
 
 class RunFolder:
@@ -64,7 +67,8 @@ class RunFolder:
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", accelerator)
         self._from = self._choose(resume)
         self._saved: int | None = None
-        self._stopping = False
+        self._best: str | None = None
+        self._asked_at: float | None = None
         self._bar: tqdm | None = None
 
     def _choose(self, resume: str) -> Path | None:
@@ -81,20 +85,31 @@ class RunFolder:
             if newest is None and there:
                 raise ValueError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is whole")
             return newest
-        verify(Path(resume))
-        return Path(resume)
+        chosen = Path(resume)
+        verify(chosen)
+        if there and chosen.resolve().parent != self.checkpoints.folder.resolve():
+            raise ValueError(
+                f"run.dir = {self.path} holds another run than {chosen}: choose another --run.dir to branch off from it"
+            )
+        return chosen
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Inside, SIGTERM, SIGHUP and Ctrl-C ask the run to save and stop; a second one interrupts at once."""
+        """Inside, SIGTERM, SIGHUP and Ctrl-C ask the run to save and stop; another Ctrl-C interrupts at once.
+
+        A launcher forwards its signals, and the terminal or the scheduler sends them to every process as well: what
+        comes again within seconds is the same wish.
+        """
 
         def ask(number: int, frame: Any) -> None:
-            if self._stopping:
-                raise KeyboardInterrupt
-            self._stopping = True
+            if self._asked_at is not None:
+                if number == signal.SIGINT and time.monotonic() - self._asked_at > SAME_WISH_S:
+                    raise KeyboardInterrupt
+                return
+            self._asked_at = time.monotonic()
             if self._main:
                 name = signal.Signals(number).name
-                print(f"\n{name}: saving at the next safe point; once more to stop at once", file=sys.stderr)
+                print(f"\n{name}: saving at the next safe point; Ctrl-C again stops at once", file=sys.stderr)
 
         previous = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
@@ -107,29 +122,31 @@ class RunFolder:
 
     def stop_requested(self) -> bool:
         if self._accelerator.num_processes == 1:
-            return self._stopping
-        own = torch.tensor([self._stopping], device=self._accelerator.device)
+            return self.was_stopped
+        own = torch.tensor([self.was_stopped], device=self._accelerator.device)
         return bool(self._accelerator.gather(own).any().item())
 
     @property
     def was_stopped(self) -> bool:
         """Whether a signal ended the run before its last epoch."""
-        return self._stopping
+        return self._asked_at is not None
 
     def restore(self, state: TrainState) -> None:
         recipe = as_dict(self._recipe)
         if self._from is not None:
             self._load(self._from, state)
+            self.checkpoints.set_aside_after(state.epoch)
             if self._main:
                 changed = differences(read_state(self._from)["recipe"], recipe)
                 print(f"resumed {self._from} after {state.epoch} epochs" + "".join(f"\n  {line}" for line in changed))
         if self._main:
             _write(self.path / "recipe.json", json.dumps(recipe, indent=1))
             # What a killed run logged after its last save will be done, and logged, again.
-            evaluated = {log.epoch for log in state.monitor.history} if state.monitor is not None else set()
             _keep(self.path / "metrics.jsonl", lambda row: row["epoch"] < state.epoch)
             _keep(self.path / "skipped.jsonl", lambda row: row["epoch"] < state.epoch)
-            _keep(self.path / "evaluations.jsonl", lambda row: row["epoch"] in evaluated)
+            if state.monitor is not None:
+                evaluated = {log.epoch for log in state.monitor.history}
+                _keep(self.path / "evaluations.jsonl", lambda row: row["epoch"] in evaluated)
             self._bar = tqdm(total=self._recipe.run.epochs, initial=state.epoch, desc="training", unit="epoch")
         if self._recipe.run.trackers:
             self._accelerator.init_trackers("fastguard", config=_flat(recipe))
@@ -145,17 +162,21 @@ class RunFolder:
             raise ValueError(f"checkpoint {path} does not fit this recipe: {error}") from None
         state.epoch, state.updates = content["epoch"], content["updates"]
         state.bad_in_a_row = content["bad_in_a_row"]
-        if state.monitor is not None and content["monitor"] is not None:
-            state.monitor.restore(content["monitor"])
+        if content["monitor"] is not None:
+            best = content["monitor"]["best"]
+            self._best = None if best is None else checkpoint_name(best["epoch"])  # kept, also without a monitor now
+            if state.monitor is not None:
+                state.monitor.restore(content["monitor"])
         restore_rng(path, self._accelerator)
-        self._saved = state.epoch
+        if path.resolve().parent == self.checkpoints.folder.resolve():
+            self._saved = state.epoch
 
     def skipped(self, epoch: int, message: str) -> None:
         if self._main:
             warnings.warn(f"skipped: {message}", stacklevel=2)
             _append(self.path / "skipped.jsonl", {"epoch": epoch, "message": message})
 
-    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:
+    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> None:
         every = self._recipe.run.images_every
         if self._main:
             _append(self.path / "metrics.jsonl", dataclasses.asdict(log))
@@ -165,7 +186,6 @@ class RunFolder:
             self._bar.set_postfix_str(f"reward {log.reward_mean:.4g}", refresh=False)
             self._bar.update()
         self._accelerator.log(log.scalars(), step=log.epoch)
-        return self.stop_requested()
 
     def evaluated(self, verdict: Verdict) -> None:
         log = verdict.log
@@ -199,8 +219,9 @@ class RunFolder:
         exported = averages or state.parameters
         self.checkpoints.save(state.epoch, content, groups, exported.items(), state.backbone.export)
         self._saved = state.epoch
-        best = state.monitor.best if state.monitor is not None else None
-        self.checkpoints.prune(self._recipe.run.keep_last, None if best is None else f"epoch_{best.epoch:06d}")
+        if state.monitor is not None and state.monitor.best is not None:
+            self._best = checkpoint_name(state.monitor.best.epoch)
+        self.checkpoints.prune(self._recipe.run.keep_last, self._best)
 
 
 def checkpoint_of(run: Path, which: str) -> Path:
@@ -215,7 +236,7 @@ def checkpoint_of(run: Path, which: str) -> Path:
     monitor = read_state(checkpoints[-1])["monitor"]
     if monitor is None or monitor["best"] is None:
         raise ValueError(f"{run} has no best checkpoint: monitor.every was 0")
-    return run / "checkpoints" / f"epoch_{monitor['best']['epoch']:06d}"
+    return run / "checkpoints" / checkpoint_name(monitor["best"]["epoch"])
 
 
 def _put_all(live: dict[str, Any], saved: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ from fastguard.loss import GuardLoss, guard_loss
 from fastguard.metrics import Clock, EpochLog, RewardLog, Update, UpdateLog, clip_range_for, gather_updates, ratio_log
 from fastguard.monitor import Monitor, Verdict
 from fastguard.optim import Optimizer, build_optimizer
-from fastguard.rewards import RewardError, RewardPool, Scores
+from fastguard.rewards import RewardError, RewardPool, Scores, collect_scores
 from fastguard.sampler import (
     Policy,
     Transitions,
@@ -51,8 +51,8 @@ class Run(Protocol):
         """Write down an update that was skipped and the transitions to blame, or a group and the reward that failed."""
         ...
 
-    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:
-        """Record an epoch (images: uint8 (B, C, H, W), this process's first rollout batch); True stops the run."""
+    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> None:
+        """Record an epoch (images: uint8 (B, C, H, W), this process's first rollout batch)."""
         ...
 
     def evaluated(self, verdict: Verdict) -> None:
@@ -133,33 +133,42 @@ def train(
     state = build_state(backbone, recipe, accelerator, monitor)
     run.restore(state)
     logs: list[EpochLog] = []
-    stop = evaluate(state, run) if state.epoch == 0 else False
-    while state.epoch < recipe.run.epochs and not stop:
-        clock = Clock(accelerator.device)
-        try:
-            rolled = sample_epoch(state, rewards, run, clock)
-        except RewardError:
-            run.save(state)
-            raise
-        if rolled is None:  # asked to stop before any weight changed: this epoch begins again after a resume
-            break
-        for failure in rolled.scores.failures:
-            run.skipped(state.epoch, f'reward "{failure.label}" for prompt {failure.prompt!r}: {failure.reason}')
-        with clock.phase("reference"):
-            transitions = add_reference(rolled.transitions, state)
-        check_parity(transitions, state)
-        updates = []
-        with clock.phase("update"):
-            for index in minibatches(state):
-                updates.append(update_weights(state, transitions, index, rolled.advantages.values, run))
-        state.epoch += 1
-        logs.append(summarize(state, rolled, updates, clock))
-        stop = run.end_epoch(logs[-1], rolled.images, state)
-        stop = evaluate(state, run) or stop
-        if stop or state.epoch % recipe.run.save_every == 0:
-            run.save(state)
+    try:
+        stop = evaluate(state, run)
+        while state.epoch < recipe.run.epochs and not stop:
+            log = run_epoch(state, rewards, run)
+            if log is None:  # asked to stop before any weight changed: this epoch begins again after a resume
+                break
+            logs.append(log)
+            stop = run.stop_requested() or evaluate(state, run)
+            if state.epoch % recipe.run.save_every == 0:
+                run.save(state)
+    except RewardError:
+        run.save(state)
+        raise
     run.save(state)
     return logs
+
+
+def run_epoch(state: TrainState, rewards: RewardPool, run: Run) -> EpochLog | None:
+    """One epoch: rollout, rewards, advantages, updates, log. None if asked to stop before the first update."""
+    clock = Clock(state.accelerator.device)
+    rolled = sample_epoch(state, rewards, run, clock)
+    if rolled is None:
+        return None
+    for failure in rolled.scores.failures:
+        run.skipped(state.epoch, f'reward "{failure.label}" for prompt {failure.prompt!r}: {failure.reason}')
+    with clock.phase("reference"):
+        transitions = add_reference(rolled.transitions, state)
+    check_parity(transitions, state)
+    updates = []
+    with clock.phase("update"):
+        for index in minibatches(state):
+            updates.append(update_weights(state, transitions, index, rolled.advantages.values, run))
+    state.epoch += 1
+    log = summarize(state, rolled, updates, clock)
+    run.end_epoch(log, rolled.images, state)
+    return log
 
 
 def for_processes(recipe: Recipe, processes: int) -> Recipe:
@@ -231,19 +240,6 @@ def images_to_sample(state: TrainState) -> tuple[Tensor, Tensor]:
     prompt_indices, members = chosen[flat // recipe.sampler.group_size], flat % recipe.sampler.group_size
     seeds = sample_seeds(recipe.run.seed, state.epoch, prompt_indices, members, recipe.sampler.num_steps)
     return prompt_indices, seeds
-
-
-def collect_scores(rewards: RewardPool, accelerator: Accelerator) -> Scores:
-    """The scores of this process; a reward that failed on one process raises RewardError on all of them."""
-    scores, problem = None, ""
-    try:
-        scores = rewards.collect()
-    except RewardError as error:
-        problem = str(error)
-    problems = [p for p in gather_object([problem]) if p]
-    if scores is None or problems:
-        raise RewardError(problems[0])
-    return scores
 
 
 def score_epoch(
@@ -371,8 +367,7 @@ def update_weights(
     """
     recipe, accelerator, policy = state.recipe, state.accelerator, state.policy
     config, device = recipe.update, accelerator.device
-    results, batches, batch_advantages = [], [], []
-    total = torch.zeros((), device=device)
+    results, batches, batch_advantages, losses = [], [], [], []
     parts = index.split(recipe.micro_batch)
     for part in parts:
         batch = Transitions.select(transitions, part).to(device)
@@ -382,11 +377,11 @@ def update_weights(
             result = policy_loss(policy, batch, batch_advantages[-1], recipe.objective)
             loss = result.loss * (len(part) / len(index))
             accelerator.backward(loss)
-        total += loss.detach()
+        losses.append(loss.detach())
         batches.append(batch.denoising_step)
         results.append(result._replace(loss=result.loss.detach()))
     grad_norm = whole(accelerator.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm))
-    finite = accelerator.gather(torch.isfinite(total + grad_norm)[None]).all().item()
+    finite = accelerator.gather(torch.isfinite(torch.stack(losses).sum() + grad_norm)[None]).all().item()
     update = Update(
         advantages=torch.cat(batch_advantages),
         denoising_step=torch.cat(batches),
@@ -406,11 +401,20 @@ def update_weights(
         return update
     state.optimizer.zero_grad()
     state.bad_in_a_row += 1
-    message = blame(state, transitions, index, advantages)
+    message = blame(state, transitions, suspects(parts, losses, accelerator), advantages)
     run.skipped(state.epoch, message)
     if state.bad_in_a_row >= config.max_bad_updates:
         raise FloatingPointError(f"{state.bad_in_a_row} updates in a row (update.max_bad_updates): {message}")
     return update
+
+
+def suspects(parts: Sequence[Tensor], losses: Sequence[Tensor], accelerator: Accelerator) -> Tensor:
+    """Indices of the micro-batches whose loss was not finite on any process, or of all if only a gradient was.
+
+    The same micro-batches on every process, as sharded weights need the same passes on all of them.
+    """
+    bad = accelerator.gather(~torch.isfinite(torch.stack(list(losses)))[None]).any(0).tolist()
+    return torch.cat([part for part, guilty in zip(parts, bad, strict=True) if guilty or not any(bad)])
 
 
 def blame(state: TrainState, transitions: Sequence[Transitions], index: Tensor, advantages: Tensor) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -46,10 +47,189 @@ def test_the_gpu_suite_walks_its_path_and_refuses_without_a_gpu() -> None:
     assert dry.returncode == 0, dry.stderr
     for row in ("copy", "loss forward", "loss backward", "sde_step", "fused forward + backward", "textbook forward"):
         assert row in dry.stdout
+    for case in ("lora-512-on", "lora-1024-off", "full-512-on"):  # bench_train_step.py, each in its own process
+        assert f"\n{case}, micro-batch" in dry.stdout
+    assert dry.stdout.count("a transition") >= 3
+    assert dry.stdout.count("of a plain matmul's") == 3
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     refused = subprocess.run(suite, cwd=ROOT, capture_output=True, text=True, check=False, env=hidden)
     assert refused.returncode == 1
     assert "needs a CUDA device" in refused.stderr
+
+
+# --- the training step of the whole model ---------------------------------------------------------------------------
+
+GIB = 2**30
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_train_step
+
+    return bench_train_step
+
+
+def planned_row(steps: ModuleType, name: str, gib: float = 26.0) -> dict[str, Any]:
+    """As `planned` gives it, with round numbers."""
+    case = steps.CASES[name]
+    return {
+        **case.settings(dry=False),
+        "peak_bytes": {"rollout": 24 * GIB, "update": int(gib * GIB)},
+        "update_bytes": dict.fromkeys(("weights", "gradients", "optimizer", "activations", "trajectories"), GIB),
+        "fits": gib < 74,
+        "needed_tflop_per_transition": 100.0,
+        "peak_goal_gib": case.peak_goal_gib,
+        "mfu_goal": case.mfu_goal,
+    }
+
+
+def measured_row(steps: ModuleType, name: str, gib: float, s_per_transition: float = 0.2) -> dict[str, Any]:
+    """As `measure` gives it for a case that ran."""
+    settings = steps.CASES[name].settings(dry=False)
+    whole = s_per_transition * settings["transitions_per_update"]
+    times = {"p20_s": whole, "p50_s": whole, "p80_s": whole, "reserved_bytes": int(gib * GIB)}
+    micro_us = {"graph": {"p50_us": 20.0}, "called_from_python": {"p50_us": 200.0}}
+    return {
+        **settings,
+        "rollout": {**times, "s_per_image": 1.0, "peak_bytes": 24 * GIB},
+        "update": {**times, "s_per_transition": s_per_transition, "first_s": 9.0, "peak_bytes": int(gib * GIB)},
+        "loss": {"shape": (settings["micro_batch"], 1024, 64), **micro_us},
+        "matmul_tflop_per_s": 800.0,
+    }
+
+
+def test_utilisation_the_share_of_the_loss_and_the_goals_follow_from_a_measurement(steps: ModuleType) -> None:
+    case = steps.CASES["lora-1024-off"]
+    row = steps.concluded(case, measured_row(steps, case.name, 48.0), planned_row(steps, case.name, 45.0), 989.0)
+    assert row["update"]["tflop_per_s"] == pytest.approx(500.0)
+    assert row["update"]["mfu"] == pytest.approx(500 / 989)
+    assert row["loss"]["share"] == pytest.approx(10 * 20e-6 / 2.0)  # ten micro-batches of one in an update of 2 s
+    assert row["planner_error"] == {"rollout": 0.0, "update": pytest.approx(-0.0625)}
+    assert [goal["reached"] for goal in row["goals"]] == [True, False]  # MFU 50.6%; the planner is 6% off
+    text = steps.describe(case.name, row)
+    assert "goal MFU >= 45%: 50.6%: reached" in text
+    assert "goal planner within 5%: rollout +0.0%, update -6.2%: MISSED" in text
+
+    unknown = steps.concluded(case, measured_row(steps, case.name, 45.0), planned_row(steps, case.name, 45.0), None)
+    assert unknown["update"]["mfu"] is None
+    assert [goal["reached"] for goal in unknown["goals"]] == [None, True]
+
+
+def test_a_peak_over_the_goal_is_missed(steps: ModuleType) -> None:
+    case = steps.CASES["lora-512-on"]
+    for gib, reached in ((29.9, True), (30.1, False)):
+        row = steps.concluded(case, measured_row(steps, case.name, gib), planned_row(steps, case.name), 989.0)
+        assert row["goals"][0]["reached"] is reached
+
+
+def test_a_case_out_of_memory_keeps_what_came_before_it(steps: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(case: Any, dry: bool, row: dict[str, Any]) -> None:
+        row["rollout"], row["phase"] = {"s_per_image": 1.0}, "update"
+        raise steps.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    monkeypatch.setattr(steps, "measure_training", out_of_memory)
+    case = steps.CASES["full-512-on"]
+    row = steps.concluded(case, steps.measure(case, dry=True), planned_row(steps, case.name), 989.0)
+    assert row["error"] == "out of memory"
+    assert row["message"] == "in update: CUDA out of memory. Tried to allocate 9 GiB."
+    assert row["goals"] == [{"what": "peak <= 78 GiB", "measured": "out of memory", "reached": False}]
+    text = steps.describe(case.name, row)
+    assert "1.000 s an image" in text
+    assert "(planner: fits in 80 GB)" in text
+
+
+def test_a_case_that_breaks_or_hangs_is_a_row_too(steps: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    case = steps.CASES["lora-512-on"]
+    script = tmp_path / "script.py"
+    monkeypatch.setattr(steps, "__file__", str(script))
+    script.write_text("import sys; sys.exit('the driver is gone')")
+    broken = steps.run_case(case, dry=True)
+    assert broken["error"] == "failed"
+    assert broken["message"] == "exit status 1: the driver is gone"
+    row = steps.concluded(case, broken, planned_row(steps, case.name), 989.0)
+    assert [goal["reached"] for goal in row["goals"]] == [None]
+    assert "failed: exit status 1" in steps.describe(case.name, row)
+    script.write_text("import time; time.sleep(60)")
+    assert steps.run_case(case, dry=True, limit_s=0.5)["error"] == "timed out"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "needs a CUDA device"),
+        (["--dry-run", "--save"], "--dry-run saves nothing"),
+        (["--plan", "--cases", "lora-768-*"], "matches none of lora-512-on"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(steps: ModuleType, monkeypatch, capsys, options, message) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_train_step.py", *options])
+    monkeypatch.setattr(steps.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        steps.arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_the_plan_is_saved_as_predictions(steps: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    rows = {name: planned_row(steps, name) for name in steps.CASES}
+    monkeypatch.setattr(steps, "planned_at_once", lambda cases, dry: {case.name: rows[case.name] for case in cases})
+    monkeypatch.setattr(sys, "argv", ["bench_train_step.py", "--plan", "--save", "--out", str(tmp_path)])
+    steps.main()
+    assert "peak <= 30 GiB: predicted to be reached" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*/*.json")
+    (run,) = json.loads(path.read_text())["plan_train_step"]
+    assert run["cases"].keys() == steps.CASES.keys()
+
+
+def test_a_tiny_plan_has_every_field_that_is_shown(steps: ModuleType) -> None:
+    names = ["lora-512-on", "lora-1024-off"]
+    rows = steps.planned_at_once([steps.CASES[name] for name in names], dry=True)
+    for name in names:
+        assert rows[name].keys() == planned_row(steps, name).keys()
+        assert sum(rows[name]["update_bytes"].values()) == rows[name]["peak_bytes"]["update"]
+    assert steps.plan_table(rows)
+
+
+def test_the_readme_tells_measured_from_predicted(steps: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    import plot
+    import results
+
+    monkeypatch.setattr(plot, "PLOTS", tmp_path / "plots")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    env = {**results.environment(), "commit": "abc", "time": "2026-01-01T00:00:00"}
+    names = ["lora-512-on", "full-1024-off"]
+    plans = {name: planned_row(steps, name, gib) for name, gib in zip(names, (26.0, 95.0), strict=True)}
+    files: list[dict[str, Any]] = [
+        {"plan_train_step": [{"environment": env, "memory_gb": 80.0, "cases": plans}]},
+    ]
+    unmeasured = plot.train_step_parts(files)
+    assert "not yet measured" in unmeasured[0]
+    assert unmeasured[1].startswith("Predicted, not measured")
+    assert "| lora, 512^2, checkpointing on, micro-batch 3 | 24.0 | 26.0 | fits | <= 30 GiB |" in unmeasured[1]
+    assert "| full, 1024^2, checkpointing off, micro-batch 1 | 24.0 | 95.0 | too large |  |" in unmeasured[1]
+    assert len(plot.train_step_parts([])) == 1
+
+    # Measured case by case: the newest row of each counts, and a device has one table.
+    memory_error = {**steps.CASES[names[1]].settings(dry=False), "error": "out of memory", "message": "in update: ..."}
+    for second, (name, row) in enumerate(
+        [
+            (names[0], measured_row(steps, names[0], 31.0)),
+            (names[1], memory_error),
+            (names[0], measured_row(steps, names[0], 27.0)),
+        ]
+    ):
+        rows = {name: steps.concluded(steps.CASES[name], row, plans[name], 989.0)}
+        run_env = {**env, "device": "NVIDIA H200", "driver": "1", "time": f"2026-01-01T00:00:0{second}"}
+        files.append({"train_step": [{"environment": run_env, "memory_gb": 80.0, "cases": rows}]})
+    (part,) = plot.train_step_parts(json.loads(json.dumps(files)))
+    assert "**NVIDIA H200**" in part
+    assert "not yet measured" not in part
+    assert "Predicted" not in part
+    assert "0.200 (0.200 to 0.200), 27.0 (26.0)" in part
+    assert "peak <= 30 GiB: 27.0 GiB, reached" in part
+    assert "31.0" not in part
+    assert "out of memory (planner: 95.0, does not fit)" in part
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 1
 
 
 def test_results_are_appended_and_the_readme_is_made_from_them(bench, tmp_path, monkeypatch) -> None:

@@ -95,19 +95,19 @@ class MemoryRun:
         self.messages: list[str] = []
         self.saved: list[int] = []
         self.verdicts: list[Verdict] = []
-        self._stop_after = stop_after
+        self._stop_after, self._epochs = stop_after, 0
 
     def restore(self, state: TrainState) -> None:
         self.state = state
 
     def stop_requested(self) -> bool:
-        return False
+        return self._stop_after is not None and self._epochs >= self._stop_after
 
     def skipped(self, epoch: int, message: str) -> None:
         self.messages.append(message)
 
-    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:
-        return self._stop_after is not None and log.epoch + 1 >= self._stop_after
+    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> None:
+        self._epochs = log.epoch + 1
 
     def evaluated(self, verdict: Verdict) -> None:
         self.verdicts.append(verdict)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -24,6 +25,8 @@ from fastguard.config import LoraConfig, ModelConfig, Recipe
 from fastguard.prompts import EncodedPrompts, Prompt
 
 ADAPTER = "default"
+WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
+"""diffusers' name for the files of a model."""
 
 
 class FluxPolicy(nn.Module):
@@ -224,8 +227,11 @@ class FluxBackbone:
         `FluxTransformer2DModel.from_pretrained(folder)`."""
         ours = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
         if self._recipe.model.train == "full":
+            folder.mkdir(parents=True)
+            self._transformer.save_config(folder)
             ours = {name: tensor.to(self.dtype).contiguous() for name, tensor in ours.items()}
-            self._transformer.save_pretrained(folder, state_dict=ours)
+            # Not save_pretrained: it writes the model's own tensors, neither the average nor whole when sharded.
+            save_torch_state_dict(ours, folder, filename_pattern=WEIGHTS)
             return
         FluxPipeline.save_lora_weights(
             folder,

@@ -124,19 +124,19 @@ class Watch:
     """A `trainer.Run` that keeps nothing on the disk: it looks at the policy after every epoch."""
 
     def __init__(self, after_epoch: Callable[[nn.Module], bool]) -> None:
-        self._after_epoch = after_epoch
+        self._after_epoch, self._stop = after_epoch, False
 
     def restore(self, state: TrainState) -> None:
         """Every run starts from the pretrained model."""
 
     def stop_requested(self) -> bool:
-        return False
+        return self._stop
 
     def skipped(self, epoch: int, message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
-    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> bool:
-        return self._after_epoch(state.policy)
+    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> None:
+        self._stop = self._after_epoch(state.policy)
 
     def evaluated(self, verdict: Verdict) -> None:
         """The demo has no monitor: it looks for itself."""
