@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,22 +22,24 @@ from fastguard.run import checkpoint_of, read_rows
 TESTS = Path(__file__).parent
 
 
-def launch(tmp_path: Path, kind: str, folder: Path, *options: str, code: int = 0) -> str:
+def accelerate(tmp_path: Path, kind: str) -> list[str]:
     """accelerate launch with ddp.yaml or fsdp2.yaml, made to use two CPU processes instead of eight GPUs."""
     config = (shipped_recipes() / "accelerate" / f"{kind}.yaml").read_text()
-    for gpu, cpu in (
-        ("use_cpu: false", "use_cpu: true"),
-        ("num_processes: 8", "num_processes: 2"),
-        ("FluxTransformerBlock,FluxSingleTransformerBlock", "Layer"),
-    ):
-        assert gpu in config or kind == "ddp"
+    for gpu, cpu in (("use_cpu: false", "use_cpu: true"), ("num_processes: 8", "num_processes: 2")):
+        assert gpu in config
         config = config.replace(gpu, cpu)
     file = tmp_path / f"{kind}.yaml"
     file.write_text(config)
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port"]
-    sharded = ["--fsdp2"] if kind == "fsdp2" else []
+    options = ["--config_file", str(file), "--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options]
+
+
+def launch(tmp_path: Path, kind: str, folder: Path, *options: str, code: int = 0) -> str:
+    """The toy run on two processes."""
+    sharded = ["--fsdp_transformer_layer_cls_to_wrap", "Layer"] if kind == "fsdp2" else []
+    flag = ["--fsdp2"] if kind == "fsdp2" else []
     result = subprocess.run(
-        [*accelerate, "0", str(TESTS / "toy_run.py"), str(folder), *options, *sharded],
+        [*accelerate(tmp_path, kind), *sharded, str(TESTS / "toy_run.py"), str(folder), *options, *flag],
         capture_output=True, text=True, timeout=200, check=False,
         env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -128,3 +132,73 @@ def test_a_bad_update_is_skipped_on_all_processes(tmp_path: Path) -> None:
     (line,) = read_rows(tmp_path / "run" / "skipped.jsonl")
     assert "on process 1" in line["message"]
     assert "on process 0" not in line["message"]
+
+
+FLUX = (
+    "train", "flux_tiny", "--run.epochs", "2", "--run.trackers",
+    "--prompts.per-epoch", "2", "--sampler.batch-size", "4", "--objective.kl-weight", "0.01",
+    "--update.micro-batch", "20", "--update.inner-epochs", "1", "--update.ema-decay", "0.5", "--update.ema-every", "2",
+    "--monitor.every", "1", "--monitor.prompts", "1", "--monitor.num-steps", "2",
+)  # fmt: skip
+FULL = ("--model.train", "full", "--lora.rank", "64", "--lora.alpha", "128")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_flux_on_two_processes_is_flux_on_one(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, trained: str
+) -> None:
+    """The whole command, adapters and all weights: what diffusers loads is the same, but for the order of sums."""
+    cache = tmp_path_factory.getbasetemp() / "flux_cache"
+    options = FLUX + (FULL if trained == "full" else ())
+    alone = tmp_path_factory.getbasetemp() / f"flux_{trained}"
+    environment = {**os.environ, "FASTGUARD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    if not alone.exists():
+        command = [sys.executable, "-m", "fastguard.cli", *options, "--run.dir", str(alone)]
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+    sharding = ["--hardware.sharding", "fsdp2"] if kind == "fsdp2" else []
+    script = [str(TESTS / "flux_run.py")] if kind == "fsdp2" else ["-m", "fastguard.cli"]
+    result = subprocess.run(
+        [*accelerate(tmp_path, kind), *script, *options, *sharding, "--run.dir", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=300, check=False, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    ours, theirs = (checkpoint_of(folder, "newest") for folder in (tmp_path / "run", alone))
+    for file in (theirs / "diffusers").glob("*.safetensors"):
+        expected, exported = load_file(file), load_file(ours / "diffusers" / file.name)
+        assert exported.keys() == expected.keys()
+        assert all(relative(t, exported[n]) < 1e-3 for n, t in expected.items() if t.norm() > 0)
+    rows = [read_rows(folder / "metrics.jsonl") for folder in (tmp_path / "run", alone)]
+    assert [row["reward_mean"] for row in rows[0]] == pytest.approx([row["reward_mean"] for row in rows[1]], abs=2e-3)
+    assert rows[0][0]["reward_mean"] == rows[1][0]["reward_mean"]
+
+
+def test_a_signal_to_the_whole_group_saves(tmp_path: Path) -> None:
+    """As a scheduler does it: the launcher and every process get the signal, and the launcher forwards it as well."""
+    command = [*accelerate(tmp_path, "ddp"), str(TESTS / "toy_run.py"), str(tmp_path / "run"), "50", "--slow", "0.2"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 100
+    while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    done = len(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert checkpoint_of(tmp_path / "run", "newest").name == f"epoch_{done:06d}"
+    assert done < 50
+
+
+def test_what_accelerate_was_told_elsewhere_is_refused(tmp_path: Path) -> None:
+    for variable, value, message in (
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision = bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps = 4"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", "fastguard.cli", "train", "flux_tiny", "--run.dir", str(tmp_path / "run")],
+            capture_output=True, text=True, check=False, env={**os.environ, variable: value},
+        )  # fmt: skip
+        assert result.returncode == 2
+        assert message in result.stderr

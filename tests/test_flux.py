@@ -129,7 +129,10 @@ def test_prompt_files(tmp_path: Path) -> None:
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"prompt": "a sign", "text": "STOP"}\n')
     assert read_prompts(lines) == [Prompt("a sign", {"text": "STOP"})]
+    lines.write_text('\ufeff{"prompt": "a line\u2028separator"}\n', encoding="utf-8")
+    assert read_prompts(lines) == [Prompt("a line\u2028separator")]
     for content, message in (
+        ('{"prompt": " "}', "line 1: expected an object with a"),
         ('{"prompt": 3}', "line 1: expected an object with a"),
         ("{", "line 1: not JSON"),
         ("\n", "no prompts"),
@@ -317,7 +320,12 @@ def test_a_trained_transformer_loads_in_plain_diffusers(
     full = replace(recipe, model=replace(recipe.model, train="full"), lora=LoraConfig())
     backbone = load(full, encoded)
     before = images_of(backbone)
-    backbone.export(tmp_path / "diffusers", move(backbone))
+    live = {name: tensor.clone() for name, tensor in move(backbone).items()}
+    average = {name: tensor + 0.01 for name, tensor in live.items()}
+    backbone.export(tmp_path / "average", average)  # what is written is what is given, not the model's own weights
+    written = FluxTransformer2DModel.from_pretrained(tmp_path / "average").state_dict()
+    assert all(torch.equal(written[n.removeprefix("transformer.")], tensor) for n, tensor in average.items())
+    backbone.export(tmp_path / "diffusers", live)
     transformer = FluxTransformer2DModel.from_pretrained(tmp_path / "diffusers")
     pipe = FluxPipeline.from_pretrained(folder, transformer=transformer)
     assert (pipeline_images(pipe, backbone) - images_of(backbone)).abs().max() < 1.01

@@ -119,6 +119,7 @@ def test_a_signal_saves_exits_0_and_the_run_goes_on(tmp_path: Path, undisturbed:
     process = start(folder, 4, "--slow", "0.15")  # eight batches an epoch, so that the signal falls inside one
     wait_for_epoch(folder, 1)
     process.send_signal(number)
+    process.send_signal(number)  # a launcher forwards what the scheduler has sent to everyone
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert '"stopped": true' in output
@@ -194,6 +195,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
         assert_same_end(tmp_path / "run", undisturbed)
 
 
+def test_going_back_sets_the_later_checkpoints_aside(tmp_path: Path, undisturbed: Path) -> None:
+    """Else they would pass for the newest, and each new save would be pruned as the oldest."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    finish(folder, 6, "--resume", str(folder / "checkpoints" / "epoch_000003"))
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["aside_epoch_000004", "epoch_000005", "epoch_000006"]
+    assert [row["epoch"] for row in read_rows(folder / "metrics.jsonl")] == list(range(6))
+    branch = finish(tmp_path / "branch", 3, "--resume", str(undisturbed / "checkpoints" / "epoch_000003"))
+    assert "after 3 epochs" in branch  # nothing left to do, and a checkpoint of its own
+    assert newest(tmp_path / "branch").name == "epoch_000003"
+    said = finish(folder, 6, "--resume", str(undisturbed / "checkpoints" / "epoch_000003"), code=1)
+    assert "holds another run" in said
+
+
 def test_a_run_folder_is_not_overwritten_by_mistake(undisturbed: Path) -> None:
     assert "go on with --resume auto, or choose another" in finish(undisturbed, 4, code=1)
     assert "does not fit this recipe: its optimizer state is of another kind" in finish(
@@ -247,15 +263,43 @@ def test_a_full_disk_keeps_the_old_checkpoint(
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
-    for left in (".part-epoch_000007", ".old-epoch_000003"):
+    folder = CheckpointFolder(tmp_path, Accelerator(cpu=True))
+    save_once(folder, 3)
+    (tmp_path / "epoch_000003").rename(tmp_path / ".old-epoch_000003")  # killed between the two renames of a save
+    for left in (".part-epoch_000007", ".drop-epoch_000001"):
         (tmp_path / left).mkdir()
     folder = CheckpointFolder(tmp_path, Accelerator(cpu=True))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_000003"]
+    verify(tmp_path / "epoch_000003")
     for epoch in range(1, 6):
         save_once(folder, epoch)
     save_once(folder, 3)  # the same epoch again, as after a resume from an earlier one
     folder.prune(keep=2, best="epoch_000002")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_000002", "epoch_000004", "epoch_000005"]
+
+
+def test_any_failure_of_a_save_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, Accelerator(cpu=True))
+    save_once(folder, 1)
+
+    def export(path: Path, weights: dict[str, torch.Tensor]) -> None:
+        raise RuntimeError("cannot export")
+
+    with pytest.raises(RuntimeError, match="cannot export"):
+        folder.save(2, {}, {"weights": []}, [], export)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_000001"]
+
+
+def test_an_unlisted_file_or_an_empty_manifest_is_damage(tmp_path: Path) -> None:
+    path = save_once(CheckpointFolder(tmp_path, Accelerator(cpu=True)), 1)
+    verify(path)
+    (path / "weights-0001.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"does not list \['weights-0001\.safetensors'\]"):
+        verify(path)
+    (path / "weights-0001.safetensors").unlink()
+    (path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"does not list .*trainer\.json"):
+        verify(path)
 
 
 def test_generators_are_restored(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from toys import RECIPE, MemoryRun, ToyBackbone, ToyPolicy, pool, towards
 
+from fastguard import trainer
 from fastguard.advantages import advantages_without_failures, combine_rewards
 from fastguard.config import MonitorConfig, ObjectiveConfig, Recipe, RewardConfig
 from fastguard.demo.backbone import DigitBackbone
@@ -400,6 +402,52 @@ def test_the_monitor_warns_and_stops_if_asked() -> None:
     assert where.state.monitor.best.epoch == 0
     stopped, _ = watch(away, on_hacking="stop", patience=2)
     assert len(stopped) < 8
+
+
+def test_a_gold_reward_that_fails_saves_first() -> None:
+    recipe = replace(WATCHED, monitor=replace(WATCHED.monitor, every=2))
+    calls = []
+
+    def breaks_at_the_second_evaluation(*batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError("no network")
+        return towards(*batch)
+
+    backbone, where = ToyBackbone(), MemoryRun()
+    with (
+        pool(recipe, backbone) as rewards,
+        pool(recipe, backbone, gold=[breaks_at_the_second_evaluation]) as judges,
+        pytest.raises(RewardError, match="gold.*no network"),
+    ):
+        train(backbone, recipe, rewards, where, cpu(), Monitor(recipe, judges, 0))
+    assert where.saved == [0, 2]  # the best at the start, and the two epochs before the failure
+
+
+def test_a_score_that_is_not_finite_is_never_the_best() -> None:
+    judge = Monitor(WATCHED, None, 0)  # type: ignore[arg-type]
+    images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+    missing = torch.full((2, 8), torch.nan, dtype=torch.float64)
+    assert not judge.judge(missing, 0, images).is_best
+    assert judge.judge(torch.zeros(2, 8), 1, images).is_best
+    assert not judge.judge(missing, 2, images).is_best
+    assert judge.judge(torch.ones(2, 8), 3, images).is_best
+
+
+def test_an_epochs_transitions_are_gone_before_the_next_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the largest thing that the trainer holds; twice would be too much."""
+    kept: list[weakref.ref[Tensor]] = []
+    real = trainer.sample_epoch
+
+    def spy(*args: Any) -> Any:
+        assert all(ref() is None for ref in kept)
+        rolled = real(*args)
+        kept.append(weakref.ref(rolled.transitions[0].noise))
+        return rolled
+
+    monkeypatch.setattr(trainer, "sample_epoch", spy)
+    run(with_(run={"epochs": 3}))
+    assert len(kept) == 3
 
 
 def test_a_fall_within_the_noise_is_no_alarm() -> None:
