@@ -55,8 +55,10 @@ from fastguard.memory import update_flops
 from fastguard.memory.models import meta_transformer, meta_vae, pipeline_configs
 from fastguard.memory.phases import GIB, limit_bytes, planned_phases
 from fastguard.prompts import EncodedPrompts, Prompt
+from fastguard.rollouts import images_to_sample
 from fastguard.sampler import Transitions, rollout, training_schedule
-from fastguard.trainer import TrainState, build_state, check_parity, images_to_sample, minibatches, update_weights
+from fastguard.state import TrainState, build_state
+from fastguard.update import check_parity, minibatches, update_weights
 
 SECTION, PLAN_SECTION = "train_step", "plan_train_step"
 MEMORY_GB = 80.0

@@ -22,7 +22,8 @@ from fastguard.prompts import Prompt, cache_folder, encode_prompts, read_prompts
 from fastguard.recipe import totals
 from fastguard.rewards import RewardPool, build_reward
 from fastguard.run import RunFolder
-from fastguard.trainer import for_processes, train
+from fastguard.state import for_processes
+from fastguard.trainer import train
 
 PATIENCE = timedelta(hours=4)
 """How long processes wait for each other: a first encoding, slow rewards, or a save of 190 GB take longer than NCCL's

@@ -37,7 +37,7 @@ from fastguard.monitor import Verdict
 from fastguard.optim import load_state, state_tensors
 from fastguard.recipe import as_dict, differences
 from fastguard.report import save_images
-from fastguard.trainer import TrainState
+from fastguard.state import TrainState
 from fastguard.weights import put
 
 GRID_IMAGES = 16
@@ -46,7 +46,7 @@ SAME_WISH_S = 3.0
 
 
 class RunFolder:
-    """Implements `trainer.Run`; a context manager that catches SIGTERM and Ctrl-C.
+    """Implements `state.Run`; a context manager that catches SIGTERM and Ctrl-C.
 
     Args:
         resume: "never" refuses a folder that holds checkpoints, "auto" goes on from the newest whole one (or begins,

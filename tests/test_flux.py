@@ -26,7 +26,8 @@ from fastguard.launch import gather_prompts
 from fastguard.prompts import EncodedPrompts, Prompt, encode_prompts, read_prompts
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.sampler import initial_latents, ode_schedule, predict_velocity, rollout, training_schedule
-from fastguard.trainer import build_state, train
+from fastguard.state import build_state
+from fastguard.trainer import train
 from fastguard.weights import trained_parameters
 
 CPU = torch.device("cpu")

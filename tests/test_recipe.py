@@ -15,7 +15,7 @@ from fastguard.cli import RECIPE_COMMANDS, parse_recipe_command
 from fastguard.config import Recipe
 from fastguard.launch import gather_prompts
 from fastguard.recipe import as_dict, differences, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
-from fastguard.trainer import for_processes
+from fastguard.state import for_processes
 
 SHIPPED = sorted(path.stem for path in shipped_recipes().glob("*.toml"))
 

@@ -20,8 +20,11 @@ from fastguard.demo.model import DigitPolicy
 from fastguard.metrics import Update, clip_fractions, clip_range_for, ratio_log
 from fastguard.monitor import Monitor
 from fastguard.rewards import RewardError
+from fastguard.rollouts import images_to_sample
 from fastguard.sampler import Transitions, rollout, training_schedule
-from fastguard.trainer import TrainState, build_state, images_to_sample, minibatches, policy_loss, train
+from fastguard.state import TrainState, build_state
+from fastguard.trainer import train
+from fastguard.update import minibatches, policy_loss
 from fastguard.weights import Shadow
 
 

@@ -26,7 +26,8 @@ from fastguard.config import MonitorConfig, Recipe, RewardConfig
 from fastguard.monitor import Monitor
 from fastguard.rewards import RewardPool
 from fastguard.run import RunFolder
-from fastguard.trainer import for_processes, train
+from fastguard.state import for_processes
+from fastguard.trainer import train
 from fastguard.weights import whole
 
 

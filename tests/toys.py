@@ -26,7 +26,7 @@ from fastguard.metrics import EpochLog
 from fastguard.monitor import Verdict
 from fastguard.prompts import Prompt
 from fastguard.rewards import RewardPool
-from fastguard.trainer import TrainState
+from fastguard.state import TrainState
 
 SHAPE = (2, 8)
 RECIPE = Recipe(
@@ -89,7 +89,7 @@ def towards(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str,
 
 
 class MemoryRun:
-    """A `trainer.Run` that keeps everything in memory."""
+    """A `state.Run` that keeps everything in memory."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.messages: list[str] = []

@@ -31,7 +31,8 @@ from fastguard.metrics import EpochLog
 from fastguard.monitor import Verdict
 from fastguard.rewards import RewardPool
 from fastguard.sampler import Policy, evaluation_images, ode_schedule, rollout
-from fastguard.trainer import TrainState, train
+from fastguard.state import TrainState
+from fastguard.trainer import train
 
 OBJECTIVES: tuple[Objective, ...] = ("flow_grpo", "grpo_guard")
 GRID_ROWS = 4
@@ -121,7 +122,7 @@ def ink_tiles(images: Tensor) -> np.ndarray:
 
 
 class Watch:
-    """A `trainer.Run` that keeps nothing on the disk: it looks at the policy after every epoch."""
+    """A `state.Run` that keeps nothing on the disk: it looks at the policy after every epoch."""
 
     def __init__(self, after_epoch: Callable[[nn.Module], bool]) -> None:
         self._after_epoch, self._stop = after_epoch, False

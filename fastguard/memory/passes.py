@@ -25,7 +25,7 @@ from fastguard.prompts import ENCODE_BATCH, EncodedPrompts
 from fastguard.sampler import Transitions, predict_velocity
 from fastguard.sde import Transition
 from fastguard.step import sde_step
-from fastguard.trainer import policy_loss
+from fastguard.update import policy_loss
 
 
 @dataclass(frozen=True)

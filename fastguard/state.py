@@ -1,0 +1,106 @@
+"""What a run holds while it goes on, and where it leaves its traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fastguard.backbones import Backbone
+from fastguard.config import Recipe
+from fastguard.metrics import EpochLog
+from fastguard.monitor import Monitor, Verdict
+from fastguard.optim import Optimizer, build_optimizer
+from fastguard.weights import Shadow, trained_parameters
+
+
+class Run(Protocol):
+    """Where a run leaves its traces; every method is called by all processes."""
+
+    def restore(self, state: TrainState) -> None:
+        """Continue from a checkpoint, if there is one to continue from."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Whether to save and end at the next safe point; the same answer on every process."""
+        ...
+
+    def skipped(self, epoch: int, message: str) -> None:
+        """Write down an update that was skipped and the transitions to blame, or a group and the reward that failed."""
+        ...
+
+    def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> None:
+        """Record an epoch (images: uint8 (B, C, H, W), this process's first rollout batch)."""
+        ...
+
+    def evaluated(self, verdict: Verdict) -> None:
+        """Record an evaluation of the monitor."""
+        ...
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint, unless this state has one."""
+        ...
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while a run goes on, and so everything that a checkpoint holds."""
+
+    accelerator: Accelerator
+    recipe: Recipe
+    backbone: Backbone
+    policy: nn.Module
+    """the backbone's policy as accelerate wrapped it"""
+    parameters: dict[str, nn.Parameter]
+    """what is trained, by name"""
+    optimizer: Optimizer
+    average: Shadow | None
+    """averaged weights (EMA)"""
+    before: Callable[[], AbstractContextManager[None]] | None
+    """context in which the policy is the model before training; None where no KL is asked for"""
+    monitor: Monitor | None
+    epoch: int = 0
+    """epochs done"""
+    updates: int = 0
+    """optimizer updates done, without skipped ones"""
+    bad_in_a_row: int = 0
+    """updates skipped since the last good one"""
+    checked: bool = False
+    """whether this process has passed the parity preflight"""
+
+
+def build_state(backbone: Backbone, recipe: Recipe, accelerator: Accelerator, monitor: Monitor | None) -> TrainState:
+    """Wrap the policy for its processes and build what trains it."""
+    update = recipe.update
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Gradients are summed in float32 whatever the weights' dtype; the optimizer comes after the sharding.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        idle = torch.optim.SGD([p for p in backbone.policy.parameters() if p.requires_grad], lr=0.0)
+        policy, _ = accelerator.prepare(backbone.policy, idle)
+    else:
+        policy = accelerator.prepare(backbone.policy)
+    parameters = trained_parameters(policy)
+    before = None
+    if recipe.objective.kl_weight > 0:
+        before = backbone.adapters_off if backbone.has_adapters else Shadow(policy, update.copies).in_place
+    average = Shadow(policy, update.copies, torch.float32) if update.ema_decay > 0 else None
+    optimizer = build_optimizer(list(parameters.values()), update)
+    return TrainState(accelerator, recipe, backbone, policy, parameters, optimizer, average, before, monitor)
+
+
+def for_processes(recipe: Recipe, processes: int) -> Recipe:
+    """The recipe for as many processes as were launched. Raises ValueError, with what would work, if it cannot be."""
+    try:
+        return replace(recipe, hardware=replace(recipe.hardware, processes=processes))
+    except ValueError as error:
+        planned = recipe.hardware.processes
+        raise ValueError(f"launched on {processes} processes (hardware.processes = {planned}): {error}") from None
