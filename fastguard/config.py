@@ -290,8 +290,9 @@ class UpdateConfig:
             ema_every=self.ema_every,
             max_bad_updates=self.max_bad_updates,
         )
-        _at_least(0, micro_batch=self.micro_batch, parity=self.parity, weight_decay=self.weight_decay)
-        for name in ("learning_rate", "max_grad_norm", "eps"):
+        _at_least(0, micro_batch=self.micro_batch, parity=self.parity)
+        _at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        for name in ("max_grad_norm", "eps"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")

@@ -14,9 +14,7 @@ from fastguard.metrics import Clock, EpochLog, RewardLog, Update, UpdateLog, cli
 from fastguard.monitor import Monitor
 from fastguard.rewards import RewardError, RewardPool
 from fastguard.rollouts import SampledEpoch, add_reference, sample_epoch
-from fastguard.sampler import (
-    training_schedule,
-)
+from fastguard.sampler import training_schedule
 from fastguard.state import Run, TrainState, build_state, for_processes
 from fastguard.update import check_parity, minibatches, update_weights
 

@@ -17,11 +17,7 @@ from torch import Tensor
 from fastguard.config import ObjectiveConfig
 from fastguard.loss import GuardLoss, guard_loss
 from fastguard.metrics import Update
-from fastguard.sampler import (
-    Policy,
-    Transitions,
-    predict_velocity,
-)
+from fastguard.sampler import Policy, Transitions, predict_velocity
 from fastguard.state import Run, TrainState
 from fastguard.weights import local, whole
 

@@ -100,7 +100,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("[monitor]\nevery = 3", r"monitor\.every needs a reward in \[\[monitor\.gold\]\]"),
         ('[model]\ndtype = "float16"', r"model\.dtype"),
         ("[update]\nmax_grad_norm = -1.0", r"max_grad_norm must be positive"),
-        ("[update]\nlearning_rate = 0.0", r"learning_rate must be positive"),
+        ("[update]\nlearning_rate = -1e-4", r"learning_rate must be at least 0"),
         ("[update]\nbetas = [0.9, 1.0]", r"betas must lie in"),
         ("[run]\nseed = 4294967296", r"seed must be below"),
         ("[hardware]\nsharding = 'fsdp2'\n[update]\noptimizer = 'adamw8bit'", r'update\.optimizer.*use "adamw"'),
