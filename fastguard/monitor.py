@@ -17,7 +17,8 @@ from torch import Tensor
 from fastguard.advantages import combine_rewards
 from fastguard.backbones import Backbone
 from fastguard.config import Recipe
-from fastguard.rewards import RewardPool, collect_scores
+from fastguard.rewards import RewardPool
+from fastguard.rewards.collect import collect_scores
 from fastguard.sampler import Policy, evaluation_images, ode_schedule, rollout
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastguard.advantages import Advantages, advantages_without_failures, combine_rewards
 from fastguard.metrics import Clock
-from fastguard.rewards import RewardError, RewardPool, Scores, collect_scores
+from fastguard.rewards import RewardError, RewardPool, Scores
+from fastguard.rewards.collect import collect_scores
 from fastguard.sampler import Transitions, epoch_prompts, predict_velocity, rollout, sample_seeds, training_schedule
 from fastguard.state import Run, TrainState
 

@@ -15,7 +15,6 @@ while the next images are sampled. `fastguard.rewards.server` answers for a rewa
 
 from fastguard.rewards.base import Reward, RewardError
 from fastguard.rewards.build import BUILT_IN, build_reward
-from fastguard.rewards.collect import collect_scores
 from fastguard.rewards.pool import RewardFailure, RewardPool, Scores
 
 __all__ = [
@@ -26,5 +25,4 @@ __all__ = [
     "RewardPool",
     "Scores",
     "build_reward",
-    "collect_scores",
 ]
