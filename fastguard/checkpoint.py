@@ -186,6 +186,8 @@ class _Writer:
 
 def verify(path: Path) -> None:
     """Raise CheckpointError, naming the file, unless every file is there with the size and hash that were written."""
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint {path}; expected auto, never, or the folder of one (epoch_...)")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}

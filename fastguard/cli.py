@@ -1,18 +1,14 @@
-"""The command line: `fastguard <command>`. Each command is a function; heavy imports wait until it runs.
+"""Online reinforcement learning of flow-matching image models.
 
-    fastguard train RECIPE     train as a recipe says; --section.field VALUE overrides it
-    fastguard plan RECIPE      predict its memory, phase by phase, without a GPU
-    fastguard doctor [RECIPE]  check this machine, and everything that a recipe needs
-    fastguard sample RECIPE    draw prompts with a run's trained weights
-    fastguard report RUN       draw a run: an HTML page of its metrics and images
-    fastguard reward-server    serve a reward over HTTP, for runs on other machines
-    fastguard demo             compare Flow-GRPO and GRPO-Guard on handwritten digits
-
-RECIPE is a TOML file, or the name of a shipped one. `fastguard train RECIPE --help` lists every field.
+RECIPE is a TOML file, or the name of a shipped one. `fastguard train RECIPE --help` lists every field, and each can be
+overridden: --section.field VALUE.
 """
 
+# Each command is a function or a class; heavy imports wait until it runs.
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +22,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from fastguard.config import Recipe, RewardConfig
-from fastguard.recipe import find_recipe, load_recipe
+from fastguard.recipe import find_recipe, load_recipe, overridden
 
 app = SubcommandApp()
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
@@ -85,13 +81,14 @@ class Sample:
     """denoising steps"""
     seed: int = 0
     """seed of the initial noise"""
-    out: Path = Path("samples")
-    """folder for the PNG files"""
+    out: Path | None = None
+    """folder for the PNG files; none means run.dir/samples"""
 
     def __call__(self) -> int:
         from fastguard.sample import sample_recipe
 
-        return sample_recipe(self.recipe, self.prompt, self.checkpoint, self.images, self.steps, self.seed, self.out)
+        out = self.out or self.recipe.run.dir / "samples"
+        return sample_recipe(self.recipe, self.prompt, self.checkpoint, self.images, self.steps, self.seed, out)
 
 
 RECIPE_COMMANDS: dict[str, type[Train] | type[Plan] | type[Doctor] | type[Sample]] = {
@@ -102,12 +99,49 @@ RECIPE_COMMANDS: dict[str, type[Train] | type[Plan] | type[Doctor] | type[Sample
 }
 
 
+# These four stand in the list of commands and answer --help; with a recipe, `parse_recipe_command` takes over.
+
+
 @app.command
-def doctor() -> int:
-    """Check this machine: versions, GPU, kernels."""
+def train(recipe: tyro.conf.Positional[str]) -> int:
+    """Train as a recipe says; `fastguard train RECIPE --help` lists its fields, and --resume.
+
+    Args:
+        recipe: a TOML file, or the name of a shipped recipe
+    """
+    return main(["train", recipe])
+
+
+@app.command
+def plan(recipe: tyro.conf.Positional[str]) -> int:
+    """Predict a recipe's peak memory, phase by phase, without a GPU.
+
+    Args:
+        recipe: a TOML file, or the name of a shipped recipe
+    """
+    return main(["plan", recipe])
+
+
+@app.command
+def doctor(recipe: tyro.conf.Positional[str] | None = None) -> int:
+    """Check this machine (versions, GPU, kernels), and everything that a recipe needs.
+
+    Args:
+        recipe: a TOML file, or the name of a shipped recipe; none checks the machine alone
+    """
     from fastguard.doctor import examine
 
-    return examine(None)
+    return examine(None) if recipe is None else main(["doctor", recipe])
+
+
+@app.command
+def sample(recipe: tyro.conf.Positional[str]) -> int:
+    """Draw prompts with a run's trained weights; `fastguard sample RECIPE --help` lists the options.
+
+    Args:
+        recipe: a TOML file, or the name of a shipped recipe
+    """
+    return main(["sample", recipe])
 
 
 @app.command
@@ -171,18 +205,14 @@ def demo(
 
 
 def parse_recipe_command(args: Sequence[str]) -> Callable[[], int] | None:
-    """`train RECIPE --section.field value ...` as a command; None if it is another command."""
-    if not args or args[0] not in RECIPE_COMMANDS or (args[0] == "doctor" and len(args) == 1):
+    """`train RECIPE --section.field value ...` as a command; None if there is no recipe."""
+    if len(args) < 2 or args[0] not in RECIPE_COMMANDS or args[1].startswith("-"):
         return None
-    name, rest = args[0], list(args[1:])
-    if not rest or rest[0] in ("-h", "--help"):
-        if rest:
-            print(__doc__)
-            raise SystemExit(0)
-        raise ValueError(f"fastguard {name} needs a recipe: a TOML file, or the name of a shipped one")
-    path = find_recipe(rest[0])
+    name, recipe = args[0], load_recipe(find_recipe(args[1]))
     kind: Any = RECIPE_COMMANDS[name]
-    return tyro.cli(kind, default=kind(load_recipe(path)), args=rest[1:], prog=f"fastguard {name} {rest[0]}")
+    command = tyro.cli(kind, default=kind(recipe), args=list(args[2:]), prog=f"fastguard {name} {args[1]}")
+    overridden(recipe, command.recipe)
+    return command
 
 
 @contextmanager
@@ -199,9 +229,17 @@ def _terminations_as_interrupts() -> Iterator[None]:
             signal.signal(number, previous)
 
 
+def _quiet() -> None:
+    """Keep libraries from saying at every start what does not concern a run."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point of the `fastguard` script; returns the exit code."""
     args = sys.argv[1:] if args is None else args
+    _quiet()
     try:
         with _terminations_as_interrupts():
             command = parse_recipe_command(args)

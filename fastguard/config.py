@@ -385,7 +385,6 @@ class Recipe:
         _require(not twice, f"two rewards are called {sorted(twice)}; give one of them a `name`")
         _require(self.sampler.sde_steps >= 1, "sampler.sde_steps must be at least 1: only those steps are trained")
         self._check_divisions()
-        self._check_unread()
         sharded = self.hardware.sharding == "fsdp2"
         for name, works, value in (
             ("optimizer", "adamw", self.update.optimizer),
@@ -427,8 +426,11 @@ class Recipe:
             f"update.minibatches = {self.update.minibatches}",
         )
 
-    def _check_unread(self) -> None:
-        """A value that nothing reads is a mistake: it was meant to have an effect."""
+    def unread(self) -> dict[str, str]:
+        """`section.field` -> reason, for values that are not the default and that nothing reads.
+
+        They were meant to have an effect, so that recipe.py refuses them where they are written down.
+        """
         model, sampler, objective = self.model, self.sampler, self.objective
         unread: list[tuple[bool, str, str]] = [
             (model.kind == "digits", "model", 'model.kind = "digits" has its own size, weights and dtype'),
@@ -451,11 +453,7 @@ class Recipe:
             *((self.monitor.every == 0, f"monitor.{f.name}", "monitor.every = 0 turns it off")
               for f in fields(MonitorConfig) if f.name != "every"),
         ]  # fmt: skip
-        for never, path, reason in unread:
-            if never and (changed := _changed(self, path)):
-                raise ValueError(
-                    f"{', '.join(changed)}: set, but not read: {reason}. Remove it, or change what it depends on"
-                )
+        return {field: reason for never, path, reason in unread if never for field in _changed(self, path)}
 
     @property
     def images_per_epoch(self) -> int:
@@ -484,7 +482,7 @@ def _changed(recipe: Recipe, path: str) -> list[str]:
     value: Any = getattr(recipe, section)
     default = type(value)()
     names = [name] if name else [f.name for f in fields(value) if (section, f.name) != ("model", "kind")]
-    return [f"{section}.{n} = {getattr(value, n)}" for n in names if getattr(value, n) != getattr(default, n)]
+    return [f"{section}.{n}" for n in names if getattr(value, n) != getattr(default, n)]
 
 
 def nearest_divisible(recipe: Recipe) -> str:

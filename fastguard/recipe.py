@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -46,7 +46,30 @@ def load_recipe(path: Path) -> Recipe:
         value = content.get(section, {}).get(name) if isinstance(content.get(section, {}), dict) else None
         if isinstance(value, str):
             content[section][name] = str(path.parent / value)
-    return parse_recipe(content, str(path))
+    recipe = parse_recipe(content, str(path))
+    refuse_unread(recipe, recipe.unread())
+    return recipe
+
+
+def refuse_unread(recipe: Recipe, unread: Mapping[str, str]) -> None:
+    """Raise ValueError for values that are set but that nothing reads (from `Recipe.unread`)."""
+    for field, reason in unread.items():
+        section, name = field.split(".")
+        value = getattr(getattr(recipe, section), name)
+        raise ValueError(f"{field} = {value}: set, but not read: {reason}. Remove it, or change what it depends on")
+
+
+def overridden(recipe: Recipe, changed: Recipe) -> Recipe:
+    """The recipe changed on the command line. What a change leaves unread is passed over; a change that is not read
+    itself is refused."""
+    before = as_dict(recipe)
+    unread = {}
+    for field, reason in changed.unread().items():
+        section, name = field.split(".")
+        if as_dict(changed)[section][name] != before[section][name]:
+            unread[field] = reason
+    refuse_unread(changed, unread)
+    return changed
 
 
 def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
@@ -121,7 +144,7 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
         ("updates per epoch", f"{updates} = {update.inner_epochs} passes x {update.minibatches} minibatches"),
         (
             "transitions per update",
-            f"{per_update * processes} = {processes} GPUs x {per_update}, in micro-batches of {recipe.micro_batch}",
+            f"{per_update * processes} = {processes} x {per_update} per GPU, in micro-batches of {recipe.micro_batch}",
         ),
         ("updates in all", f"{updates * recipe.run.epochs} in {recipe.run.epochs} epochs"),
         ("images in all", f"{recipe.images_per_epoch * recipe.run.epochs}"),

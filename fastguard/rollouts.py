@@ -100,7 +100,11 @@ def score_epoch(
     )
     advantages, counted = advantages_without_failures(compared, prompts, recipe.scoring.std)
     if not counted.any():
-        raise RewardError(f"every group had a reward that failed, the first: {whole.failures[0]}")
+        failure = whole.failures[0]
+        raise RewardError(
+            f'every group had a reward that failed, the first: reward "{failure.label}" for prompt {failure.prompt!r}: '
+            f"{failure.reason}"
+        )
     first = accelerator.process_index * len(prompt_indices)
     own = Advantages(advantages.values[first : first + len(prompt_indices)], advantages.zero_spread_groups)
     dropped = len(prompts[~counted].unique())

@@ -18,7 +18,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -82,6 +81,8 @@ class RunFolder:
             return None
         if resume == "auto":
             newest = self.checkpoints.newest_whole()
+            if not there and self._main:
+                print(f"nothing to resume in {self.path}: beginning anew")
             if newest is None and there:
                 raise ValueError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is whole")
             return newest
@@ -134,11 +135,12 @@ class RunFolder:
     def restore(self, state: TrainState) -> None:
         recipe = as_dict(self._recipe)
         if self._from is not None:
+            if self._main:
+                content = read_state(self._from)
+                changed = differences(content["recipe"], recipe)
+                print(f"resuming {self._from} after {content['epoch']} epochs" + "".join(f"\n  {c}" for c in changed))
             self._load(self._from, state)
             self.checkpoints.set_aside_after(state.epoch)
-            if self._main:
-                changed = differences(read_state(self._from)["recipe"], recipe)
-                print(f"resumed {self._from} after {state.epoch} epochs" + "".join(f"\n  {line}" for line in changed))
         if self._main:
             _write(self.path / "recipe.json", json.dumps(recipe, indent=1))
             # What a killed run logged after its last save will be done, and logged, again.
@@ -170,10 +172,14 @@ class RunFolder:
         restore_rng(path, self._accelerator)
         if path.resolve().parent == self.checkpoints.folder.resolve():
             self._saved = state.epoch
+        elif self._best != path.name:  # the best stayed in the other run's folder
+            self._best = None
+            if state.monitor is not None:
+                state.monitor.best = None
 
     def skipped(self, epoch: int, message: str) -> None:
         if self._main:
-            warnings.warn(f"skipped: {message}", stacklevel=2)
+            _say(f"skipped: {message}")
             _append(self.path / "skipped.jsonl", {"epoch": epoch, "message": message})
 
     def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> None:
@@ -193,7 +199,7 @@ class RunFolder:
             _append(self.path / "evaluations.jsonl", dataclasses.asdict(log))
             save_images(self.path / "images" / f"evaluation_{log.epoch:06d}.png", verdict.images[:GRID_IMAGES])
             if log.warning:
-                warnings.warn(log.warning, stacklevel=2)
+                _say(f"warning: {log.warning}")
         self._accelerator.log({"gold/score": log.gold, "gold/proxy": log.proxy}, step=log.epoch)
 
     def save(self, state: TrainState) -> None:
@@ -237,6 +243,11 @@ def checkpoint_of(run: Path, which: str) -> Path:
     if monitor is None or monitor["best"] is None:
         raise ValueError(f"{run} has no best checkpoint: monitor.every was 0")
     return run / "checkpoints" / checkpoint_name(monitor["best"]["epoch"])
+
+
+def _say(message: str) -> None:
+    """A line on stderr that does not tear the progress bar."""
+    tqdm.write(message, file=sys.stderr)
 
 
 def _put_all(live: dict[str, Any], saved: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from fastguard.checkpoint import read_tensors, verify
+from fastguard.checkpoint import read_state, read_tensors, verify
 from fastguard.config import Recipe
 from fastguard.launch import Prompts, gather_prompts, load_backbone, with_model
 from fastguard.prompts import Prompt
@@ -66,5 +66,5 @@ def sample_recipe(
 def _trained_weights(recipe: Recipe, checkpoint: str) -> dict[str, torch.Tensor]:
     path = checkpoint_of(recipe.run.dir, checkpoint)
     verify(path)
-    print(f"weights of {path}")
+    print(f"weights of {path}" + (" (before training)" if read_state(path)["epoch"] == 0 else ""))
     return read_tensors(path, "average") or read_tensors(path, "weights")

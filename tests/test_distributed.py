@@ -140,7 +140,7 @@ FLUX = (
     "--update.micro-batch", "20", "--update.inner-epochs", "1", "--update.ema-decay", "0.5", "--update.ema-every", "2",
     "--monitor.every", "1", "--monitor.prompts", "1", "--monitor.num-steps", "2",
 )  # fmt: skip
-FULL = ("--model.train", "full", "--lora.rank", "64", "--lora.alpha", "128")
+FULL = ("--model.train", "full")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

@@ -160,6 +160,13 @@ def test_overrides_come_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
         parse_recipe_command(["train", "nothing.toml"])
 
 
+def test_an_override_may_leave_other_fields_unread_but_must_be_read_itself() -> None:
+    command: Any = parse_recipe_command(["train", "flux_tiny", "--monitor.every", "0", "--model.train", "full"])
+    assert (command.recipe.monitor.every, command.recipe.model.train) == (0, "full")  # monitor.*, lora.* stand idle
+    with pytest.raises(ValueError, match=r"lora\.rank = 3: set, but not read"):
+        parse_recipe_command(["train", "flux_tiny", "--model.train", "full", "--lora.rank", "3"])
+
+
 def test_a_recipe_survives_the_way_through_json() -> None:
     recipe = load_recipe(find_recipe("digits"))
     assert parse_recipe(as_dict(recipe), "again") == recipe
@@ -182,7 +189,8 @@ def test_every_field_has_its_line() -> None:
 def test_every_recipe_command_parses() -> None:
     for name in RECIPE_COMMANDS:
         assert parse_recipe_command([name, "flux_tiny"]) is not None
-    assert parse_recipe_command(["doctor"]) is None
+        assert parse_recipe_command([name]) is None
+        assert parse_recipe_command([name, "--help"]) is None
     assert parse_recipe_command(["demo", "--quick"]) is None
 
 
