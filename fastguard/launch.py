@@ -51,7 +51,7 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     with ExitStack() as stack:
         stack.enter_context(run.catching_signals())
         rewards = [(config, build_reward(config)) for config in recipe.rewards]
-        gold = [(config, build_reward(config)) for config in recipe.monitor.gold]
+        gold = [(config, build_reward(config)) for config in recipe.monitor.gold if recipe.monitor.every]
         backbone = load_backbone(recipe, prompts, accelerator, checkpointing)
         pool = stack.enter_context(RewardPool(rewards, recipe.scoring, backbone.prompts))
         monitor = None
