@@ -176,6 +176,10 @@ class SamplerConfig:
             f"{self.last_window_end}" + (": the last step of cps has no noise" if self.kind == "cps" else ""),
         )
 
+    def shift_for(self, model_shift: float) -> float:
+        """The schedule shift: as set, or the model's own."""
+        return model_shift if self.shift == "auto" else self.shift
+
     @property
     def last_window_end(self) -> int:
         """Steps from here on are never stochastic: moving windows, like public recipes, leave the last one out."""

@@ -100,7 +100,7 @@ class Monitor:
         # Whole batches for every process, as sharded weights need the same number of passes on all of them.
         padded = -(-total // (accelerator.num_processes * size)) * accelerator.num_processes * size
         index = torch.arange(padded).clamp(max=total - 1).view(accelerator.num_processes, -1)[accelerator.process_index]
-        schedule = ode_schedule(config.num_steps, self._shift(backbone))
+        schedule = ode_schedule(config.num_steps, self._recipe.sampler.shift_for(backbone.shift))
         backbone.hold(prompts.tolist())
         first = None
         for part in index.split(size):
@@ -112,10 +112,6 @@ class Monitor:
         assert first is not None
         values = collect_scores(self._rewards, accelerator).values.T.contiguous().to(accelerator.device)  # (B, R)
         return accelerator.gather(values)[:total].T.cpu(), first
-
-    def _shift(self, backbone: Backbone) -> float:
-        chosen = self._recipe.sampler.shift
-        return backbone.shift if chosen == "auto" else chosen
 
     def judge(self, scores: Tensor, epoch: int, images: Tensor) -> Verdict:
         """Compare (R, B) scores with the history: does the proxy rise while the gold score falls?"""

@@ -45,14 +45,13 @@ def sample_recipe(
     if weights is not None:
         for name, parameter in trained_parameters(backbone.policy).items():
             put(parameter, weights[name])
-    shift = backbone.shift if recipe.sampler.shift == "auto" else recipe.sampler.shift
+    schedule = ode_schedule(steps, recipe.sampler.shift_for(backbone.shift))
     prompt_indices = torch.arange(count).repeat_interleave(images)
     seeds = sample_seeds(seed, 0, prompt_indices, torch.arange(images).repeat(count), steps)
     backbone.hold(range(count))
     drawn = []
     for part in torch.arange(len(prompt_indices)).split(recipe.sampler.batch_size):
         on_device = prompt_indices[part].to(accelerator.device)
-        schedule = ode_schedule(steps, shift)
         rolled = rollout(backbone.policy, on_device, seeds[part], backbone.latent_shape, schedule, backbone.dtype)
         drawn.append(backbone.decode(rolled.latents))
     everything = torch.cat(drawn)

@@ -139,9 +139,10 @@ def training_schedule(config: SamplerConfig, model_shift: float, seed: int, epoc
         start = config.window_start + int(np.random.default_rng([seed, epoch]).integers(places))
     else:
         start = config.window_start + epoch // config.window_epochs % places
-    shift = model_shift if config.shift == "auto" else config.shift
     window = range(start, start + config.sde_steps)
-    return Schedule(shifted_sigmas(config.num_steps, shift), window, config.kind, config.noise_level)
+    return Schedule(
+        shifted_sigmas(config.num_steps, config.shift_for(model_shift)), window, config.kind, config.noise_level
+    )
 
 
 def ode_schedule(num_steps: int, shift: float) -> Schedule:

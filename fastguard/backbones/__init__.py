@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from fastguard.prompts import Prompt
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1], any floating dtype, to uint8 on the host."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
 class Backbone(Protocol):
     """A policy with its prompts, its latent space and its file format."""
 

@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastguard.backbones import to_pixels
 from fastguard.config import LoraConfig, ModelConfig, Recipe
 from fastguard.prompts import EncodedPrompts, Prompt
 
@@ -210,8 +211,7 @@ class FluxBackbone:
         for chunk in latents.split(self._recipe.sampler.decode_batch):
             z = FluxPipeline._unpack_latents(chunk, model.height, model.width, factor)
             z = (z / config.scaling_factor + config.shift_factor).to(self._vae.dtype)
-            pixels = self._vae.decode(z, return_dict=False)[0]
-            images.append(pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+            images.append(to_pixels(self._vae.decode(z, return_dict=False)[0]))
         return torch.cat(images)
 
     @contextmanager

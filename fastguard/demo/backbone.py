@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastguard.backbones import to_pixels
 from fastguard.demo.cache import load_or_train
 from fastguard.demo.config import DemoConfig
 from fastguard.demo.data import NUM_CLASSES, Digits, GoldClassifier, ProxyClassifier, fit_gold, fit_proxy, load_images
@@ -77,11 +78,6 @@ class DigitBackbone:
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True)
         save_file(dict(weights), folder / "digit_policy.safetensors")
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 on the host."""
-    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def from_pixels(images: Tensor) -> Tensor:
