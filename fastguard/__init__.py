@@ -1,8 +1,13 @@
 """fastguard: fused, exact GRPO-Guard losses for online reinforcement learning of flow-matching image models."""
 
+from typing import TYPE_CHECKING, Any
+
 from fastguard.loss import GuardLoss, Moments, guard_loss, guard_loss_from_means, transition_moments
 from fastguard.sde import Transition, cps, dance_sde, flow_sde, ode
 from fastguard.step import SdeStep, sde_step
+
+if TYPE_CHECKING:
+    from fastguard.flux import fuse_flux, unfuse_flux
 
 __version__ = "0.1.0"
 
@@ -14,9 +19,20 @@ __all__ = [
     "cps",
     "dance_sde",
     "flow_sde",
+    "fuse_flux",
     "guard_loss",
     "guard_loss_from_means",
     "ode",
     "sde_step",
     "transition_moments",
+    "unfuse_flux",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The Flux blocks on first use: they import diffusers and peft, which takes seconds."""
+    if name in ("fuse_flux", "unfuse_flux"):
+        from fastguard import flux
+
+        return getattr(flux, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

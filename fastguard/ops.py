@@ -83,21 +83,21 @@ def _sde_step(backend: str) -> ModuleType:
     return torch_backend
 
 
-def _device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
+def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _refuse_double_backward(what: str) -> None:
+def refuse_double_backward(what: str) -> None:
     """Gradients are on in a backward pass only under create_graph=True; ours would enter that graph as constants."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{what} can be differentiated once; its backward pass does not support create_graph=True")
 
 
-def _operator(function: Callable[..., Any]) -> torch._ops.OpOverload:
+def operator(function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> torch._ops.OpOverload:
     """Register a function as `fastguard::<its name>`. `torch.library.custom_op` does the same at 5 us more a call."""
     name = f"fastguard::{function.__name__}"
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "CompositeExplicitAutograd", function)
     return getattr(torch.ops.fastguard, function.__name__).default
@@ -106,12 +106,12 @@ def _operator(function: Callable[..., Any]) -> torch._ops.OpOverload:
 # --- sums: the moments of a transition, up to their scale -----------------------------------------------------------
 
 
-@_operator
+@operator
 def transition_sums(
     velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool, backend: str
 ) -> Tensor:
     """(2, B), or (3, B) with a reference: `<noise, v - v_old>`, `|v - v_old|^2`, `|v - v_ref|^2`."""
-    with _device_guard(velocity):
+    with device_guard(velocity):
         return _transition(backend).transition_partials(velocity, old, noise, ref, from_means=from_means).sum(-1)
 
 
@@ -131,7 +131,7 @@ class TransitionSumsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward("transition_moments")
+        refuse_double_backward("transition_moments")
         velocity, old, noise, ref = ctx.saved_tensors
         alpha, beta = grad_sums[0], 2 * grad_sums[1]
         gamma = torch.zeros_like(alpha) if ref is None else 2 * grad_sums[2]
@@ -143,7 +143,7 @@ class TransitionSumsFunction(torch.autograd.Function):
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-@_operator
+@operator
 def guard_loss(
     velocity: Tensor,
     old: Tensor,
@@ -170,7 +170,7 @@ def guard_loss(
     Without velocity_coef the inputs are means (see `fastguard.kernels.transition`). Per-sample inputs are (B,).
     """
     module = _transition(backend)
-    with _device_guard(velocity):
+    with device_guard(velocity):
         partials = module.transition_partials(velocity, old, noise, ref, from_means=velocity_coef is None)
         return module.guard_epilogue(
             partials,
@@ -233,7 +233,7 @@ class GuardLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward("the loss")
+        refuse_double_backward("the loss")
         coefs, noise, velocity, old, ref = ctx.saved_tensors
         grad = transition_bwd(
             grad_loss,
@@ -250,7 +250,7 @@ class GuardLossFunction(torch.autograd.Function):
         return grad, None, None, None, None, None, None, None, None
 
 
-@_operator
+@operator
 def transition_bwd(
     grad_loss: Tensor,
     coefs: Tensor,
@@ -264,7 +264,7 @@ def transition_bwd(
     backend: str,
 ) -> Tensor:
     """`g (alpha noise + beta (v - v_old) + gamma (v - v_ref))`, of noise's shape, in `dtype`, contiguous."""
-    with _device_guard(noise):
+    with device_guard(noise):
         return _transition(backend).transition_bwd(
             grad_loss, coefs, noise, velocity, old, ref, dtype, from_means=from_means, has_drift=has_drift
         )
@@ -278,7 +278,7 @@ def _(grad_loss: Tensor, coefs: Tensor, noise: Tensor, *rest: Any) -> Tensor:
 # --- the rollout step -----------------------------------------------------------------------------------------------
 
 
-@_operator
+@operator
 def sde_step(
     latents: Tensor,
     velocity: Tensor,
@@ -290,7 +290,7 @@ def sde_step(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Next latents (dtype of `latents`) and noise (`noise_dtype`; empty without seeds), both contiguous."""
-    with _device_guard(latents):
+    with device_guard(latents):
         return _sde_step(backend).sde_step(latents, velocity, seeds, latents_coef, velocity_coef, std, noise_dtype)
 
 

@@ -101,7 +101,7 @@ LAYERS = [
     {"reference", "torch_backend", "kernels"},
     {"ops"},
     {"checks"},
-    {"loss", "step"},
+    {"loss", "step", "flux"},
     {"config", "advantages", "prompts", "weights", "report"},
     {"sampler", "recipe", "optim", "rewards", "backbones"},
     {"metrics", "monitor"},
