@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: tests, the loss and step kernels with their baselines, a training step.
+"""Everything that needs a GPU, in one command: tests, all kernels with their baselines, Flux blocks, a training step.
 
     python benchmarks/gpu_suite.py [--out DIR] [--skip-tests] [--skip-train-step]
 
@@ -7,20 +7,18 @@ outputs of its own, which together are larger than the L2 cache; the copy bandwi
 and torch.compile of it are measured in the same run. Saved after every shape, in
 benchmarks/results/<gpu>/<date>_<commit>.json. Needs the `bench` extra.
 
-Then bench_train_step.py trains the whole of Flux with random weights, in processes of its own; it needs 80 GB and the
-`lowbit` extra, and each of its cases has 5 minutes at most. `--dry-run` walks the whole path on a CPU at toy sizes and
-saves nothing.
+Then bench_flux_block.py times the Flux kernels and blocks, and bench_train_step.py trains the whole of Flux with random
+weights, each in a process of its own; the latter needs 80 GB and the `lowbit` extra, and each of its cases has 5
+minutes at most. `--dry-run` walks the whole path on a CPU at toy sizes and saves nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,15 @@ import results
 import textbook
 import torch
 from textbook import Inputs
+from timing import ROTATED_BYTES, call_times, graph_times, with_bandwidth
 
 import fastguard as fg
 from fastguard import ops
 from fastguard.checks import build_options
 
-KERNEL_TESTS = [f"tests/test_{name}.py" for name in ("golden", "transition", "step", "loss")]
+LOSS_TESTS = ("golden", "transition", "step", "loss")
+FLUX_TESTS = ("adaln", "gated_residual", "qk_norm_rope", "gelu", "fuse_flux")
+KERNEL_TESTS = [f"tests/test_{name}.py" for name in (*LOSS_TESTS, *FLUX_TESTS)]
 TOKENS_512, TOKENS_1024 = (1024, 64), (4096, 64)
 SHAPES: dict[str, tuple[int, ...]] = {
     **{f"Flux 512^2, batch {count}": (count, *TOKENS_512) for count in (1, 8, 32)},
@@ -43,63 +44,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "256 MB a tensor": (8, 2**24),
     "1 GB a tensor": (8, 2**26),
 }
-# Twice the L2 of an H100 or H200 (50 to 60 MB), in one tensor of latents per set: even the backward pass, which reads
-# nothing but the noise, finds it cold.
-ROTATED_BYTES = 120 * 2**20
 MAX_LOSS_SETS = 64  # for whole losses, whose textbook form makes a graph of some 60 nodes of each set
-REPLAYS = 25
-
-
-def percentiles(times: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(times, n=10)
-    return {"p20_us": deciles[1], "p50_us": deciles[4], "p80_us": deciles[7]}
-
-
-def graph_times(runs: Sequence[Callable[[], Any]], cuda: bool) -> dict[str, float]:
-    """Time per run in microseconds: one CUDA graph holds all runs, and each replay gives one sample."""
-    if not cuda:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            for run in runs:
-                run()
-            times.append(1e6 * (time.perf_counter() - start) / len(runs))
-        return percentiles(times)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compile, and fill the allocator, before capture
-        for _ in range(2):
-            for run in runs:
-                run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [run() for run in runs]  # all kept, or the graph would write each result over the last one, in L2
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
-    for _ in range(3):
-        graph.replay()
-    for before, after in events:
-        before.record()
-        graph.replay()
-        after.record()
-    torch.cuda.synchronize()
-    del outputs
-    return percentiles([1e3 * before.elapsed_time(after) / len(runs) for before, after in events])
-
-
-def call_times(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
-    """Time of a plain call from Python, launches included, in microseconds."""
-    times = []
-    for index in range(25):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        if index >= 5:
-            times.append(1e6 * (time.perf_counter() - start))
-    return percentiles(times)
 
 
 def kernel_runs(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -169,10 +114,6 @@ def measure_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> di
     return rows
 
 
-def with_bandwidth(times: dict[str, float], moved_bytes: int) -> dict[str, float]:
-    return {**times, "moved_bytes": moved_bytes, "gb_per_s": moved_bytes / times["p50_us"] / 1e3}
-
-
 def run_tests() -> None:
     """All kernel tests on the device; nothing is reported while one is red."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *KERNEL_TESTS]
@@ -180,15 +121,14 @@ def run_tests() -> None:
         sys.exit("gpu_suite: the kernel tests failed; no timings are reported")
 
 
-def run_train_step(out: Path, dry_run: bool) -> None:
-    """The training step of the whole model, in processes that find the GPU empty."""
+def run_benchmark(name: str, out: Path, dry_run: bool) -> bool:
+    """Another benchmark in a process that finds the GPU empty; whether it went through."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     mode = ["--dry-run"] if dry_run else ["--save", "--out", str(out)]
-    command = [sys.executable, str(Path(__file__).with_name("bench_train_step.py")), *mode]
+    command = [sys.executable, str(Path(__file__).with_name(name)), *mode]
     print(f"\n{' '.join(command)}", flush=True)
-    if subprocess.run(command, cwd=results.ROOT, check=False).returncode:
-        sys.exit("gpu_suite: the training step failed, as said above; --skip-train-step leaves it out")
+    return subprocess.run(command, cwd=results.ROOT, check=False).returncode == 0
 
 
 def main() -> None:
@@ -220,8 +160,10 @@ def main() -> None:
             path = results.save("kernels", env, {"shapes": table}, args.out)
     if not args.dry_run:
         print(f"\nsaved {path}")
-    if not args.skip_train_step:
-        run_train_step(args.out.resolve(), args.dry_run)
+    if not run_benchmark("bench_flux_block.py", args.out.resolve(), args.dry_run):
+        sys.exit("gpu_suite: the Flux blocks failed, as said above")
+    if not args.skip_train_step and not run_benchmark("bench_train_step.py", args.out.resolve(), args.dry_run):
+        sys.exit("gpu_suite: the training step failed, as said above; --skip-train-step leaves it out")
 
 
 if __name__ == "__main__":

@@ -227,9 +227,8 @@ def _attention(
     weights = [norm.weight for norm in norms]
     rotated = fusion.rotated and not any(weight.requires_grad for weight in weights)
     cos, sin = (table.to(device=image[0].device, dtype=torch.float32) for table in rope)
-    q, k, v = QKNormRopeFunction.apply(
-        *image, *(text or (None,) * 3), cos, sin, norms[0].eps, rotated, fusion.backend, *weights
-    )
+    streams = (*image, *(text or (None,) * 3), *weights, *(() if text else (None,) * 2))
+    q, k, v = QKNormRopeFunction.apply(*streams, cos, sin, norms[0].eps, rotated, fusion.backend)
     if text is None:
         v = image[2].unflatten(-1, (-1, attn.head_dim))
     processor = attn.processor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, get_args
 
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
@@ -83,7 +83,7 @@ def fuse_flux(transformer: Any, recompute: Recompute = "pointwise", backend: str
             left[name] = reason
             continue
         block.fusion = Fusion(recompute, backend, recoverable(block.attn))
-        block.forward = MethodType(_forward_of(block), block)
+        block.forward = partial(_forward_of(block), block)  # unlike a method, it can be pickled
         block.register_load_state_dict_post_hook(_decide_again)
         fused.append(name)
         kept |= {f"{name}.{part}": why for part, why in _keeps_more(block)}
@@ -104,7 +104,7 @@ def unfuse_flux(transformer: Any) -> None:
     if not fused:
         raise ValueError("this transformer is not fused: fuse_flux was not called, or could fuse none of its blocks")
     for name, block in fused.items():
-        if getattr(vars(block).get("forward"), "__func__", None) is not _forward_of(block):
+        if getattr(vars(block).get("forward"), "func", None) is not _forward_of(block):
             raise ValueError(
                 f"the forward of {name} was replaced after fuse_flux (by an offloading hook?); remove that first"
             )

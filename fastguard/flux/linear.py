@@ -123,11 +123,10 @@ def project(normed: Normed, linears: Sequence[LinearWeights], backend: str) -> t
     """The layers' outputs (B, S, N_i), and `n down^T` of all their adapters: (B, S, sum of R_i), or empty."""
     downs = [linear.down for linear in linears if linear.down is not None]
     needs_input = any(linear.needs_input for linear in linears)
-    keep = normed.value if needs_input and normed.sources is None else None
     sources = normed.sources if needs_input and normed.sources is not None else (None,) * 5
     *outputs, low = ProjectionsFunction.apply(
         normed.value,
-        keep,
+        needs_input and normed.sources is None,
         *sources,
         _join(downs, 0) if downs else None,
         len(linears),
@@ -170,7 +169,7 @@ class ProjectionsFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         n: Tensor,
-        kept: Tensor | None,
+        keep: bool,
         x: Tensor | None,
         mean: Tensor | None,
         rstd: Tensor | None,
@@ -188,7 +187,7 @@ class ProjectionsFunction(torch.autograd.Function):
             assert weight is not None
             outputs.append(_linear(n, weight, bias, None if up is None else low[..., part], up))
         ctx.mark_non_differentiable(low)
-        ctx.save_for_backward(kept, x, mean, rstd, scale, shift, down, low, *weights, *ups)
+        ctx.save_for_backward(n if keep else None, x, mean, rstd, scale, shift, down, low, *weights, *ups)
         ctx.count, ctx.backend = count, backend
         return (*outputs, low)
 

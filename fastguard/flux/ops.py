@@ -316,15 +316,19 @@ class QKNormRopeFunction(torch.autograd.Function):
         text_query: Tensor | None,
         text_key: Tensor | None,
         text_value: Tensor | None,
+        norm_query: Tensor,
+        norm_key: Tensor,
+        norm_text_query: Tensor | None,
+        norm_text_key: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         eps: float,
         rotated: bool,
         backend: str,
-        *norms: Tensor,
     ) -> tuple[Tensor, ...]:
+        norms = [norm for norm in (norm_query, norm_key, norm_text_query, norm_text_key) if norm is not None]
         q, k, v, rstd = qk_norm_rope_fwd(
-            query, key, value, text_query, text_key, text_value, list(norms), cos, sin, eps, backend
+            query, key, value, text_query, text_key, text_value, norms, cos, sin, eps, backend
         )
         if text_value is None:
             ctx.mark_non_differentiable(v)
@@ -346,7 +350,7 @@ class QKNormRopeFunction(torch.autograd.Function):
             query, key = query.unflatten(-1, heads), key.unflatten(-1, heads)
             if text_query is not None:
                 text_query, text_key = text_query.unflatten(-1, heads), text_key.unflatten(-1, heads)
-        need_norms = any(ctx.needs_input_grad[11:])
+        need_norms = ctx.needs_input_grad[6:10]
         *grads, grad_norms = qk_norm_rope_bwd(
             grad_q,
             grad_k,
@@ -360,16 +364,17 @@ class QKNormRopeFunction(torch.autograd.Function):
             cos,
             sin,
             ctx.rotated,
-            need_norms,
+            any(need_norms),
             ctx.backend,
         )
         results = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:6], strict=True)]
         if not ctx.n_text:
             results[2:] = [None] * 4
-        of_norms = [
-            grad_norms[i].to(norm.dtype) if ctx.needs_input_grad[11 + i] else None for i, norm in enumerate(norms)
-        ]
-        return (*results, None, None, None, None, None, *of_norms)
+        of_norms: list[Tensor | None] = [None] * 4
+        for i, norm in enumerate(norms):
+            if need_norms[i]:
+                of_norms[i] = grad_norms[i].to(norm.dtype)
+        return (*results, *of_norms, None, None, None, None, None)
 
 
 # --- bias + tanh-GELU -----------------------------------------------------------------------------------------------

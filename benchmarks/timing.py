@@ -1,0 +1,70 @@
+"""How a GPU is timed: CUDA graphs of many launches, percentiles, and bandwidth from a count of bytes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+# Twice the L2 of an H100 or H200 (50 to 60 MB), in one tensor of each set of inputs: every launch finds its own cold.
+ROTATED_BYTES = 120 * 2**20
+REPLAYS = 25
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    deciles = statistics.quantiles(times, n=10)
+    return {"p20_us": deciles[1], "p50_us": deciles[4], "p80_us": deciles[7]}
+
+
+def graph_times(runs: Sequence[Callable[[], Any]], cuda: bool) -> dict[str, float]:
+    """Time per run in microseconds: one CUDA graph holds all runs, and each replay gives one sample."""
+    if not cuda:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            for run in runs:
+                run()
+            times.append(1e6 * (time.perf_counter() - start) / len(runs))
+        return percentiles(times)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compile, and fill the allocator, before capture
+        for _ in range(2):
+            for run in runs:
+                run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [run() for run in runs]  # all kept, or the graph would write each result over the last one, in L2
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    for _ in range(3):
+        graph.replay()
+    for before, after in events:
+        before.record()
+        graph.replay()
+        after.record()
+    torch.cuda.synchronize()
+    del outputs
+    return percentiles([1e3 * before.elapsed_time(after) / len(runs) for before, after in events])
+
+
+def call_times(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
+    """Time of a plain call from Python, launches included, in microseconds."""
+    times = []
+    for index in range(25):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        if index >= 5:
+            times.append(1e6 * (time.perf_counter() - start))
+    return percentiles(times)
+
+
+def with_bandwidth(times: dict[str, float], moved_bytes: int) -> dict[str, float]:
+    return {**times, "moved_bytes": moved_bytes, "gb_per_s": moved_bytes / times["p50_us"] / 1e3}

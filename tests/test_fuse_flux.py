@@ -1,0 +1,736 @@
+"""Fused Flux blocks against diffusers' own: outputs, gradients, and everything that a model can have around it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.transformers.transformer_flux import (
+    FluxIPAdapterAttnProcessor,
+    FluxPosEmbed,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+import fastguard as fg
+from fastguard.backbones.flux import add_lora
+from fastguard.backbones.tiny import make_tiny_flux
+from fastguard.config import LoraConfig as OurLoraConfig
+from fastguard.flux import blocks, linear, reference
+
+LEVELS = ["none", "pointwise", "mlp", "block"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out"]
+LORA_TARGETS = [*ATTENTION, "net.0.proj", "net.2", "proj_mlp", "proj_out"]
+CONFIG: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+Result = tuple[Tensor, dict[str, Tensor]]
+
+
+def make_transformer(train: str = "full", **config: Any) -> Any:
+    """A tiny transformer whose weights are all random: a fresh one has norms of 1 and adapters that do nothing."""
+    torch.manual_seed(0)
+    model: Any = FluxTransformer2DModel(**{**CONFIG, **config})
+    for parameter in model.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    if train == "lora":
+        add_lora(model, OurLoraConfig(rank=4, alpha=6.0))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1)
+    return model
+
+
+def make_inputs(dtype: torch.dtype = torch.float32, batch: int = 2, device: str = "cpu") -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return {
+        "hidden_states": randn(batch, 9, 16),
+        "encoder_hidden_states": randn(batch, 5, 32),
+        "pooled_projections": randn(batch, 32),
+        "timestep": torch.rand(batch, generator=generator).to(device, dtype),
+        "guidance": torch.full((batch,), 3.5, device=device, dtype=dtype),
+        "img_ids": torch.randint(0, 3, (9, 3), generator=generator).float().to(device),
+        "txt_ids": torch.zeros(5, 3, device=device),
+        "return_dict": False,
+    }
+
+
+def run(model: Any, inputs: dict[str, Any] | None = None, **extra: Any) -> Result:
+    """The output and the gradients of every trained parameter, for a random upstream gradient."""
+    parameter = next(model.parameters())
+    inputs = inputs or make_inputs(parameter.dtype, device=str(parameter.device))
+    model.zero_grad()
+    out = model(**inputs, **extra)[0]
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))
+    # Wrappers put their name before the parameters'.
+    gradients = {n.split("module.")[-1].split("_orig_mod.")[-1]: p.grad for n, p in model.named_parameters()}
+    return out.detach(), {name: grad.clone() for name, grad in gradients.items() if grad is not None}
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+def assert_agree(got: Result, want: Result, tolerance: float) -> None:
+    assert distance(got[0], want[0]) <= tolerance
+    assert got[1].keys() == want[1].keys()
+    for name, gradient in want[1].items():
+        assert got[1][name].dtype == gradient.dtype
+        assert distance(got[1][name], gradient) <= tolerance, name
+
+
+# Sums of some hundred float32 terms in another order; diffusers' rotary embedding is float32 whatever the dtype.
+FLOAT32 = 3e-6
+
+
+# --- the reference is what diffusers computes -----------------------------------------------------------------------
+
+
+def test_reference_of_the_modulation_is_diffusers() -> None:
+    block = FluxTransformerBlock(dim=24, num_attention_heads=2, attention_head_dim=12).double()
+    x, temb = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(2, 24, dtype=torch.float64)
+    want, gate, *_ = block.norm1(x, emb=temb)
+    shift, scale, *_ = block.norm1.linear(block.norm1.silu(temb)).chunk(6, dim=1)
+    torch.testing.assert_close(reference.adaln(x, scale, shift, 1e-6), want, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(reference.gated_residual(x, want, gate), x + gate.unsqueeze(1) * want)
+
+
+def test_reference_of_query_and_key_is_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caught where attention would read them."""
+    from diffusers.models.transformers import transformer_flux
+
+    block = FluxTransformerBlock(dim=24, num_attention_heads=2, attention_head_dim=12).double()
+    attn = block.attn
+    for norm in blocks.norms_of(attn):
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+    seen: list[Tensor] = []
+
+    def catch(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        seen.extend((q, k, v))
+        return v
+
+    monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", catch)
+    image, text = torch.randn(2, 6, 24, dtype=torch.float64), torch.randn(2, 4, 24, dtype=torch.float64)
+    rope = FluxPosEmbed(theta=10000, axes_dim=(4, 4, 4))(torch.randint(0, 5, (10, 3)).float())
+    attn(image, text, image_rotary_emb=rope)
+    text_qkv = (attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text))
+    weights = tuple(norm.weight for norm in blocks.norms_of(attn))
+    ours = reference.qk_norm_rope(attn.to_q(image), attn.to_k(image), attn.to_v(image), text_qkv, weights, *rope, 1e-6)
+    for got, want in zip(ours, seen, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # diffusers rotates in float32
+
+
+# --- the operators --------------------------------------------------------------------------------------------------
+
+
+def operator_calls(dtype: torch.dtype, device: str) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Every operator with every kind of arguments."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    backend = "triton" if dtype != torch.float64 else "torch"
+    ops = torch.ops.fastguard
+    x, y, scale, shift, gate = randn(2, 5, 24), randn(2, 5, 24), randn(2, 24), randn(2, 24), randn(2, 24)
+    yield ops.adaln_fwd, (x, None, None, scale, shift, 1e-6, backend)
+    yield ops.adaln_fwd, (x, y, gate, scale, shift, 1e-6, backend)
+    mean, rstd = torch.zeros(2, 5, device=device), torch.ones(2, 5, device=device)
+    if dtype == torch.float64:
+        mean, rstd = mean.double(), rstd.double()
+    yield ops.adaln_apply, (x, mean, rstd, scale, shift, backend)
+    yield ops.adaln_bwd, (y, x, mean, rstd, scale, None, None, None, False, backend)
+    yield ops.adaln_bwd, (y, x, mean, rstd, scale, x, y, gate, True, backend)
+    yield ops.gated_residual_fwd, (x, y, gate, backend)
+    yield ops.gated_residual_bwd, (x, None, gate, backend)
+    yield ops.gated_residual_bwd, (x, y, gate, backend)
+    image, text, norms = [randn(2, 5, 24) for _ in range(3)], [randn(2, 3, 24) for _ in range(3)], [randn(12)] * 4
+    angles = torch.rand(8, 6, generator=generator).repeat_interleave(2, dim=1).to(device)
+    cos, sin = angles.cos(), angles.sin()
+    yield ops.qk_norm_rope_fwd, (*image, *text, norms, cos, sin, 1e-6, backend)
+    yield ops.qk_norm_rope_fwd, (*image, None, None, None, norms[:2], cos[:5], sin[:5], 1e-6, backend)
+    grads = [randn(2, 8, 2, 12) for _ in range(3)]
+    heads = [t.unflatten(-1, (2, 12)) for t in (*image[:2], *text[:2])]
+    rstd = torch.ones(2, 2, 8, 2, device=device, dtype=mean.dtype)
+    yield ops.qk_norm_rope_bwd, (*grads, *heads, rstd, norms, cos, sin, False, True, backend)
+    yield ops.qk_norm_rope_bwd, (*grads, *heads, rstd, norms, cos, sin, True, False, backend)
+    single = (*(g[:, :5].contiguous() for g in grads[:2]), None, *heads[:2], None, None, rstd[:, :, :5].contiguous())
+    yield ops.qk_norm_rope_bwd, (*single, norms[:2], cos[:5], sin[:5], True, False, backend)
+    bias, prefix = randn(24), randn(2, 5, 8)
+    yield ops.bias_gelu_fwd, (x, bias, None, backend)
+    yield ops.bias_gelu_fwd, (x, None, prefix, backend)
+    yield ops.bias_gelu_bwd_, (y, x, bias, True, backend)
+    yield ops.bias_gelu_bwd_, (y, x, None, False, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_operators_keep_the_rules_of_torch_library(dtype: torch.dtype, kernel_device: str) -> None:
+    for op, args in operator_calls(dtype, kernel_device):
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+# --- the whole model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", LEVELS)
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_fused_model_computes_what_diffusers_does(train: str, recompute: Any) -> None:
+    model = make_transformer(train)
+    names = list(model.state_dict())
+    want = run(model)
+    report = fg.fuse_flux(model, recompute)
+    assert len(report.fused) == 4
+    assert not report.left
+    assert not report.kept
+    got = run(model)
+    assert list(model.state_dict()) == names
+    assert_agree(got, want, FLOAT32)
+    if train == "full":  # the plain path takes diffusers' steps in diffusers' order
+        assert torch.equal(got[0], want[0])
+    fg.unfuse_flux(model)
+    assert torch.equal(run(model)[0], want[0])
+
+
+@pytest.mark.parametrize("recompute", ["pointwise", "mlp"])
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_kernels_compute_what_diffusers_does(train: str, recompute: Any, kernel_device: str, poisoned: None) -> None:
+    model = make_transformer(train).to(kernel_device)
+    inputs = make_inputs(device=kernel_device, batch=1)
+    want = run(model, inputs)
+    fg.fuse_flux(model, recompute, backend="triton")
+    assert_agree(run(model, inputs), want, FLOAT32)
+
+
+def one_block(kind: str, train: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A block of width 64 with its inputs; values are bfloat16's, so that every dtype works on the same numbers."""
+    torch.manual_seed(0)
+    cls = FluxTransformerBlock if kind == "double" else FluxSingleTransformerBlock
+    block = cls(dim=64, num_attention_heads=4, attention_head_dim=16)
+    for parameter in block.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    if train == "lora":
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=LORA_TARGETS, init_lora_weights=False)
+        block = get_peft_model(block, config).base_model.model
+    block = block.to(torch.bfloat16)
+    rope = FluxPosEmbed(theta=10000, axes_dim=(4, 6, 6))(torch.randint(0, 9, (20, 3)).float())
+    inputs = [torch.randn(2, n, 64).bfloat16() for n in (13, 7)] + [torch.randn(2, 64).bfloat16()]
+    return block, (*inputs, *rope)
+
+
+def block_results(block: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Outputs, and gradients of inputs and parameters."""
+    leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in inputs[:3]]
+    block.zero_grad()
+    text, image = block(*leaves, image_rotary_emb=tuple(t.to(device) for t in inputs[3:]))
+    generator = torch.Generator().manual_seed(5)
+    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in (text, image)]
+    torch.autograd.backward([text, image], upstream)
+    found = {"text": text, "image": image}
+    found |= {f"grad of {n}": t.grad for n, t in zip(("image", "text", "temb"), leaves, strict=True)}
+    found |= {f"grad of {n}": p.grad for n, p in block.named_parameters() if p.grad is not None}
+    return {name: tensor.detach().double().cpu() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["double", "single"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_block_is_as_exact_as_diffusers(
+    kind: str, train: str, dtype: torch.dtype, backend: str, kernel_device: str
+) -> None:
+    """Error against float64, of every output and gradient: at most twice that of diffusers' block in this dtype."""
+    block, inputs = one_block(kind, train)
+    truth = block_results(copy.deepcopy(block).double(), inputs, torch.float64, "cpu")
+    block = block.to(kernel_device, dtype)
+    plain = block_results(block, inputs, dtype, kernel_device)
+    model = nn.Module()
+    model.block = block
+    block.fusion = blocks.Fusion("pointwise", backend, blocks.recoverable(block.attn))
+    block.forward = lambda *a, **k: blocks.FORWARDS[type(block)](block, *a, **k)
+    fused = block_results(block, inputs, dtype, kernel_device)
+    assert fused.keys() == truth.keys()
+    # The interpreter truncates float32 to bfloat16: up to twice the rounding error, on top of diffusers' own.
+    factor = 4 if (backend, dtype, kernel_device) == ("triton", torch.bfloat16, "cpu") else 2
+    for name, exact in truth.items():
+        floor = torch.finfo(dtype).eps / 4  # diffusers may be lucky, with a single rounding
+        assert distance(fused[name], exact) <= factor * max(distance(plain[name], exact), floor), name
+    assert any(not torch.equal(fused[name], plain[name]) for name in truth)  # it did run fused
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_fifty_updates_agree(train: str) -> None:
+    """Losses of the fused and the unfused model, in float32: within 1e-5 at each of 50 updates."""
+
+    def losses(recompute: Any) -> list[float]:
+        model = make_transformer(train)
+        if recompute:
+            fg.fuse_flux(model, recompute)
+        inputs = make_inputs(batch=4)
+        generator = torch.Generator().manual_seed(7)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=3e-4 if train == "full" else 3e-3)
+        found = []
+        for _ in range(50):
+            target = torch.randn(4, 9, 16, generator=generator) * 0.1 + inputs["hidden_states"]
+            loss = (model(**inputs)[0] - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    plain = losses(None)
+    assert plain[-1] < 0.7 * plain[0]
+    for recompute in ("pointwise", "mlp"):
+        assert losses(recompute) == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_pipeline_paints_the_same_images(tmp_path: Any) -> None:
+    """In bfloat16 the fused pipeline is as far from the float32 images as diffusers' own bfloat16."""
+    folder = make_tiny_flux(tmp_path / "tiny")
+
+    def images(dtype: torch.dtype, fuse: bool) -> Tensor:
+        pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+        if fuse:
+            fg.fuse_flux(pipe.transformer)
+        found = pipe(
+            ["a cat", "a dog"], height=32, width=48, num_inference_steps=4, output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        return found.images
+
+    exact = images(torch.float32, fuse=False)
+    assert distance(images(torch.float32, fuse=True), exact) < 1e-5
+    own = distance(images(torch.bfloat16, fuse=False), exact)
+    assert own > 1e-3
+    assert distance(images(torch.bfloat16, fuse=True), exact) < 1.5 * own
+
+
+# --- what a model can have around it --------------------------------------------------------------------------------
+
+ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1}  # compilers take seconds a block
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_compiled_without_a_graph_break(train: str) -> None:
+    model = make_transformer(train, **ONE_OF_EACH)
+    want = run(model)
+    fg.fuse_flux(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_agree(run(compiled), want, FLOAT32)
+    with torch.no_grad():
+        assert distance(compiled(**make_inputs())[0], want[0]) <= FLOAT32
+
+
+def test_a_compiler_keeps_no_more() -> None:
+    """What a compiled model hands from forward to backward: neither a normalized input nor an activation."""
+    kept: list[int] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        results = [node for node in graph.graph.output_node().args[0] if node.op != "placeholder"]
+        kept.append(sum(node.meta["val"].nbytes for node in results))
+        return make_boxed_func(graph.forward)
+
+    compiler = aot_autograd(
+        fw_compiler=count,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    for recompute in ("none", "pointwise", "mlp"):
+        model = add_adapters(make_transformer(**ONE_OF_EACH))
+        fg.fuse_flux(model, recompute)
+        torch._dynamo.reset()
+        torch.compile(model, backend=compiler, fullgraph=True)(**make_inputs())[0].square().sum().backward()
+    none, pointwise, mlp = kept
+    # In units of 14 tokens x 64 channels x 4 bytes x 2 samples: 2 LayerNorm outputs and GELU's of 4 in a double block,
+    # one and 5 in a single one (attention's output beside GELU's, which may be kept once more); GELU's inputs, 4 each.
+    unit = 14 * 64 * 4 * 2
+    assert none - pointwise >= (1 + 1 + 4 + 1 + 4) * unit * 0.95
+    assert pointwise - mlp >= (4 + 4) * unit * 0.95
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("recompute", ["none", "pointwise", "mlp"])
+def test_inside_gradient_checkpointing(recompute: Any, use_reentrant: bool) -> None:
+    model = make_transformer("lora")
+    want = run(model)
+    fg.fuse_flux(model, recompute)
+
+    def checkpoint(block: Any, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=use_reentrant)
+
+    model.enable_gradient_checkpointing(checkpoint)
+    model.x_embedder.weight.requires_grad_()  # reentrant checkpoints need an input with a gradient
+    unwanted = "x_embedder.weight"
+    got = run(model)
+    assert_agree((got[0], {n: g for n, g in got[1].items() if n != unwanted}), want, FLOAT32)
+
+
+def test_block_switches_checkpointing_on_and_unfuse_off() -> None:
+    model = make_transformer()
+    fg.fuse_flux(model, "block")
+    assert model.is_gradient_checkpointing
+    fg.unfuse_flux(model)
+    assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", ["native", "_native_math"])
+def test_attention_backends(name: str) -> None:
+    model = make_transformer("lora")
+    want = run(model)
+    fg.fuse_flux(model)
+    try:
+        model.set_attention_backend(name)
+        assert_agree(run(model), want, FLOAT32)
+    finally:
+        model.set_attention_backend("native")  # the choice is global
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_autocast(train: str) -> None:
+    model = make_transformer(train)
+    exact = run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = run(model)
+    fg.fuse_flux(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(model)
+    assert got[0].dtype == own[0].dtype
+    assert 1e-3 < distance(got[0], exact[0]) < 1.3 * distance(own[0], exact[0])
+    for name, gradient in exact[1].items():
+        assert distance(got[1][name], gradient) < 1.3 * distance(own[1][name], gradient) + 0.01, name
+
+
+def test_controlnet_residuals_and_an_attention_mask() -> None:
+    model = make_transformer("lora")
+    generator = torch.Generator().manual_seed(4)
+    extra = {
+        "controlnet_block_samples": [torch.randn(2, 9, 64, generator=generator) for _ in range(2)],
+        "controlnet_single_block_samples": [torch.randn(2, 9, 64, generator=generator)],
+        "joint_attention_kwargs": {"attention_mask": torch.rand(2, 1, 14, 14, generator=generator) < 0.7},
+    }
+    want = run(model, **extra)
+    fg.fuse_flux(model)
+    assert_agree(run(model, **extra), want, FLOAT32)
+    assert distance(run(model)[0], want[0]) > 1e-2  # they matter
+
+
+def test_controlnet_model() -> None:
+    torch.manual_seed(0)
+    net: Any = FluxControlNetModel(**CONFIG)
+    for parameter in net.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    inputs = make_inputs()
+    inputs["controlnet_cond"] = inputs["hidden_states"]
+    want = net(**inputs)
+    assert len(fg.fuse_flux(net).fused) == 4
+    for got, expected in zip(net(**inputs), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_deep_copies_and_pickles_are_fused_on_their_own() -> None:
+    model = make_transformer("full")
+    fg.fuse_flux(model)
+    want = run(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for parameter in other.parameters():
+            parameter.data.mul_(0.5)
+        assert distance(run(other)[0], want[0]) > 1e-2
+        assert torch.equal(run(model)[0], want[0])
+        fg.unfuse_flux(other)
+        assert "fusion" in vars(model.transformer_blocks[0])
+
+
+def test_wrappers_are_opened() -> None:
+    model = make_transformer("full")
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"]))
+    assert len(fg.fuse_flux(torch.compile(wrapped)).fused) == 4
+    fg.unfuse_flux(model)
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def add_adapters(model: Any, **options: Any) -> Any:
+    model.requires_grad_(False)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=LORA_TARGETS, init_lora_weights=False, **options)
+    model.add_adapter(config, adapter_name="first")
+    return model
+
+
+def with_adapters(**options: Any) -> Any:
+    return add_adapters(make_transformer(), **options)
+
+
+def two_adapters() -> Any:
+    model = with_adapters()
+    model.add_adapter(
+        LoraConfig(r=3, lora_alpha=1, target_modules=["to_q", "proj_out"], init_lora_weights=False), "second"
+    )
+    model.set_adapters(["first", "second"], [0.7, 1.3])
+    return model
+
+
+def switched_off() -> Any:
+    model = with_adapters()
+    model.disable_adapters()
+    model.x_embedder.weight.requires_grad_()
+    return model
+
+
+def merged() -> Any:
+    model = with_adapters()
+    model.fuse_lora()
+    model.x_embedder.weight.requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize("make", [with_adapters, two_adapters, switched_off, merged], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("recompute", ["pointwise", "mlp"])
+def test_adapters_of_peft(make: Callable[[], Any], recompute: Any) -> None:
+    model = make()
+    want = run(model)
+    assert want[1]
+    report = fg.fuse_flux(model, recompute)
+    assert not report.kept
+    assert_agree(run(model), want, FLOAT32)
+
+
+def test_adapters_that_come_and_go_after_fusing() -> None:
+    model = make_transformer("full")
+    plain = run(model)[0]
+    fg.fuse_flux(model)
+    torch.manual_seed(3)
+    model.add_adapter(LoraConfig(r=4, target_modules=LORA_TARGETS, init_lora_weights=False), "late")
+    got = run(model)
+    assert distance(got[0], plain) > 1e-2
+    fg.unfuse_flux(model)
+    assert_agree(got, run(model), FLOAT32)
+    fg.fuse_flux(model)
+    model.delete_adapters("late")
+    with torch.no_grad():
+        assert torch.equal(model(**make_inputs())[0], plain)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_the_scale_of_a_call(scale: float) -> None:
+    model = with_adapters()
+    extra = {"joint_attention_kwargs": {"scale": scale}}
+    want = run(model, joint_attention_kwargs=dict(extra["joint_attention_kwargs"]))
+    fg.fuse_flux(model)
+    assert_agree(run(model, joint_attention_kwargs=dict(extra["joint_attention_kwargs"])), want, FLOAT32)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=str)
+def test_adapters_of_other_kinds_are_called(options: dict[str, Any]) -> None:
+    model = with_adapters(**options).train()
+    torch.manual_seed(9)
+    want = run(model)
+    report = fg.fuse_flux(model)
+    assert "transformer_blocks.0.attn.to_q" in report.kept
+    torch.manual_seed(9)
+    got = run(model)
+    if "lora_dropout" not in options:  # whose masks are drawn in another order
+        assert_agree(got, want, FLOAT32)
+    model.eval()
+    want = run(model)
+    fg.unfuse_flux(model)
+    assert_agree(run(model), want, FLOAT32)
+
+
+def test_float32_adapters_that_cast_their_input_are_called() -> None:
+    """peft's default for float32 adapters on bfloat16 weights: exact, at the cost of a float32 copy of each input."""
+    model = with_adapters().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data = parameter.data.float()
+    want = run(model)
+    report = fg.fuse_flux(model)
+    assert "keeps its input: it has a torch.float32 adapter for torch.bfloat16 inputs" in str(report)
+    got = run(model)
+    assert got[1].keys() == want[1].keys()
+    assert distance(got[0], want[0]) < 0.05
+
+
+# --- what cannot be fused -------------------------------------------------------------------------------------------
+
+
+def ip_adapter(model: Any) -> None:
+    for block in model.transformer_blocks:
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(64, 8, num_tokens=(4,)))
+
+
+def fused_projections(model: Any) -> None:
+    with torch.no_grad():
+        model.fuse_qkv_projections()
+
+
+def hooked(model: Any) -> None:
+    model.transformer_blocks[0].attn.register_forward_hook(lambda *_: None)
+
+
+def dropout(model: Any) -> None:
+    model.transformer_blocks[0].ff.net[1].p = 0.1
+
+
+def attention_kwargs(model: Any) -> dict[str, Any]:
+    if isinstance(model.transformer_blocks[0].attn.processor, FluxIPAdapterAttnProcessor):
+        image = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(8))
+        return {"joint_attention_kwargs": {"ip_hidden_states": [image]}}
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (ip_adapter, "FluxIPAdapterAttnProcessor"),
+        (fused_projections, "fused by diffusers"),
+        (hooked, "hooks"),
+        (dropout, "dropout"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_blocks_that_are_left_as_they_are(change: Callable[[Any], None], reason: str, when: str) -> None:
+    model = make_transformer("full").train(change is dropout)
+    torch.manual_seed(11)
+    if when == "before":
+        change(model)
+    report = fg.fuse_flux(model)
+    if when == "after":
+        change(model)
+    else:
+        assert reason in report.left["transformer_blocks.0"]
+        assert reason in str(report)
+        assert ("single_transformer_blocks.1" in report.fused) == (change is not fused_projections)
+    torch.manual_seed(12)
+    got = run(model, **attention_kwargs(model))
+    if report.fused:
+        fg.unfuse_flux(model)
+    torch.manual_seed(12)
+    assert_agree(got, run(model, **attention_kwargs(model)), FLOAT32)
+
+
+def test_a_forward_that_was_replaced() -> None:
+    model = make_transformer()
+    block = model.transformer_blocks[0]
+    block.forward = block.forward
+    report = fg.fuse_flux(model)
+    assert "forward was replaced" in report.left["transformer_blocks.0"]
+    other = model.transformer_blocks[1]
+    other.forward = lambda *args: None
+    with pytest.raises(ValueError, match=r"transformer_blocks\.1 was replaced after fuse_flux"):
+        fg.unfuse_flux(model)
+
+
+def test_inputs_of_mixed_dtypes_run_as_diffusers_wrote_them() -> None:
+    model = make_transformer().bfloat16()
+    block = model.single_transformer_blocks[0]
+    rope = model.pos_embed(torch.zeros(14, 3))
+    args = (torch.randn(1, 9, 64), torch.randn(1, 5, 64), torch.randn(1, 64), rope)
+    with torch.no_grad(), pytest.raises(RuntimeError) as own:
+        block(*args)
+    fg.fuse_flux(model)
+    with torch.no_grad(), pytest.raises(RuntimeError) as fused:
+        block(*args)
+    assert str(fused.value) == str(own.value)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("value", [0.0, 1e-4, 0.1])
+def test_small_weights_of_query_and_key_norms(value: float, loaded: bool) -> None:
+    """Then the projections are kept: dividing by such a weight would lose the normalized value."""
+    model = make_transformer("lora")
+    fg.fuse_flux(model)
+    state = model.state_dict()
+    state["transformer_blocks.0.attn.norm_k.weight"] = state["transformer_blocks.0.attn.norm_k.weight"].clone()
+    state["transformer_blocks.0.attn.norm_k.weight"][3] = value
+    if loaded:
+        model.load_state_dict(state)
+    else:
+        fg.unfuse_flux(model)
+        model.load_state_dict(state)
+        report = fg.fuse_flux(model)
+        assert list(report.kept) == ["transformer_blocks.0.attn"]
+    assert not model.transformer_blocks[0].fusion.rotated
+    assert model.transformer_blocks[1].fusion.rotated
+    got = run(model)
+    assert all(gradient.isfinite().all() for gradient in got[1].values())
+    fg.unfuse_flux(model)
+    assert_agree(got, run(model), FLOAT32)
+
+
+def test_errors() -> None:
+    model = make_transformer()
+    with pytest.raises(
+        TypeError, match="expected diffusers' FluxTransformer2DModel or FluxControlNetModel, got Linear"
+    ):
+        fg.fuse_flux(nn.Linear(2, 2))
+    other = SD3Transformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, caption_projection_dim=16)
+    with pytest.raises(TypeError, match="got SD3Transformer2DModel"):
+        fg.fuse_flux(other)
+    holder = nn.Module()
+    holder.transformer = model
+    with pytest.raises(TypeError, match=r"pass its transformer: pipeline\.transformer"):
+        fg.fuse_flux(holder)
+    with pytest.raises(ValueError, match="recompute must be one of none, pointwise, mlp, block; got 'all'"):
+        fg.fuse_flux(model, "all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend must be one of"):
+        fg.fuse_flux(model, backend="cuda")
+    with pytest.raises(ValueError, match="not fused"):
+        fg.unfuse_flux(model)
+    fg.fuse_flux(model)
+    with pytest.raises(ValueError, match=r"fused already.*unfuse_flux"):
+        fg.fuse_flux(model)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    model = make_transformer()
+    fg.fuse_flux(model)
+    out = model(**make_inputs())[0]
+    with pytest.raises(RuntimeError, match="a fused Flux block can be differentiated once"):
+        torch.autograd.grad(out.sum(), model.x_embedder.weight, create_graph=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
+def test_inference(mode: Any) -> None:
+    model = make_transformer("lora").requires_grad_(False)
+    with mode():
+        want = model(**make_inputs())[0]
+        fg.fuse_flux(model)
+        torch.testing.assert_close(model(**make_inputs())[0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_linear_layers_are_called() -> None:
+    """An offloading library's hook has to run before a weight is read."""
+    model = make_transformer("full")
+    fg.fuse_flux(model)
+    seen = []
+    model.transformer_blocks[0].ff.net[2].register_forward_pre_hook(lambda *_: seen.append(1))
+    run(model)
+    assert seen == [1]
+    assert isinstance(linear.linear_weights(model.transformer_blocks[0].ff.net[2], torch.float32, False), str)
