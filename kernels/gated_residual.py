@@ -78,7 +78,7 @@ def _gated_residual_fwd_kernel(
     out_ptr += sample * n_tokens * n_channels
     for first in range(start, stop, BLOCK_S):
         tokens = (first + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None]
-        mask = (tokens < n_tokens) & channel_mask[None, :]
+        mask = (tokens < stop) & channel_mask[None, :]
         x = tl.load(x_ptr + tokens * stride_x_token + channels[None, :], mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + tokens * stride_y_token + channels[None, :], mask, other=0.0).to(tl.float32)
         out = x + gate[None, :] * y
@@ -122,7 +122,7 @@ def _gated_residual_bwd_kernel(
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for first in range(start, stop, BLOCK_S):
         tokens = (first + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None]
-        mask = (tokens < n_tokens) & channel_mask[None, :]
+        mask = (tokens < stop) & channel_mask[None, :]
         grad = tl.load(grad_ptr + tokens * stride_grad_token + channels[None, :], mask, other=0.0).to(tl.float32)
         if HAS_Y:
             y = tl.load(y_ptr + tokens * stride_y_token + channels[None, :], mask, other=0.0).to(tl.float32)
