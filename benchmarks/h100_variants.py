@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastguard.kernels import adaln, gated_residual, gelu, qk_norm_rope, sde_step, transition
-from fastguard.kernels.common import LAUNCH
+from fastguard.kernels.common import BLOCK_C, BLOCK_S, LAUNCH
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -219,8 +219,8 @@ def _adaln_variant(
 
 def _gated_residual() -> Iterator[Variant]:
     """Narrow: one row of the gate, and of sums, for many tokens."""
-    tiling = {"BLOCK_S": gated_residual.BLOCK_S, "BLOCK_C": gated_residual.BLOCK_C}
-    tile = gated_residual.BLOCK_S * gated_residual.BLOCK_C
+    tiling = {"BLOCK_S": BLOCK_S, "BLOCK_C": BLOCK_C}
+    tile = BLOCK_S * BLOCK_C
     for dtype in DTYPES:
         kernel = gated_residual._gated_residual_fwd_kernel
         yield _flux_variant("gated_residual_fwd", kernel, dtype, tiling, {}, moved=3, tile=tile, scalars=1)

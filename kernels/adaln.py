@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastguard.kernels.common import unit_stride
+
 # Programs per sample, at most. They depend on the number of rows alone, so a sample's results are bitwise the same in
 # every batch and on every device. Without sums: up to four blocks of 8 warps on each of an H100's 132 multiprocessors.
 # With sums: one block of 16 warps each, since a program costs one float32 row per sum, written and read again. At Flux
@@ -231,11 +233,11 @@ def _launch_fwd(
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if normed.numel() == 0:
         return normed
-    x, stride_x = _channels_last(x)
-    residual, stride_residual = _channels_last(residual)
-    gate, stride_gate = _channels_last(gate)
-    scale, stride_scale = _channels_last(scale)
-    shift, stride_shift = _channels_last(shift)
+    x, stride_x = _strided(x)
+    residual, stride_residual = _strided(residual)
+    gate, stride_gate = _strided(gate)
+    scale, stride_scale = _strided(scale)
+    shift, stride_shift = _strided(shift)
     n_samples, n_rows, n_channels = normed.shape
     rows_per_program = triton.cdiv(n_rows, PROGRAMS)
     n_programs = triton.cdiv(n_rows, rows_per_program)
@@ -272,12 +274,12 @@ def adaln_bwd(
     n_programs = triton.cdiv(n_rows, rows_per_program)
     partials = torch.empty((n_sums, n_samples, n_programs, n_channels), dtype=torch.float32, device=x.device)
     if grad_x.numel():
-        grad, stride_grad = _channels_last(grad)
-        x, stride_x = _channels_last(x)
-        scale, stride_scale = _channels_last(scale)
-        grad_summed, stride_grad_summed = _channels_last(grad_summed)
-        residual, stride_residual = _channels_last(residual)
-        gate, stride_gate = _channels_last(gate)
+        grad, stride_grad = _strided(grad)
+        x, stride_x = _strided(x)
+        scale, stride_scale = _strided(scale)
+        grad_summed, stride_grad_summed = _strided(grad_summed)
+        residual, stride_residual = _strided(residual)
+        gate, stride_gate = _strided(gate)
         _adaln_bwd_kernel[(n_samples * n_programs,)](
             grad, x, mean.contiguous(), rstd.contiguous(), scale, grad_summed, residual, gate,
             grad_x, grad_residual, partials,
@@ -293,12 +295,11 @@ def adaln_bwd(
     return grad_x, grad_residual, grad_scale, grad_shift, grad_gate
 
 
-def _channels_last(tensor: Tensor | None) -> tuple[Any, tuple[int, ...]]:
-    """The tensor, copied only if its channels are not contiguous, and the strides of its other axes."""
+def _strided(tensor: Tensor | None) -> tuple[Any, tuple[int, ...]]:
+    """The tensor with contiguous channels, and the strides of its other axes."""
     if tensor is None:
         return None, (0, 0)
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        tensor = tensor.contiguous()
+    tensor = unit_stride(tensor)
     return tensor, tensor.stride()[:-1]
 
 

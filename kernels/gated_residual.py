@@ -10,40 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH
-
-# A warp reads 256 bf16 channels of a token in one 512-byte access, and the channels of a tile stay in one warp's
-# column: sums over tokens first add up within a thread, and meet across warps once, at the end of the loop.
-BLOCK_C = 256
-BLOCK_S = LAUNCH.block // BLOCK_C
-
-# Tokens per program. 32 keep the partial sums (8 bytes a channel, written and read) within 5% of the 6 bytes that
-# each token moves, and give the 512 tokens of a text stream 192 programs; long image streams have enough for 64.
-TOKENS_PER_PROGRAM = (32, 64)
-LONG_STREAM = 2048
-
-
-def tokens_per_program(n_tokens: int) -> int:
-    """How many tokens of a stream one program takes: it depends on the stream's length alone."""
-    return TOKENS_PER_PROGRAM[n_tokens >= LONG_STREAM]
-
-
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor with neighbours of the last axis side by side in memory: itself, or a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-@triton.jit
-def tile_of_program(n_tokens, n_chunks, n_tiles, tokens_per_program):
-    """A program's sample, chunk of tokens, its first and last (excluded) token, and its tile of channels.
-
-    Programs that run side by side take the channels of the same tokens, so that whole rows are read together.
-    """
-    pid = tl.program_id(0)
-    chunk = (pid // n_tiles) % n_chunks
-    start = chunk * tokens_per_program
-    sample = (pid // n_tiles // n_chunks).to(tl.int64)
-    return sample, chunk, start, min(start + tokens_per_program, n_tokens), pid % n_tiles
+from fastguard.kernels.common import BLOCK_C, BLOCK_S, LAUNCH, tile_of_program, tokens_per_program, unit_stride
 
 
 @triton.jit

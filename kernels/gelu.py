@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH
-from fastguard.kernels.gated_residual import BLOCK_C, BLOCK_S, tile_of_program, tokens_per_program, unit_stride
+from fastguard.kernels.common import BLOCK_C, BLOCK_S, LAUNCH, tile_of_program, tokens_per_program, unit_stride
 
 
 @triton.jit

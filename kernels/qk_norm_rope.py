@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import Launch
-from fastguard.kernels.gated_residual import unit_stride
+from fastguard.kernels.common import Launch, unit_stride
 
 # 4 warps x 32 threads x 8 elements of each tensor: at D = 128 a tile of 4 tokens x 2 heads, one 16-byte access of bf16
 # each. A program keeps its tokens' cos and sin, and the norm weights, in registers over up to 8 heads.

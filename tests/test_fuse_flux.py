@@ -42,6 +42,7 @@ CONFIG: dict[str, Any] = {
     "guidance_embeds": True,
     "axes_dims_rope": (4, 6, 6),
 }
+ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1}  # blocks, where each takes seconds
 Result = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -59,20 +60,22 @@ def make_transformer(train: str = "full", **config: Any) -> Any:
     return model
 
 
-def make_inputs(dtype: torch.dtype = torch.float32, batch: int = 2, device: str = "cpu") -> dict[str, Any]:
+def make_inputs(
+    dtype: torch.dtype = torch.float32, batch: int = 2, device: str = "cpu", tokens: int = 9, text: int = 5
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     return {
-        "hidden_states": randn(batch, 9, 16),
-        "encoder_hidden_states": randn(batch, 5, 32),
+        "hidden_states": randn(batch, tokens, 16),
+        "encoder_hidden_states": randn(batch, text, 32),
         "pooled_projections": randn(batch, 32),
         "timestep": torch.rand(batch, generator=generator).to(device, dtype),
         "guidance": torch.full((batch,), 3.5, device=device, dtype=dtype),
-        "img_ids": torch.randint(0, 3, (9, 3), generator=generator).float().to(device),
-        "txt_ids": torch.zeros(5, 3, device=device),
+        "img_ids": torch.randint(0, 3, (tokens, 3), generator=generator).float().to(device),
+        "txt_ids": torch.zeros(text, 3, device=device),
         "return_dict": False,
     }
 
@@ -223,6 +226,17 @@ def test_kernels_compute_what_diffusers_does(train: str, recompute: Any, kernel_
     assert_agree(run(model, inputs), want, FLOAT32)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(("batch", "tokens", "text"), [(1, 1, 1), (3, 4, 0), (1, 9, 0)])
+def test_streams_of_any_length(batch: int, tokens: int, text: int, backend: str, kernel_device: str) -> None:
+    model = make_transformer("full", **ONE_OF_EACH).to(kernel_device)
+    inputs = make_inputs(device=kernel_device, batch=batch, tokens=tokens, text=text)
+    want = run(model, inputs)
+    fg.fuse_flux(model, backend=backend)
+    got = run(model, inputs)
+    assert_agree((got[0], {n: g for n, g in got[1].items() if n in want[1]}), want, FLOAT32)
+
+
 def one_block(kind: str, train: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A block of width 64 with its inputs; values are bfloat16's, so that every dtype works on the same numbers."""
     torch.manual_seed(0)
@@ -330,8 +344,6 @@ def test_a_pipeline_paints_the_same_images(tmp_path: Any) -> None:
 
 
 # --- what a model can have around it --------------------------------------------------------------------------------
-
-ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1}  # compilers take seconds a block
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])

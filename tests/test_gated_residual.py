@@ -138,14 +138,14 @@ def test_bitwise_repeatable_and_independent_of_the_batch(kernel_device) -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 16, 40, 1000])
 def test_any_number_of_tokens_per_program(tokens, kernel_device, poisoned, monkeypatch) -> None:
     """Shorter than a tile, no multiple of one, and more than there are: the sums change in their last places only."""
-    from fastguard.kernels import gated_residual
+    from fastguard.kernels import common
 
-    monkeypatch.setattr(gated_residual, "TOKENS_PER_PROGRAM", (tokens, tokens))
+    monkeypatch.setattr(common, "TOKENS_PER_PROGRAM", (tokens, tokens))
     assert_matches_reference(make_case((2, 45, 100), device=kernel_device))
 
 
 def test_long_streams_take_more_tokens_per_program() -> None:
-    from fastguard.kernels.gated_residual import tokens_per_program
+    from fastguard.kernels.common import tokens_per_program
 
     assert [tokens_per_program(n) for n in (1, 512, 1024, 2047, 2048, 4608)] == [32, 32, 32, 32, 64, 64]
 

@@ -206,9 +206,9 @@ def test_bitwise_repeatable_and_independent_of_the_batch(kernel_device) -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 16, 40, 1000])
 def test_any_number_of_tokens_per_program(tokens, kernel_device, poisoned, monkeypatch) -> None:
     """Shorter than a tile, no multiple of one, and more than there are."""
-    from fastguard.kernels import gated_residual
+    from fastguard.kernels import common
 
-    monkeypatch.setattr(gated_residual, "TOKENS_PER_PROGRAM", (tokens, tokens))
+    monkeypatch.setattr(common, "TOKENS_PER_PROGRAM", (tokens, tokens))
     assert_matches_reference(make_case((2, 45, 100), 30, device=kernel_device))
 
 

@@ -222,7 +222,7 @@ class ProjectionsFunction(torch.autograd.Function):
             if grad_n is not None:
                 grad_n.addmm_(_rows(grad_low), down)
         if grad_n is not None:
-            grad_n = grad_n.view(*grads[0].shape[:-1], -1)
+            grad_n = grad_n.view(*grads[0].shape[:-1], grad_n.shape[-1])
         return (grad_n, *(None,) * 6, grad_down, None, None, *grad_flat)
 
 
@@ -288,7 +288,7 @@ class GeluLinearFunction(torch.autograd.Function):
             part = dy @ weight[:, columns]
             if grad_low is not None:
                 part.addmm_(grad_low, down[:, columns])
-            return part.view(*grad.shape[:-1], -1)
+            return part.view(*grad.shape[:-1], part.shape[-1])
 
         grad_hidden = of_input_part(slice(p, None))
         # In place: nobody else has seen this gradient.

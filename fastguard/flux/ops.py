@@ -334,7 +334,7 @@ class QKNormRopeFunction(torch.autograd.Function):
             ctx.mark_non_differentiable(v)
         sources = (q, k, None, None) if rotated else (query, key, text_query, text_key)
         ctx.save_for_backward(*sources, rstd, cos, sin, *norms)
-        ctx.n_text = 0 if text_query is None else text_query.shape[1]
+        ctx.n_text = None if text_query is None else text_query.shape[1]
         ctx.rotated, ctx.backend = rotated, backend
         return q, k, v
 
@@ -342,7 +342,7 @@ class QKNormRopeFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("a fused Flux block")
         query, key, text_query, text_key, rstd, cos, sin, *norms = ctx.saved_tensors
-        if ctx.rotated and ctx.n_text:
+        if ctx.rotated and ctx.n_text is not None:
             text_query, text_key = query[:, : ctx.n_text], key[:, : ctx.n_text]
             query, key = query[:, ctx.n_text :], key[:, ctx.n_text :]
         elif not ctx.rotated:
@@ -354,7 +354,7 @@ class QKNormRopeFunction(torch.autograd.Function):
         *grads, grad_norms = qk_norm_rope_bwd(
             grad_q,
             grad_k,
-            grad_v if ctx.n_text else None,
+            None if ctx.n_text is None else grad_v,
             query,
             key,
             text_query,
@@ -368,7 +368,7 @@ class QKNormRopeFunction(torch.autograd.Function):
             ctx.backend,
         )
         results = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:6], strict=True)]
-        if not ctx.n_text:
+        if ctx.n_text is None:
             results[2:] = [None] * 4
         of_norms: list[Tensor | None] = [None] * 4
         for i, norm in enumerate(norms):

@@ -157,7 +157,8 @@ def qk_norm_rope_bwd(
             result = (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) * inverse
             grads[3 * (first // 2) + i] = result.to(query.dtype).flatten(2)
         if grad_v is not None:
-            grads[3 * (first // 2) + 2] = grad_v[:, tokens].flatten(2).clone(memory_format=torch.contiguous_format)
+            part = grad_v[:, tokens].flatten(2).to(query.dtype)
+            grads[3 * (first // 2) + 2] = part.clone(memory_format=torch.contiguous_format)
     return (*grads, torch.stack(grad_norms) if need_norms else grad_norms[0])  # type: ignore[return-value]
 
 
