@@ -4,10 +4,11 @@
     python benchmarks/bench_train_step.py --plan [--save]                    the planner's predictions; needs no GPU
     python benchmarks/bench_train_step.py --dry-run                          every step with a tiny model on the CPU
 
-A case is `lora` (rank 64, AdamW) or `full` (8-bit AdamW), at 512^2 or 1024^2, with gradient checkpointing on or off; no
-KL, no EMA. Each runs in a process of its own, held to 80 GB (1e9 bytes; the planner's unit) on larger cards too: one
-that runs out of memory is recorded as such. Nothing is downloaded: weights and prompt embeddings are random, made on
-the device; all else is the trainer's own code (`rollout`, `check_parity`, `update_weights`), with the VAE in memory.
+A case is `lora` (rank 64, AdamW) or `full` (8-bit AdamW), at 512^2 or 1024^2, with fused or `unfused` blocks, at one
+level of model.recompute, as far as it could fit; no KL, no EMA. Each runs in a process of its own, held to 80 GB (1e9
+bytes; the planner's unit) on larger cards too: one that runs out of memory is recorded as such. Nothing is downloaded:
+weights and prompt embeddings are random, made on the device; all else is the trainer's own code (`rollout`,
+`check_parity`, `update_weights`), with the VAE in memory.
 
 The learning rate is 0, so that every repetition is a first update: its log-ratios must pass the parity check. With
 another, samples would be clipped, and matmuls on gradients of zeros are faster than those on real ones.
@@ -38,7 +39,8 @@ import textbook
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
-from gpu_suite import MAX_LOSS_SETS, ROTATED_BYTES, both, call_times, graph_times
+from gpu_suite import MAX_LOSS_SETS, both
+from timing import ROTATED_BYTES, call_times, graph_times
 from torch import Tensor, nn
 
 from fastguard.backbones.flux import FluxBackbone, prepare_transformer
@@ -47,11 +49,12 @@ from fastguard.config import (
     ModelConfig,
     PromptsConfig,
     Recipe,
+    Recompute,
     RewardConfig,
     SamplerConfig,
     UpdateConfig,
 )
-from fastguard.memory import update_flops
+from fastguard.memory import executed_flops, update_flops
 from fastguard.memory.models import meta_transformer, meta_vae, pipeline_configs
 from fastguard.memory.phases import GIB, limit_bytes, planned_phases
 from fastguard.prompts import EncodedPrompts, Prompt
@@ -78,14 +81,15 @@ class Case:
     train: Literal["lora", "full"]
     size: int
     """pixels, squared"""
-    checkpointing: bool
+    fuse: bool
+    recompute: Recompute
     micro_batch: int
     peak_goal_gib: float | None = None
     mfu_goal: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.train}-{self.size}-{'on' if self.checkpointing else 'off'}"
+        return f"{self.train}-{self.size}-{'' if self.fuse else 'unfused-'}{self.recompute}"
 
     def recipe(self, dry: bool) -> Recipe:
         """One update of 5 trained steps of the 6 of each of 2 or 3 images. `dry`: the tiny pipeline, an eighth wide."""
@@ -96,7 +100,8 @@ class Case:
             height=size,
             width=size,
             train=self.train,
-            checkpointing="on" if self.checkpointing else "off",
+            fuse=self.fuse,
+            recompute=self.recompute,
         )
         return Recipe(
             model=model,
@@ -126,7 +131,8 @@ class Case:
         return {
             "train": self.train,
             "size": recipe.model.height,
-            "checkpointing": self.checkpointing,
+            "fuse": self.fuse,
+            "recompute": self.recompute,
             "micro_batch": self.micro_batch,
             "optimizer": recipe.update.optimizer,
             "dtype": recipe.model.dtype,
@@ -140,17 +146,27 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("lora", 512, True, 3, peak_goal_gib=30.0),
-        Case("lora", 512, False, 3),
-        Case("lora", 1024, True, 1, peak_goal_gib=30.0),
-        Case("lora", 1024, False, 1, mfu_goal=0.45),
-        Case("full", 512, True, 2, peak_goal_gib=78.0),
-        Case("full", 512, False, 1),
-        Case("full", 1024, True, 1),
-        Case("full", 1024, False, 1),
+        Case("lora", 512, False, "none", 3),
+        Case("lora", 512, False, "block", 3),
+        Case("lora", 512, True, "none", 3),
+        Case("lora", 512, True, "pointwise", 3),
+        Case("lora", 512, True, "mlp", 3),
+        Case("lora", 512, True, "block", 3, peak_goal_gib=30.0),
+        Case("lora", 1024, False, "none", 1),
+        Case("lora", 1024, False, "block", 1),
+        Case("lora", 1024, True, "none", 1, mfu_goal=0.45),
+        Case("lora", 1024, True, "pointwise", 1),
+        Case("lora", 1024, True, "mlp", 1),
+        Case("lora", 1024, True, "block", 1, peak_goal_gib=30.0),
+        Case("full", 512, False, "block", 2),
+        Case("full", 512, True, "pointwise", 1),
+        Case("full", 512, True, "mlp", 2),
+        Case("full", 512, True, "block", 2, peak_goal_gib=78.0),
+        Case("full", 1024, False, "block", 1),
+        Case("full", 1024, True, "block", 1),
     )
 }
-DRY_CASES = ("lora-512-on", "lora-1024-off", "full-512-on")
+DRY_CASES = ("lora-512-mlp", "lora-1024-unfused-none", "full-512-block")
 """every branch once; --cases walks any other"""
 
 
@@ -196,7 +212,7 @@ def build(case: Case, dry: bool) -> TrainState:
     for module in (vae, transformer):
         fill(module, accelerator.device)
         module.eval()
-    prepare_transformer(transformer, recipe.model, recipe.lora, case.checkpointing)
+    prepare_transformer(transformer, recipe.model, recipe.lora, case.recompute)
     if case.train == "lora":
         for name, parameter in transformer.named_parameters():
             if "lora_B" in name:  # as after some training: they begin at zero, and with them the gradients of lora_A
@@ -381,7 +397,7 @@ def planned(cases: Sequence[Case], dry: bool) -> dict[str, dict[str, Any]]:
     rows = {}
     for case in cases:
         recipe = case.recipe(dry)
-        phases = {phase.name: phase for phase in planned_phases(recipe, case.checkpointing)}
+        phases = {phase.name: phase for phase in planned_phases(recipe, case.recompute)}
         peaks = {name: phases[name].peak for name in ("rollout", "update")}
         update = phases["update"]
         rows[case.name] = {
@@ -393,6 +409,7 @@ def planned(cases: Sequence[Case], dry: bool) -> dict[str, dict[str, Any]]:
             },
             "fits": max(peaks.values()) <= limit_bytes(recipe),
             "needed_tflop_per_transition": update_flops(recipe) / recipe.micro_batch / 1e12,
+            "executed_per_needed_flop": executed_flops(recipe) / update_flops(recipe),
             "peak_goal_gib": case.peak_goal_gib,
             "mfu_goal": case.mfu_goal,
         }
@@ -467,8 +484,8 @@ def gib(n_bytes: int | None) -> str:
 def plan_table(rows: dict[str, dict[str, Any]]) -> str:
     """The predictions as text."""
     lines = [
-        f"{'predicted, GiB':15}{'micro-batch':>12}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}"
-        f"{'rollout':>9}{'update':>8}  {f'in {MEMORY_GB:g} GB':10}{'TFLOP':>7}  goal"
+        f"{'predicted, GiB':24}{'micro-batch':>12}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}"
+        f"{'rollout':>9}{'update':>8}  {f'in {MEMORY_GB:g} GB':10}{'TFLOP':>7}{'executed':>10}  goal"
     ]
     for name, row in rows.items():
         parts, peaks = row["update_bytes"], row["peak_bytes"]
@@ -480,12 +497,13 @@ def plan_table(rows: dict[str, dict[str, Any]]) -> str:
             limit = row["needed_tflop_per_transition"] / row["mfu_goal"] / PEAK_TFLOPS["NVIDIA H200"]
             goal = f"MFU >= {row['mfu_goal']:.0%}: needs <= {limit:.3f} s a transition (H100 SXM, H200)"
         lines.append(
-            f"{name:15}{row['micro_batch']:>12}{gib(parts['weights']):>9}{gib(parts['gradients']):>11}"
+            f"{name:24}{row['micro_batch']:>12}{gib(parts['weights']):>9}{gib(parts['gradients']):>11}"
             f"{gib(parts['optimizer']):>11}{gib(parts['activations']):>13}{gib(peaks['rollout']):>9}"
             f"{gib(peaks['update']):>8}  {'fits' if row['fits'] else 'too large':10}"
-            f"{row['needed_tflop_per_transition']:>7.3g}  {goal}".rstrip()
+            f"{row['needed_tflop_per_transition']:>7.3g}{row['executed_per_needed_flop']:>10.2f}  {goal}".rstrip()
         )
-    return "\n".join([*lines, "parts: of the update's peak; TFLOP: that the update of one transition needs"])
+    legend = "parts: of the update's peak; TFLOP: needed by the update of one transition; executed: as a multiple of it"
+    return "\n".join([*lines, legend])
 
 
 def describe(name: str, row: dict[str, Any]) -> str:

@@ -90,8 +90,8 @@ def gib(n_bytes: float | None) -> str:
 
 
 def case_label(row: dict[str, Any]) -> str:
-    checkpointing = "on" if row["checkpointing"] else "off"
-    return f"{row['train']}, {row['size']}^2, checkpointing {checkpointing}, micro-batch {row['micro_batch']}"
+    blocks = "fused" if row["fuse"] else "unfused"
+    return f"{row['train']}, {row['size']}^2, {blocks}, recompute {row['recompute']}, micro-batch {row['micro_batch']}"
 
 
 def distinct(values: Iterable[Any]) -> str:
@@ -144,14 +144,15 @@ def planned_table(files: list[dict[str, Any]]) -> str:
         f"benchmarks/bench_train_step.py --plan`, {env['time'][:10]}, commit {env['commit']}):",
         "",
         f"| case | peak of the rollout | peak of the update | in {run['memory_gb']:g} GB "
-        f"({gib(run['memory_gb'] * 1e9)} GiB) | goal |",
-        "| --- | --- | --- | --- | --- |",
+        f"({gib(run['memory_gb'] * 1e9)} GiB) | FLOPs executed for each needed | goal |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in run["cases"].values():
         peaks, goal = row["peak_bytes"], row["peak_goal_gib"]
         said = "" if goal is None else f"<= {goal:g} GiB"
         fits = "fits" if row["fits"] else "too large"
-        lines.append(f"| {case_label(row)} | {gib(peaks['rollout'])} | {gib(peaks['update'])} | {fits} | {said} |")
+        cells = [gib(peaks["rollout"]), gib(peaks["update"]), fits, f"{row['executed_per_needed_flop']:.2f}", said]
+        lines.append(f"| {case_label(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

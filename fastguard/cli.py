@@ -47,11 +47,13 @@ class Plan:
     """Predict the peak memory of every phase, without a GPU."""
 
     recipe: RecipeFields
+    kept: bool = False
+    """show what an update keeps for its backward pass instead, tensor by tensor, at each level of model.recompute"""
 
     def __call__(self) -> int:
         from fastguard.launch import print_plan
 
-        return print_plan(self.recipe)
+        return print_plan(self.recipe, self.kept)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 Objective = Literal["flow_grpo", "grpo_guard", "flow_dppo"]
+Recompute = Literal["none", "pointwise", "mlp", "block"]
 FLUX_LORA_TARGETS = (
     "attn.to_q",
     "attn.to_k",
@@ -38,6 +39,11 @@ def _require(condition: bool, message: str) -> None:
 def _at_least(low: float, **values: float) -> None:
     for name, value in values.items():
         _require(value >= low, f"{name} must be at least {low:g}, got {value}")
+
+
+def recompute_levels(fuse: bool) -> tuple[Recompute, ...]:
+    """The levels of model.recompute that there are with model.fuse, from the fastest to the smallest."""
+    return ("none", "pointwise", "mlp", "block") if fuse else ("none", "block")
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model that is trained."""
+    """The model that is trained.
+
+    The levels of `recompute`, from the fastest to the smallest: `none` keeps what every linear layer reads; `pointwise`
+    computes LayerNorms, activations, and normalized query and key again, but no matmul; `mlp` also the first layer of
+    each feed-forward; `block` everything (gradient checkpointing). Unfused blocks know none and block.
+    """
 
     kind: Literal["flux", "digits"] = "flux"
-    """model family: a diffusers FluxPipeline, or the demo's digit model (then only `kind` is read)"""
+    """model family: a diffusers FluxPipeline, or the demo's digit model (then only `kind` and `fuse` are read)"""
     path: str = "black-forest-labs/FLUX.1-dev"
     """folder of the pipeline in diffusers' layout, or its name on the model hub"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -83,14 +94,20 @@ class ModelConfig:
     """guidance scale that a guidance-distilled model such as Flux.1-dev takes as an input"""
     train: Literal["lora", "full"] = "lora"
     """what is trained: float32 LoRA adapters, or every weight of the transformer in `dtype`"""
-    checkpointing: Literal["off", "on", "auto"] = "auto"
-    """gradient checkpointing of the blocks: a third more compute for far less memory; auto asks the planner"""
+    fuse: bool = True
+    """run the transformer's blocks with fused kernels, which keep less for the backward pass"""
+    recompute: Literal["auto", "none", "pointwise", "mlp", "block"] = "auto"
+    """what the backward pass computes again instead of keeping it; auto takes the fastest level that fits (planner)"""
     attention: str = "native"
     """attention backend, by diffusers' name (native, flash, _flash_3, ...)"""
 
     def __post_init__(self) -> None:
         _at_least(1, height=self.height, width=self.width)
         _at_least(0, guidance=self.guidance)
+        _require(
+            self.recompute in recompute_levels(self.fuse) or self.recompute == "auto",
+            f'recompute = "{self.recompute}" needs fused blocks: set fuse = true, or recompute to auto, none or block',
+        )
 
 
 @dataclass(frozen=True)
@@ -437,7 +454,7 @@ class Recipe:
         """
         model, sampler, objective = self.model, self.sampler, self.objective
         unread: list[tuple[bool, str, str]] = [
-            (model.kind == "digits", "model", 'model.kind = "digits" has its own size, weights and dtype'),
+            (model.kind == "digits", "model", 'model.kind = "digits" has its own size, weights, dtype and recompute'),
             (model.kind == "digits", "lora", 'model.kind = "digits" trains every weight'),
             (model.kind == "digits", "prompts.file", 'model.kind = "digits" draws the ten digits'),
             (model.kind == "digits", "prompts.max_tokens", 'model.kind = "digits" has no text encoder'),
@@ -485,7 +502,8 @@ def _changed(recipe: Recipe, path: str) -> list[str]:
     section, _, name = path.partition(".")
     value: Any = getattr(recipe, section)
     default = type(value)()
-    names = [name] if name else [f.name for f in fields(value) if (section, f.name) != ("model", "kind")]
+    always_read = ("kind", "fuse") if section == "model" else ()
+    names = [name] if name else [f.name for f in fields(value) if f.name not in always_read]
     return [f"{section}.{n}" for n in names if getattr(value, n) != getattr(default, n)]
 
 

@@ -5,6 +5,7 @@ Every process of a launch runs this.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,8 +16,9 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from fastguard.backbones import Backbone
 from fastguard.checkpoint import broadcast
-from fastguard.config import Recipe
-from fastguard.memory import choose_checkpointing, plan
+from fastguard.config import Recipe, Recompute
+from fastguard.flux import FuseReport
+from fastguard.memory import MemoryPlan, compare_kept, plan
 from fastguard.monitor import Monitor
 from fastguard.prompts import Prompt, cache_folder, encode_prompts, read_prompts
 from fastguard.recipe import totals
@@ -47,12 +49,12 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     run = RunFolder(recipe, accelerator, resume)
     with accelerator.main_process_first():
         recipe = with_model(recipe)
-    checkpointing = broadcast([accelerator.is_main_process and announce(recipe)], accelerator)[0]
+    recompute: Recompute = broadcast([announce(recipe) if accelerator.is_main_process else "none"], accelerator)[0]
     with ExitStack() as stack:
         stack.enter_context(run.catching_signals())
         rewards = [(config, build_reward(config)) for config in recipe.rewards]
         gold = [(config, build_reward(config)) for config in recipe.monitor.gold if recipe.monitor.every]
-        backbone = load_backbone(recipe, prompts, accelerator, checkpointing)
+        backbone = load_backbone(recipe, prompts, accelerator, recompute)
         pool = stack.enter_context(RewardPool(rewards, recipe.scoring, backbone.prompts))
         monitor = None
         if recipe.monitor.every:
@@ -127,30 +129,38 @@ def with_model(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, path=str(folder)))
 
 
-def announce(recipe: Recipe) -> bool:
-    """Print what follows from the recipe, before any weight is loaded; returns whether blocks are checkpointed."""
-    for name, value in totals(recipe):
-        print(f"{name:>24}: {value}")
+def announce(recipe: Recipe) -> Recompute:
+    """Print what follows from the recipe, before any weight is loaded; returns the level of model.recompute."""
+    _print_lines(totals(recipe))
     if recipe.model.kind == "digits":
-        return False
-    checkpointing = choose_checkpointing(recipe) if recipe.model.checkpointing == "auto" else None
-    chosen = recipe.model.checkpointing == "on" if checkpointing is None else checkpointing
-    predicted = plan(replace(recipe, model=replace(recipe.model, checkpointing="on" if chosen else "off")))
+        _print_lines([("fused blocks", "yes" if recipe.model.fuse else "no")])
+        return "none"
+    predicted = plan(recipe)
+    _print_lines(_blocks(recipe, predicted))
     verdict = "fits" if predicted.fits else "does NOT fit: `fastguard plan` suggests what would"
-    print(f"{'checkpointing':>24}: {'on' if chosen else 'off'}{' (auto)' if checkpointing is not None else ''}")
-    print(
-        f"{'predicted peak memory':>24}: {predicted.peak / 2**30:.1f} GiB per GPU; {verdict} in "
-        f"{recipe.hardware.memory_gb:g} GB"
-    )
-    return chosen
+    peak = f"{predicted.peak / 2**30:.1f} GiB per GPU; {verdict} in {recipe.hardware.memory_gb:g} GB"
+    _print_lines([("predicted peak memory", peak)])
+    return predicted.recompute
 
 
-def load_backbone(recipe: Recipe, prompts: Prompts, accelerator: Accelerator, checkpointing: bool) -> Backbone:
+def _blocks(recipe: Recipe, predicted: MemoryPlan) -> Iterator[tuple[str, str]]:
+    """How the blocks will run, as (name, value) lines."""
+    report = predicted.fused
+    yield "fused blocks", "no" if report is None else f"{len(report.fused)} of {len(report.fused) + len(report.left)}"
+    yield "recompute", predicted.recompute + (" (auto)" if recipe.model.recompute == "auto" else "")
+
+
+def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
+    for name, value in lines:
+        print(f"{name:>24}: {value}")
+
+
+def load_backbone(recipe: Recipe, prompts: Prompts, accelerator: Accelerator, recompute: Recompute) -> Backbone:
     """Encode the prompts, free the encoders, then load what is trained."""
     if recipe.model.kind == "digits":
         from fastguard.demo.backbone import DigitBackbone
 
-        return DigitBackbone.load(accelerator.device)
+        return DigitBackbone.load(accelerator.device, recipe.model.fuse)
     from fastguard.backbones.flux import FluxBackbone
 
     dtype = getattr(torch, recipe.model.dtype)
@@ -158,13 +168,31 @@ def load_backbone(recipe: Recipe, prompts: Prompts, accelerator: Accelerator, ch
         encoded = encode_prompts(
             prompts.all, recipe.model.path, recipe.prompts.max_tokens, recipe.prompts.cache, dtype, accelerator.device
         )
-    return FluxBackbone.load(recipe, encoded, prompts.trained, accelerator.device, checkpointing)
+    backbone = FluxBackbone.load(recipe, encoded, prompts.trained, accelerator.device, recompute)
+    if accelerator.is_main_process:
+        _print_exceptions(backbone.fused)
+    return backbone
 
 
-def print_plan(recipe: Recipe) -> int:
-    """Print what follows from the recipe and its memory by phase; exit code 1 if it does not fit."""
-    for name, value in totals(recipe):
-        print(f"{name:>24}: {value}")
-    predicted = plan(with_model(recipe))
+def _print_exceptions(report: FuseReport | None) -> None:
+    """Blocks that run unfused, and parts that keep more than they could."""
+    if report is not None and (report.left or report.kept):
+        print(report)
+
+
+def print_plan(recipe: Recipe, kept: bool = False) -> int:
+    """Print what follows from the recipe and its memory by phase; exit code 1 if it does not fit.
+
+    Args:
+        kept: print what an update's forward pass keeps for its backward pass instead, by level of model.recompute.
+    """
+    recipe = with_model(recipe)
+    if kept:
+        print(compare_kept(recipe))
+        return 0
+    _print_lines(totals(recipe))
+    predicted = plan(recipe)
+    _print_lines(_blocks(recipe, predicted))
+    _print_exceptions(predicted.fused)
     print(predicted)
     return 0 if predicted.fits else 1

@@ -83,6 +83,8 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
 
 
 _ADAPTER = TypeAdapter(Recipe)
+_REPLACED = {"model.checkpointing": "model.recompute"}
+"""Fields of earlier versions, and what to set now."""
 
 
 def _problem(location: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
@@ -92,7 +94,7 @@ def _problem(location: tuple[int | str, ...], kind: str, message: str, value: An
         for part in location[:-1]:
             section = _element(section, part)
         names = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
-        close = difflib.get_close_matches(str(location[-1]), names, n=1)
+        close = [_REPLACED[field]] if field in _REPLACED else difflib.get_close_matches(str(location[-1]), names, n=1)
         hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
         return f"{field}: there is no such field{hint}"
     if kind == "missing":

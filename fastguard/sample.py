@@ -41,7 +41,7 @@ def sample_recipe(
     count = len(own) or min(4, prompts.trained)
     weights = None if checkpoint == "none" else _trained_weights(recipe, checkpoint)
     accelerator = Accelerator()
-    backbone = load_backbone(recipe, prompts, accelerator, checkpointing=False)
+    backbone = load_backbone(recipe, prompts, accelerator, recompute="none")
     if weights is not None:
         for name, parameter in trained_parameters(backbone.policy).items():
             put(parameter, weights[name])

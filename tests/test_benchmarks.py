@@ -47,7 +47,7 @@ def test_the_gpu_suite_walks_its_path_and_refuses_without_a_gpu() -> None:
     assert dry.returncode == 0, dry.stderr
     for row in ("copy", "loss forward", "loss backward", "sde_step", "fused forward + backward", "textbook forward"):
         assert row in dry.stdout
-    for case in ("lora-512-on", "lora-1024-off", "full-512-on"):  # bench_train_step.py, each in its own process
+    for case in ("lora-512-mlp", "lora-1024-unfused-none", "full-512-block"):  # each in a process of its own
         assert f"\n{case}, micro-batch" in dry.stdout
     assert dry.stdout.count("a transition") >= 3
     assert dry.stdout.count("of a plain matmul's") == 3
@@ -79,6 +79,7 @@ def planned_row(steps: ModuleType, name: str, gib: float = 26.0) -> dict[str, An
         "update_bytes": dict.fromkeys(("weights", "gradients", "optimizer", "activations", "trajectories"), GIB),
         "fits": gib < 74,
         "needed_tflop_per_transition": 100.0,
+        "executed_per_needed_flop": 1.45,
         "peak_goal_gib": case.peak_goal_gib,
         "mfu_goal": case.mfu_goal,
     }
@@ -100,7 +101,7 @@ def measured_row(steps: ModuleType, name: str, gib: float, s_per_transition: flo
 
 
 def test_utilisation_the_share_of_the_loss_and_the_goals_follow_from_a_measurement(steps: ModuleType) -> None:
-    case = steps.CASES["lora-1024-off"]
+    case = steps.CASES["lora-1024-none"]
     row = steps.concluded(case, measured_row(steps, case.name, 48.0), planned_row(steps, case.name, 45.0), 989.0)
     assert row["update"]["tflop_per_s"] == pytest.approx(500.0)
     assert row["update"]["mfu"] == pytest.approx(500 / 989)
@@ -117,7 +118,7 @@ def test_utilisation_the_share_of_the_loss_and_the_goals_follow_from_a_measureme
 
 
 def test_a_peak_over_the_goal_is_missed(steps: ModuleType) -> None:
-    case = steps.CASES["lora-512-on"]
+    case = steps.CASES["lora-512-block"]
     for gib, reached in ((29.9, True), (30.1, False)):
         row = steps.concluded(case, measured_row(steps, case.name, gib), planned_row(steps, case.name), 989.0)
         assert row["goals"][0]["reached"] is reached
@@ -129,7 +130,7 @@ def test_a_case_out_of_memory_keeps_what_came_before_it(steps: ModuleType, monke
         raise steps.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
     monkeypatch.setattr(steps, "measure_training", out_of_memory)
-    case = steps.CASES["full-512-on"]
+    case = steps.CASES["full-512-block"]
     row = steps.concluded(case, steps.measure(case, dry=True), planned_row(steps, case.name), 989.0)
     assert row["error"] == "out of memory"
     assert row["message"] == "in update: CUDA out of memory. Tried to allocate 9 GiB."
@@ -140,7 +141,7 @@ def test_a_case_out_of_memory_keeps_what_came_before_it(steps: ModuleType, monke
 
 
 def test_a_case_that_breaks_or_hangs_is_a_row_too(steps: ModuleType, tmp_path: Path, monkeypatch) -> None:
-    case = steps.CASES["lora-512-on"]
+    case = steps.CASES["lora-512-block"]
     script = tmp_path / "script.py"
     monkeypatch.setattr(steps, "__file__", str(script))
     script.write_text("import sys; sys.exit('the driver is gone')")
@@ -159,7 +160,7 @@ def test_a_case_that_breaks_or_hangs_is_a_row_too(steps: ModuleType, tmp_path: P
     [
         ([], "needs a CUDA device"),
         (["--dry-run", "--save"], "--dry-run saves nothing"),
-        (["--plan", "--cases", "lora-768-*"], "matches none of lora-512-on"),
+        (["--plan", "--cases", "lora-768-*"], "matches none of lora-512-unfused-none"),
     ],
 )
 def test_what_makes_no_sense_is_refused(steps: ModuleType, monkeypatch, capsys, options, message) -> None:
@@ -182,7 +183,7 @@ def test_the_plan_is_saved_as_predictions(steps: ModuleType, tmp_path: Path, mon
 
 
 def test_a_tiny_plan_has_every_field_that_is_shown(steps: ModuleType) -> None:
-    names = ["lora-512-on", "lora-1024-off"]
+    names = ["lora-512-block", "lora-1024-unfused-none"]
     rows = steps.planned_at_once([steps.CASES[name] for name in names], dry=True)
     for name in names:
         assert rows[name].keys() == planned_row(steps, name).keys()
@@ -197,7 +198,7 @@ def test_the_readme_tells_measured_from_predicted(steps: ModuleType, tmp_path: P
     monkeypatch.setattr(plot, "PLOTS", tmp_path / "plots")
     monkeypatch.setattr(results, "ROOT", tmp_path)
     env = {**results.environment(), "commit": "abc", "time": "2026-01-01T00:00:00"}
-    names = ["lora-512-on", "full-1024-off"]
+    names = ["lora-512-block", "full-1024-unfused-block"]
     plans = {name: planned_row(steps, name, gib) for name, gib in zip(names, (26.0, 95.0), strict=True)}
     files: list[dict[str, Any]] = [
         {"plan_train_step": [{"environment": env, "memory_gb": 80.0, "cases": plans}]},
@@ -205,8 +206,10 @@ def test_the_readme_tells_measured_from_predicted(steps: ModuleType, tmp_path: P
     unmeasured = plot.train_step_parts(files)
     assert "not yet measured" in unmeasured[0]
     assert unmeasured[1].startswith("Predicted, not measured")
-    assert "| lora, 512^2, checkpointing on, micro-batch 3 | 24.0 | 26.0 | fits | <= 30 GiB |" in unmeasured[1]
-    assert "| full, 1024^2, checkpointing off, micro-batch 1 | 24.0 | 95.0 | too large |  |" in unmeasured[1]
+    lora = "lora, 512^2, fused, recompute block, micro-batch 3"
+    assert f"| {lora} | 24.0 | 26.0 | fits | 1.45 | <= 30 GiB |" in unmeasured[1]
+    full = "full, 1024^2, unfused, recompute block, micro-batch 1"
+    assert f"| {full} | 24.0 | 95.0 | too large | 1.45 |  |" in unmeasured[1]
     assert len(plot.train_step_parts([])) == 1
 
     # Measured case by case: the newest row of each counts, and a device has one table.

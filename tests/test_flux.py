@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import MemoryRun, pool
 from transformers import CLIPTextModel, T5EncoderModel
@@ -21,8 +21,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 from fastguard import prompts as prompts_module
 from fastguard.backbones.flux import FluxBackbone, LowPrecisionLinear, add_lora, latent_grid
 from fastguard.backbones.tiny import make_tiny_flux
-from fastguard.config import LoraConfig, ModelConfig, Recipe
-from fastguard.launch import gather_prompts
+from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
+from fastguard.launch import gather_prompts, load_backbone
 from fastguard.prompts import EncodedPrompts, Prompt, encode_prompts, read_prompts
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.sampler import initial_latents, ode_schedule, predict_velocity, rollout, training_schedule
@@ -54,9 +54,9 @@ def encoded(recipe: Recipe) -> EncodedPrompts:
     )
 
 
-def load(recipe: Recipe, encoded: EncodedPrompts, checkpointing: bool = False) -> FluxBackbone:
+def load(recipe: Recipe, encoded: EncodedPrompts, recompute: Recompute = "none") -> FluxBackbone:
     torch.manual_seed(0)
-    return FluxBackbone.load(recipe, encoded, len(encoded.prompts), CPU, checkpointing)
+    return FluxBackbone.load(recipe, encoded, len(encoded.prompts), CPU, recompute)
 
 
 @pytest.fixture
@@ -267,11 +267,18 @@ def test_adapters_off_is_the_base_model_and_comes_back(backbone: FluxBackbone, p
 
 
 @pytest.mark.parametrize("attention", ["native", "_native_math"])
-def test_checkpointing_gives_the_same_gradients(recipe: Recipe, encoded: EncodedPrompts, attention: str) -> None:
+@pytest.mark.parametrize(
+    ("fuse", "recompute"), [(False, "block"), *((True, level) for level in recompute_levels(fuse=True))]
+)
+def test_fused_blocks_and_recomputation_give_the_same_gradients(
+    recipe: Recipe, encoded: EncodedPrompts, attention: str, fuse: bool, recompute: Recompute
+) -> None:
     gradients = []
-    chosen = replace(recipe, model=replace(recipe.model, attention=attention))
-    for checkpointing in (False, True):
-        backbone = load(chosen, encoded, checkpointing)
+    for fused, level in ((False, "none"), (fuse, recompute)):
+        model = replace(recipe.model, attention=attention, fuse=fused)
+        backbone = load(replace(recipe, model=model), encoded, level)
+        assert (backbone.fused is not None) == fused
+        assert backbone.policy.transformer.is_gradient_checkpointing == (level == "block")
         move(backbone)
         backbone.hold([0, 1])
         latents = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -280,6 +287,27 @@ def test_checkpointing_gives_the_same_gradients(recipe: Recipe, encoded: Encoded
         backbone.policy.transformer.set_attention_backend("native")  # diffusers keeps the choice for the process
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-8), name
+
+
+def test_a_level_that_unfused_blocks_do_not_know_is_refused(recipe: Recipe, encoded: EncodedPrompts) -> None:
+    with pytest.raises(ValueError, match=r"model\.fuse = False knows recompute = none, block; got 'mlp'"):
+        load(replace(recipe, model=replace(recipe.model, fuse=False)), encoded, "mlp")
+
+
+def test_blocks_that_keep_more_than_planned_are_told(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_tiny_flux(tmp_path / "tiny")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = load_file(weights)
+    content["transformer_blocks.0.attn.norm_q.weight"][0] = 1e-6
+    save_file(content, weights, metadata={"format": "pt"})
+    chosen = replace(recipe, model=replace(recipe.model, path=str(folder)))
+    load_backbone(chosen, gather_prompts(chosen), Accelerator(cpu=True), "none")
+    said = capsys.readouterr().out
+    assert "3 of 3 blocks fused\nkeeps more: transformer_blocks.0.attn" in said
+    load_backbone(recipe, gather_prompts(recipe), Accelerator(cpu=True), "none")
+    assert "blocks fused" not in capsys.readouterr().out
 
 
 # --- files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,21 @@ from fastguard.config import (
     ObjectiveConfig,
     PromptsConfig,
     Recipe,
+    Recompute,
     RewardConfig,
     SamplerConfig,
     UpdateConfig,
+    recompute_levels,
 )
-from fastguard.memory import choose_checkpointing, plan, update_flops
-from fastguard.memory.live import LiveBytes, allocated, use_cuda_kernels
+from fastguard.memory import (
+    choose_recompute,
+    compare_kept,
+    executed_flops,
+    kept_activations,
+    plan,
+    update_flops,
+)
+from fastguard.memory.live import Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.memory.passes import PassSettings, Sizes, as_built, rollout_pass, update_pass, weights_of
 from fastguard.memory.phases import optimizer_bytes, planned_phases
 from fastguard.optim import build_optimizer
@@ -39,7 +49,7 @@ KIB = 2**10
 def recipe(**sections: dict[str, Any]) -> Recipe:
     """Flux.1-dev with LoRA as in the public recipe, with fields of `sections` changed."""
     defaults: dict[str, dict[str, Any]] = {
-        "model": {"checkpointing": "on"},
+        "model": {"recompute": "block"},
         "sampler": {"num_steps": 6, "sde_steps": 6, "noise_level": 0.9},
         "update": {"minibatches": 4, "micro_batch": 3},
         "prompts": {},
@@ -61,7 +71,7 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
 
 
 def tiny(**sections: dict[str, Any]) -> Recipe:
-    model = {"path": "tiny", "dtype": "float32", "height": 64, "width": 64, "checkpointing": "off"}
+    model = {"path": "tiny", "dtype": "float32", "height": 64, "width": 64, "recompute": "none"}
     small = {
         "prompts": {"per_epoch": 2, "max_tokens": 32},
         "sampler": {"num_steps": 4, "sde_steps": 2, "group_size": 4, "batch_size": 4, "decode_batch": 2},
@@ -142,32 +152,89 @@ def test_rms_norm_keeps_what_the_cuda_kernel_keeps() -> None:
     assert kept(cuda=False) > 2.5 * kept(cuda=True)
 
 
+def test_storages_are_labelled_with_the_module_and_the_operator_that_made_them() -> None:
+    with FakeTensorMode():
+        first, second = nn.Linear(8, 256), nn.Linear(256, 4)
+        live = LiveBytes()
+        live.hold(first.parameters(), "weights")
+        live.watch(first, "first")
+        live.watch(second, "second")
+        with live:
+            hidden = F.gelu(first(torch.ones(2, 8)))
+            out = second(hidden)
+        made = live.labels("activations")
+        assert Label("first", "linear", (2, 256), torch.float32, 2048) in made  # gelu keeps it
+        assert Label("", "aten::gelu", (2, 256), torch.float32, 2048) in made  # outside of both
+        assert Label("second", "linear", (2, 4), torch.float32, 512) in made
+        assert sum(label.n_bytes for label in made) == live.live["activations"]
+        assert [label.place for label in live.labels("weights")] == ["", ""]
+        del hidden, out
+        assert live.labels("activations") == []
+
+
 # --- Flux.1-dev: the known numbers -----------------------------------------------------------------------------------
 
 
-def reference_settings(side: int, checkpointing: bool) -> PassSettings:
+def reference_settings(side: int, fuse: bool, recompute: Recompute) -> PassSettings:
     """The reference measurement: adapters in bf16, 512 text tokens, one sample, RMSNorm taken apart as on a CPU."""
     return PassSettings(
-        as_built(ModelConfig(height=side, width=side)), LoraConfig(), ObjectiveConfig(), max_tokens=512, micro_batch=1,
-        checkpointing=checkpointing, accumulate=False, adapter_dtype=torch.bfloat16, cuda_kernels=False,
+        as_built(ModelConfig(height=side, width=side, fuse=fuse)), LoraConfig(), ObjectiveConfig(), max_tokens=512,
+        micro_batch=1, recompute=recompute, accumulate=False, adapter_dtype=torch.bfloat16, cuda_kernels=False,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("side", "checkpointing", "kept", "peak"),
-    [(1024, False, 24.3, 47.8), (1024, True, 1.5, 25.4), (512, False, 8.1, 31.4), (512, True, 0.5, 23.9)],
+    ("side", "recompute", "kept", "peak"),
+    [(1024, "none", 24.3, 47.8), (1024, "block", 1.5, 25.4), (512, "none", 8.1, 31.4), (512, "block", 0.5, 23.9)],
 )
-def test_flux_dev_with_bf16_adapters_takes_the_known_memory(
-    side: int, checkpointing: bool, kept: float, peak: float
+def test_unfused_flux_dev_with_bf16_adapters_takes_the_known_memory(
+    side: int, recompute: Recompute, kept: float, peak: float
 ) -> None:
     trained = weights_of(as_built(ModelConfig()), LoraConfig()).trained.count
     assert trained == pytest.approx(179e6, rel=0.005)
-    run = update_pass(reference_settings(side, checkpointing))
+    run = update_pass(reference_settings(side, fuse=False, recompute=recompute))
     # The known numbers are rounded to 0.1 GiB.
     assert run.at_peak["weights"] / GIB == pytest.approx(22.5, abs=0.05)
     assert run.kept / GIB == pytest.approx(kept, abs=0.06)
     adam = 2 * 2 * trained
     assert (run.peak + adam) / GIB == pytest.approx(peak, abs=0.06)
+
+
+@pytest.mark.parametrize("float32_adapters", [False, True], ids=["bf16_adapters", "float32_adapters"])
+@pytest.mark.parametrize(("recompute", "at_1024", "at_512"), [("pointwise", 15.5, 5.2), ("mlp", 9.5, 3.2)])
+def test_fused_flux_dev_keeps_no_more_than_it_must(
+    recompute: Recompute, at_1024: float, at_512: float, float32_adapters: bool
+) -> None:
+    for side, most in ((1024, at_1024), (512, at_512)):
+        settings = reference_settings(side, fuse=True, recompute=recompute)
+        if float32_adapters:
+            settings = replace(settings, adapter_dtype=torch.float32, cuda_kernels=True)
+        assert update_pass(settings).kept / GIB <= most
+
+
+def test_what_flux_dev_keeps_is_accounted_for_tensor_by_tensor() -> None:
+    """In units of tokens x width: pointwise keeps what enters and leaves attention, what LayerNorms read, and the
+    feed-forward before its activation (4); mlp all but the last."""
+    one = recipe(model={"height": 1024, "width": 1024}, prompts={"max_tokens": 512}, update={"micro_batch": 1})
+    found = {
+        level: kept_activations(recipe_with(one, "model", recompute=level)) for level in recompute_levels(fuse=True)
+    }
+    for kept in found.values():
+        assert kept.unit == 4608 * 3072 * 2
+        assert kept.blocks == {"double": 19, "single": 38, "outside": 1}
+        settings = PassSettings(as_built(one.model), one.lora, one.objective, 512, 1, kept.recompute)
+        assert kept.total == update_pass(settings).kept
+    adapters = 0.7  # units: their weights in bf16, and inputs projected to their rank
+    for level, double, single in (("none", 16, 10), ("pointwise", 10, 9), ("mlp", 6, 5), ("block", 1, 1)):
+        assert double <= found[level].units("double") <= double + adapters
+        assert single <= found[level].units("single") <= single + adapters
+    pointwise = {(t.block, t.operator, t.shape): t for t in found["pointwise"].tensors}
+    rotated = pointwise["single", "fastguard::qk_norm_rope_fwd", (1, 4608, 24, 128)]
+    assert (rotated.count, rotated.blocks, rotated.dtype) == (2, 38, torch.bfloat16)
+    assert rotated.n_bytes == 2 * kept.unit
+    hidden = pointwise["double", "linear", (4096, 12288)]
+    assert hidden.total == 19 * 4096 * 12288 * 2
+    assert ("double", "linear", (4096, 12288)) not in {(t.block, t.operator, t.shape) for t in found["mlp"].tensors}
 
 
 def test_lora_at_512_fits_in_30_gib_and_is_planned_within_a_minute() -> None:
@@ -209,10 +276,10 @@ def test_full_fine_tuning_at_512_fits_on_one_gpu_with_8_bit_or_host_state() -> N
     assert update.gradients == pytest.approx(2 * n, rel=1e-4)
     assert update.optimizer == pytest.approx(2 * n * (1 + 4 / 256), rel=1e-6)
 
-    on_host = {p.name: p for p in planned_phases(recipe_with(full, "update", optimizer="adamw_cpu"), True)}["update"]
+    on_host = {p.name: p for p in planned_phases(recipe_with(full, "update", optimizer="adamw_cpu"), "block")}["update"]
     assert on_host.optimizer == 0
     assert on_host.host == pytest.approx(12 * n, rel=0.01)
-    masters = {p.name: p for p in planned_phases(recipe_with(full, "update", optimizer="adamw"), True)}["update"]
+    masters = {p.name: p for p in planned_phases(recipe_with(full, "update", optimizer="adamw"), "block")}["update"]
     assert masters.optimizer == 12 * n
 
 
@@ -227,7 +294,7 @@ def recipe_with(base: Recipe, section: str, **values: Any) -> Recipe:
 def test_weights_gradients_and_state_of_the_tiny_model_are_the_closed_form(train: str) -> None:
     small = tiny(model={"train": train})
     transformer: Any = _pipeline().transformer
-    prepare_transformer(transformer, small.model, small.lora, checkpointing=False)
+    prepare_transformer(transformer, small.model, small.lora, "none")
     trained = [p for p in transformer.parameters() if p.requires_grad]
 
     def rounded(tensors: Any, bytes_each: int = 4) -> int:
@@ -305,33 +372,41 @@ def test_more_processes_take_buckets_or_shares() -> None:
     assert one.optimizer / 2 < sharded.optimizer < 0.8 * one.optimizer
 
 
-def test_peaks_rise_with_the_batch_and_fall_with_checkpointing() -> None:
+def test_peaks_rise_with_the_batch_and_fall_with_recomputation() -> None:
     small = tiny()
     more = recipe_with(small, "update", micro_batch=8)
     assert plan(more).phase("update").activations > 1.5 * plan(small).phase("update").activations - 64 * 2**20
-    on, off = (
-        update_pass(PassSettings(as_built(small.model), small.lora, small.objective, 32, 8, checkpointing))
-        for checkpointing in (True, False)
+    unfused = update_pass(
+        PassSettings(as_built(replace(small.model, fuse=False)), small.lora, small.objective, 32, 8, "none")
     )
-    assert on.kept < 0.3 * off.kept
-    assert on.peak < off.peak
-    sampled = rollout_pass(PassSettings(as_built(small.model), small.lora, ObjectiveConfig(), 32, 8, False))
-    assert sampled.at_peak["activations"] < off.kept
+    runs = [unfused] + [
+        update_pass(PassSettings(as_built(small.model), small.lora, small.objective, 32, 8, level))
+        for level in recompute_levels(fuse=True)
+    ]
+    for more, less in itertools.pairwise(runs):
+        assert less.kept < more.kept
+        assert less.peak < more.peak
+    assert runs[-1].kept < 0.3 * runs[1].kept
+    sampled = rollout_pass(PassSettings(as_built(small.model), small.lora, ObjectiveConfig(), 32, 8, "none"))
+    assert sampled.at_peak["activations"] < runs[1].kept
 
 
-def test_auto_checkpoints_only_where_the_update_would_not_fit() -> None:
-    small = tiny(model={"checkpointing": "auto"}, update={"micro_batch": 16}, sampler={"batch_size": 8})
-    off = plan(recipe_with(small, "model", checkpointing="off")).phase("update").peak
-    roomy = recipe_with(small, "hardware", memory_gb=off / 0.94e9)
-    tight = recipe_with(small, "hardware", memory_gb=off / 0.96e9)  # fits, but without the reserve of 5%
-    assert not choose_checkpointing(roomy)
-    assert choose_checkpointing(tight)
-    assert not plan(roomy).checkpointing
-    found = plan(tight)
-    assert found.checkpointing
-    assert "auto" in found.notes[0]
-    assert found.phase("update").peak < off
-    assert choose_checkpointing(recipe_with(roomy, "model", checkpointing="on"))
+@pytest.mark.parametrize("fuse", [True, False])
+def test_auto_takes_the_fastest_level_that_fits(fuse: bool) -> None:
+    small = tiny(model={"fuse": fuse, "recompute": "auto"}, update={"micro_batch": 16}, sampler={"batch_size": 8})
+    levels = recompute_levels(fuse)
+    peaks = [plan(recipe_with(small, "model", recompute=level)).phase("update").peak for level in levels]
+    for level, next_level, peak in zip(levels, [*levels[1:], "block"], peaks, strict=True):
+        roomy = recipe_with(small, "hardware", memory_gb=peak / 0.949e9)
+        assert choose_recompute(roomy) == level
+        found = plan(roomy)
+        assert (found.recompute, found.phase("update").peak) == (level, peak)
+        assert f'model.recompute = "auto" is "{level}": the fastest that leaves 5%' in found.notes[0]
+        tight = recipe_with(small, "hardware", memory_gb=peak / 0.951e9)  # fits, but without the reserve of 5%
+        assert choose_recompute(tight) == next_level
+    assert 'is "block": the smallest; none leaves 5%' in plan(tight).notes[0]
+    assert choose_recompute(recipe_with(tight, "model", recompute="none")) == "none"
+    assert (plan(small).fused is not None) == fuse
 
 
 def test_suggestions_are_planned_and_true() -> None:
@@ -342,7 +417,15 @@ def test_suggestions_are_planned_and_true() -> None:
     found = plan(tight)
     assert not found.fits
     assert "does not fit" in str(found)
-    assert any(s.startswith('model.checkpointing = "on": peak') and s.endswith("fits") for s in found.suggestions)
+    milder, chosen = next(
+        pair for pair in itertools.pairwise(recompute_levels(fuse=True))
+        if any(s.startswith(f'model.recompute = "{pair[1]}": peak') and s.endswith("fits") for s in found.suggestions)
+    )  # fmt: skip
+    assert plan(recipe_with(tight, "model", recompute=chosen)).fits
+    assert not plan(recipe_with(tight, "model", recompute=milder)).fits
+    unfused = plan(recipe_with(recipe_with(large, "model", fuse=False), "hardware", memory_gb=peak / 1e9)).suggestions
+    assert any(s.startswith("model.fuse = true: peak") and s.endswith("fits") for s in unfused)
+    assert any(s.startswith('model.recompute = "block": peak') and s.endswith("fits") for s in unfused)
     smaller = next(s for s in found.suggestions if s.startswith("update.micro_batch = "))
     value = int(smaller.split("= ")[1].split(":")[0])
     assert plan(recipe_with(tight, "update", micro_batch=value)).fits
@@ -353,10 +436,10 @@ def test_what_fits_only_together_is_said_so_and_what_never_fits_too() -> None:
     large = tiny(
         model={"height": 128, "width": 128}, update={"micro_batch": 4}, sampler={"batch_size": 1, "decode_batch": 1}
     )
-    least = plan(recipe_with(recipe_with(large, "model", checkpointing="on"), "update", micro_batch=1)).peak
+    least = plan(recipe_with(recipe_with(large, "model", recompute="block"), "update", micro_batch=1)).peak
     suggestions = plan(recipe_with(large, "hardware", memory_gb=1.001 * least / 1e9)).suggestions
     assert all("not enough alone" in s for s in suggestions[:-1])
-    assert suggestions[-1].startswith('model.checkpointing = "on" and update.micro_batch = 1: peak')
+    assert suggestions[-1].startswith('model.recompute = "block" and update.micro_batch = 1: peak')
     assert suggestions[-1].endswith(", fits")
     assert plan(recipe_with(large, "hardware", memory_gb=0.01)).suggestions[-1].endswith("still does not fit")
 
@@ -393,3 +476,33 @@ def test_flops_of_an_update_are_those_of_its_matmuls() -> None:
     inputs = sum(n for name, n in counts.items() if name in ("x_embedder", "context_embedder") or "linear_1" in name)
     assert update_flops(full) == 3 * (sum(counts.values()) + attention) - inputs  # data needs no gradient
     assert update_flops(tiny(lora={"rank": 1})) < 0.9 * update_flops(full)  # frozen weights need none either
+
+
+def test_pointwise_recomputes_no_matmul_and_mlp_only_the_first_feed_forward_layers() -> None:
+    small = tiny(update={"micro_batch": 2})
+    unfused = executed_flops(recipe_with(small, "model", fuse=False))
+    executed = {
+        level: executed_flops(recipe_with(small, "model", recompute=level)) for level in recompute_levels(fuse=True)
+    }
+    assert executed["none"] == executed["pointwise"] == unfused == update_flops(small)
+    assert update_flops(recipe_with(small, "model", recompute="mlp")) == unfused  # what is needed, not what is done
+    width, hidden, image, text, rank = 64, 256, 64, 32, 64
+    doubles = (image + text) * (hidden * width + hidden * rank)  # with its adapter; single blocks have none there
+    singles = 2 * (image + text) * hidden * width
+    assert executed["mlp"] - unfused == 2 * 2 * (doubles + singles)
+    assert executed["mlp"] < executed["block"]
+
+
+def test_the_table_of_what_is_kept_adds_up() -> None:
+    small = tiny()
+    kept = kept_activations(recipe_with(small, "model", recompute="pointwise"))
+    assert kept.total == sum(t.n_bytes * t.blocks for t in kept.tensors)
+    rows = [line.split() for line in kept.table().splitlines()[2:]]
+    for block in ("double", "single", "outside"):
+        *parts, whole = [float(row[-1]) for row in rows if row[0] == block]
+        assert sum(parts) == pytest.approx(whole, abs=0.01 * len(parts))
+    text = compare_kept(small)
+    assert "unfused blocks, recompute = none" in text
+    assert all(f"fused blocks, recompute = {level}" in text for level in recompute_levels(fuse=True))
+    with pytest.raises(ValueError, match="nothing to plan"):
+        kept_activations(Recipe(model=ModelConfig(kind="digits"), rewards=(RewardConfig("digits"),)))

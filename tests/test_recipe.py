@@ -6,13 +6,13 @@ import dataclasses
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from toys import RECIPE
 
 from fastguard.cli import RECIPE_COMMANDS, parse_recipe_command
-from fastguard.config import Recipe
+from fastguard.config import ModelConfig, Recipe, recompute_levels
 from fastguard.launch import gather_prompts
 from fastguard.recipe import as_dict, differences, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
 from fastguard.state import for_processes
@@ -65,6 +65,8 @@ def test_the_flux_recipe_is_the_public_one() -> None:
         ("[update]\nbetas = [0.9]", r"update\.betas"),
         ("[sampler]\nshift = -1.0", r"sampler: shift must be positive or auto, got -1"),
         ("[model]\nguidance = 'high'", r"model\.guidance"),
+        ("[model]\ncheckpointing = 'on'", r"model\.checkpointing: .* did you mean model\.recompute\?"),
+        ("[model]\nrecompute = 'all'", r"model\.recompute: .*'auto', 'none', 'pointwise', 'mlp' or 'block', got 'all'"),
         ("x = ", r"not valid TOML"),
         ("rewards = []", r"at least one \[\[rewards\]\] entry"),
     ],
@@ -98,6 +100,8 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("[monitor]\nprompts = 3", r"monitor\.prompts = 3: set, but not read: monitor\.every = 0"),
         ("[model]\nkind = 'digits'\nheight = 64", r"model\.height = 64: set, but not read"),
         ("[monitor]\nevery = 3", r"monitor\.every needs a reward in \[\[monitor\.gold\]\]"),
+        ("[model]\nkind = 'digits'\nrecompute = 'block'", r"model\.recompute = block: set, but not read"),
+        ("[model]\nfuse = false\nrecompute = 'mlp'", r'model: recompute = "mlp" needs fused blocks: set fuse = true'),
         ('[model]\ndtype = "float16"', r"model\.dtype"),
         ("[update]\nmax_grad_norm = -1.0", r"max_grad_norm must be positive"),
         ("[update]\nlearning_rate = -1e-4", r"learning_rate must be at least 0"),
@@ -113,6 +117,17 @@ def test_values_at_odds_or_without_effect_are_refused(tmp_path: Path, text: str,
     defaults = "" if "[sampler]" in text else "[sampler]\nsde_steps = 5\n"
     with pytest.raises(ValueError, match=message):
         load_recipe(written(tmp_path, defaults + text))
+
+
+def test_levels_of_recompute_are_those_of_the_blocks(tmp_path: Path) -> None:
+    from fastguard.flux.blocks import Recompute
+
+    assert recompute_levels(fuse=True) == get_args(Recompute)
+    for fuse in (True, False):
+        for level in ("auto", *recompute_levels(fuse)):
+            assert ModelConfig(fuse=fuse, recompute=level).recompute == level
+    digits = load_recipe(find_recipe("digits"))
+    assert replace(digits, model=replace(digits.model, fuse=False)).unread() == {}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 7, 8, 16])

@@ -46,6 +46,8 @@ def test_it_says_what_follows_before_any_weight_is_loaded(tiny: tuple[Path, str]
         "images per epoch: 32",
         "updates per epoch: 4",
         "trained steps: steps 0 to 4 of 6",
+        "fused blocks: 3 of 3",
+        "recompute: none (auto)",
         "GiB per GPU; fits",
     ):
         assert line in said
@@ -102,7 +104,9 @@ def test_samples_of_a_checkpoint_are_those_of_plain_diffusers(
 def test_report_plan_and_doctor_answer(tiny: tuple[Path, str], cache: Path) -> None:
     fastguard(cache, "report", str(tiny[0]))
     assert "<html" in (tiny[0] / "report.html").read_text()
-    assert "Peak" in fastguard(cache, "plan", "flux_tiny")
+    planned = fastguard(cache, "plan", "flux_tiny", "--model.recompute", "mlp")
+    assert all(words in planned for words in ("fused blocks: 3 of 3", "recompute: mlp\n", "Peak"))
+    assert "fused blocks, recompute = pointwise" in fastguard(cache, "plan", "flux_tiny", "--kept")
     assert "FAIL" not in fastguard(cache, "doctor", "flux_tiny")
 
 

@@ -118,6 +118,22 @@ def test_on_policy_log_ratio_is_bitwise_zero(name: Any) -> None:
     assert (policy_loss(backbone.policy, batch, torch.ones(len(batch)), recipe.objective).log_ratio != 0).all()
 
 
+def test_fused_digits_are_drawn_to_the_bit_and_trained_up_to_rounding() -> None:
+    recipe = with_(prompts={"per_epoch": 3}, sampler={"group_size": 2, "batch_size": 6}, update={"minibatches": 1})
+    backbones = [DigitBackbone(DigitPolicy(seed=0), fuse) for fuse in (True, False)]
+    fused, plain = (Transitions.cat(transitions_of(backbone, recipe)) for backbone in backbones)
+    assert torch.equal(fused.latents, plain.latents)
+    assert torch.equal(fused.velocity, plain.velocity)
+    advantages = torch.randn(len(fused), generator=torch.Generator().manual_seed(0))
+    for backbone in backbones:
+        policy_loss(backbone.policy, plain, advantages, recipe.objective).loss.backward()
+    ours, theirs = (dict(backbone.policy.named_parameters()) for backbone in backbones)
+    assert ours.keys() == theirs.keys()
+    for name, parameter in theirs.items():
+        assert parameter.grad is not None
+        assert torch.allclose(ours[name].grad, parameter.grad, rtol=0, atol=1e-5 * parameter.grad.abs().max()), name
+
+
 def test_gradient_is_the_textbook_policy_gradient() -> None:
     """On-policy and unclipped: -mean(A grad log p), with log p from torch.distributions."""
     policy = ToyPolicy()

@@ -88,6 +88,11 @@ def towards(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str,
     return -((images[:, 0].float() - 128) / 16 - wanted[:, None, None]).square().mean((1, 2))
 
 
+def brightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+    """Hardly moves with a pixel, unlike a file's size in bytes."""
+    return images.float().mean((1, 2, 3))
+
+
 class MemoryRun:
     """A `state.Run` that keeps everything in memory."""
 

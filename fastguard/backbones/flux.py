@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastguard.backbones import to_pixels
-from fastguard.config import LoraConfig, ModelConfig, Recipe
+from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
+from fastguard.flux import FuseReport, fuse_flux
 from fastguard.prompts import EncodedPrompts, Prompt
 
 ADAPTER = "default"
@@ -112,16 +113,30 @@ def _low_precision(linear: nn.Linear) -> LowPrecisionLinear:
     return replacement
 
 
-def prepare_transformer(transformer: Any, model: ModelConfig, lora: LoraConfig, checkpointing: bool) -> None:
-    """Choose what is trained and how, in place: adapters or all weights, checkpointing, attention backend."""
+def prepare_transformer(
+    transformer: Any, model: ModelConfig, lora: LoraConfig, recompute: Recompute
+) -> FuseReport | None:
+    """Choose what is trained and how, in place: adapters or all weights, fused blocks, attention backend.
+
+    Args:
+        recompute: level of model.recompute, "auto" resolved.
+
+    Returns what was fused; None with model.fuse = false.
+    """
+    if recompute not in (levels := recompute_levels(model.fuse)):
+        raise ValueError(f"model.fuse = {model.fuse} knows recompute = {', '.join(levels)}; got {recompute!r}")
     if model.train == "lora":
         add_lora(transformer, lora)
     else:
         transformer.requires_grad_(True)
-    if checkpointing:
+    report = None
+    if model.fuse:
+        report = fuse_flux(transformer, recompute)
+    elif recompute == "block":
         transformer.enable_gradient_checkpointing()
     if model.attention != "native":
         transformer.set_attention_backend(model.attention)
+    return report
 
 
 def latent_grid(vae_config: Any, model: ModelConfig) -> tuple[int, int]:
@@ -157,6 +172,7 @@ class FluxBackbone:
         transformer: on the device and already prepared by `prepare_transformer`.
         encoded: embeddings of the prompts, on the host.
         num_trained_prompts: the first so many of them are trained on.
+        fused: what `prepare_transformer` returned.
     """
 
     def __init__(
@@ -168,6 +184,7 @@ class FluxBackbone:
         num_trained_prompts: int,
         recipe: Recipe,
         device: torch.device,
+        fused: FuseReport | None = None,
     ) -> None:
         rows, columns = latent_grid(vae.config, recipe.model)
         self.policy = FluxPolicy(transformer, rows, columns, recipe.model.guidance)
@@ -177,6 +194,7 @@ class FluxBackbone:
         self.dtype: torch.dtype = transformer.dtype
         self.shift = schedule_shift(scheduler.config, rows * columns)
         self.has_adapters = recipe.model.train == "lora"
+        self.fused = fused
         self._vae, self._encoded, self._recipe, self._device = vae, encoded, recipe, device
         self._transformer = transformer
 
@@ -187,7 +205,7 @@ class FluxBackbone:
         encoded: EncodedPrompts,
         num_trained_prompts: int,
         device: torch.device,
-        checkpointing: bool,
+        recompute: Recompute,
     ) -> FluxBackbone:
         """Load the transformer, VAE and scheduler (not the text encoders) from `recipe.model.path`."""
         path, dtype = recipe.model.path, getattr(torch, recipe.model.dtype)
@@ -195,8 +213,8 @@ class FluxBackbone:
         vae = AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype).requires_grad_(False).to(device)
         transformer = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype)
         transformer.to(device)
-        prepare_transformer(transformer, recipe.model, recipe.lora, checkpointing)
-        return cls(transformer, vae, scheduler, encoded, num_trained_prompts, recipe, device)
+        fused = prepare_transformer(transformer, recipe.model, recipe.lora, recompute)
+        return cls(transformer, vae, scheduler, encoded, num_trained_prompts, recipe, device, fused)
 
     def hold(self, prompt_indices: Iterable[int]) -> None:
         indices = sorted(set(prompt_indices))

@@ -18,6 +18,7 @@ from fastguard.demo.cache import load_or_train
 from fastguard.demo.config import DemoConfig
 from fastguard.demo.data import NUM_CLASSES, Digits, GoldClassifier, ProxyClassifier, fit_gold, fit_proxy, load_images
 from fastguard.demo.model import LATENT_SHAPE, DigitPolicy, pretrain, unpatchify
+from fastguard.flux import fuse_flux
 from fastguard.prompts import Prompt
 
 
@@ -49,7 +50,11 @@ def prepare(config: DemoConfig, device: torch.device) -> Models:
 
 
 class DigitBackbone:
-    """The pretrained digit model; the protocol is `backbones.Backbone`."""
+    """The pretrained digit model; the protocol is `backbones.Backbone`.
+
+    Args:
+        policy: pretrained; its blocks are fused in place if `fuse` says so.
+    """
 
     latent_shape = LATENT_SHAPE
     dtype = torch.float32
@@ -57,14 +62,16 @@ class DigitBackbone:
     num_trained_prompts = NUM_CLASSES
     has_adapters = False
 
-    def __init__(self, policy: DigitPolicy) -> None:
+    def __init__(self, policy: DigitPolicy, fuse: bool = True) -> None:
+        if fuse:
+            fuse_flux(policy.flux, "pointwise")
         self.policy: nn.Module = policy
         self.prompts: Sequence[Prompt] = [Prompt(str(digit), {"digit": digit}) for digit in range(NUM_CLASSES)]
 
     @classmethod
-    def load(cls, device: torch.device) -> DigitBackbone:
+    def load(cls, device: torch.device, fuse: bool) -> DigitBackbone:
         """Load the pretrained model from the cache, or pretrain it (about a minute on two CPU cores)."""
-        return cls(prepare(DemoConfig(), device).policy)
+        return cls(prepare(DemoConfig(), device).policy, fuse)
 
     def hold(self, prompt_indices: Iterable[int]) -> None:
         """Nothing to do: the policy holds all ten."""

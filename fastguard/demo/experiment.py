@@ -158,7 +158,7 @@ def run_one(config: DemoConfig, models: Models, objective: Objective, seed: int,
 
     def start(recipe: Recipe, watch: Watch) -> list[EpochLog]:
         recipe = dataclasses.replace(recipe, monitor=MonitorConfig())
-        backbone = DigitBackbone(copy.deepcopy(models.policy))
+        backbone = DigitBackbone(copy.deepcopy(models.policy), recipe.model.fuse)
         rewards = [(recipe.rewards[0], Judge("proxy", models))]
         with RewardPool(rewards, recipe.scoring, backbone.prompts) as pool:
             return train(backbone, recipe, pool, watch, accelerator)

@@ -1,9 +1,21 @@
 """Predicts on any machine what fits on a GPU, by running the real program with fake tensors at full size.
 
-`plan` predicts the peak memory of each phase, `choose_checkpointing` decides model.checkpointing = "auto", and
-`update_flops` counts what an update has to compute.
+`plan` predicts the peak memory of each phase, `choose_recompute` decides model.recompute = "auto", `kept_activations`
+lists what waits for the backward pass, and `update_flops` and `executed_flops` count what an update needs and does.
 """
 
-from fastguard.memory.planner import MemoryPlan, Phase, choose_checkpointing, plan, update_flops
+from fastguard.memory.kept import KeptActivations, KeptTensor, compare_kept, kept_activations
+from fastguard.memory.planner import MemoryPlan, Phase, choose_recompute, executed_flops, plan, update_flops
 
-__all__ = ["MemoryPlan", "Phase", "choose_checkpointing", "plan", "update_flops"]
+__all__ = [
+    "KeptActivations",
+    "KeptTensor",
+    "MemoryPlan",
+    "Phase",
+    "choose_recompute",
+    "compare_kept",
+    "executed_flops",
+    "kept_activations",
+    "plan",
+    "update_flops",
+]

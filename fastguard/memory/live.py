@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,21 @@ def allocated(n_bytes: int) -> int:
     return -(-n_bytes // BLOCK) * BLOCK
 
 
+@dataclass(frozen=True)
+class Label:
+    """What a storage is."""
+
+    place: str
+    """the watched module that was running when it was made; empty outside of all of them"""
+    operator: str
+    """what made it: as in `NAMES`, or the operator's own name; empty for a tensor made elsewhere"""
+    shape: tuple[int, ...]
+    """of the tensor that it was made for"""
+    dtype: torch.dtype
+    n_bytes: int
+    """as allocated"""
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that are alive while it is active, by kind, and remembers the largest sum.
 
@@ -39,9 +55,20 @@ class LiveBytes(TorchDispatchMode):
         self.at_peak: dict[Kind, int] = {}
         self.peak = 0
         self._kinds: dict[int, Kind] = {}
+        self._labels: dict[int, Label] = {}
         self._refs: dict[int, weakref.ref[Any]] = {}
+        self._place = ""
 
-    def hold(self, tensors: Iterable[Tensor], kind: Kind) -> None:
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Label what is made while this module runs forward with `name`."""
+        module.register_forward_pre_hook(lambda *_: setattr(self, "_place", name))
+        module.register_forward_hook(lambda *_: setattr(self, "_place", ""))
+
+    def labels(self, kind: Kind) -> list[Label]:
+        """Of the storages of this kind that are alive, in the order in which they were made."""
+        return [label for key, label in self._labels.items() if self._kinds[key] == kind]
+
+    def hold(self, tensors: Iterable[Tensor], kind: Kind, operator: str = "") -> None:
         """Count tensors made elsewhere, or move tensors to another kind."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -50,6 +77,7 @@ class LiveBytes(TorchDispatchMode):
                 self._add(self._kinds[key], -size)
             else:
                 self._refs[key] = weakref.ref(storage, self._forget(key, size))
+                self._labels[key] = Label(self._place, operator, tuple(tensor.shape), tensor.dtype, size)
             self._kinds[key] = kind
             self._add(kind, size)
         self._note()
@@ -68,7 +96,8 @@ class LiveBytes(TorchDispatchMode):
         if new := [x for x in _tensors(out) if x.untyped_storage()._cdata not in self._kinds]:
             # A view of a tensor from elsewhere is nothing new.
             given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
-            self.hold([x for x in new if x.untyped_storage()._cdata not in given], "activations")
+            mine = [x for x in new if x.untyped_storage()._cdata not in given]
+            self.hold(mine, "activations", NAMES.get(func) or func._schema.name)
         if (workspace := WORKSPACES.get(func)) is not None:
             self._add("activations", extra := allocated(workspace(args, out)))
             self._note()
@@ -85,7 +114,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int, size: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
-            del self._refs[key]
+            del self._refs[key], self._labels[key]
             self._add(self._kinds.pop(key), -size)
 
         return forget
@@ -115,6 +144,17 @@ WORKSPACES: dict[Any, Callable[[Any, Any], int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
     torch.ops.aten.convolution.default: _convolution,
 }
+
+
+NAMES = {
+    torch.ops.aten.mm.default: "linear",
+    torch.ops.aten.addmm.default: "linear",
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: "attention",
+    torch.ops.aten._to_copy.default: "cast",
+    torch.ops.aten.empty_like.default: "rms_norm",  # in `_FusedRmsNorm`
+    torch.ops.aten.new_empty.default: "rms_norm",
+}
+"""Names of operators for people."""
 
 
 class CudaRMSNorm(nn.RMSNorm):

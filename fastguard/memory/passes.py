@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastguard.backbones.flux import FluxBackbone, latent_grid, prepare_transformer
-from fastguard.config import LoraConfig, ModelConfig, ObjectiveConfig
-from fastguard.memory.live import Kind, LiveBytes, allocated, use_cuda_kernels
+from fastguard.config import LoraConfig, ModelConfig, ObjectiveConfig, Recompute
+from fastguard.flux import FuseReport
+from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.memory.models import materialize, meta_encoders, meta_transformer, meta_vae, pipeline_configs
 from fastguard.prompts import ENCODE_BATCH, EncodedPrompts
 from fastguard.sampler import Transitions, predict_velocity
@@ -58,6 +59,12 @@ class Weights:
     """channels of a T5 token and of CLIP's pooled vector"""
     latent_shape: tuple[int, int]
     """(S, C)"""
+    width: int
+    """channels of a token in the transformer"""
+    blocks: dict[str, int]
+    """number of blocks, double and single"""
+    fused: FuseReport | None
+    """what `fuse_flux` makes of them"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class Pass:
     peak: int
     at_peak: dict[Kind, int]
     """the peak, split"""
+    kept_tensors: tuple[Label, ...] = ()
+    """what `kept` is made of; places are "double 0", ..., "single 0", ..., and "" outside of the blocks"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class PassSettings:
     objective: ObjectiveConfig
     max_tokens: int
     micro_batch: int
-    checkpointing: bool
+    recompute: Recompute
     accumulate: bool = True
     """whether gradients of an earlier micro-batch are there already"""
     adapter_dtype: torch.dtype = torch.float32
@@ -90,7 +99,7 @@ class PassSettings:
 
 def as_built(model: ModelConfig) -> ModelConfig:
     """The fields of `model` that memory depends on; every attention backend keeps what PyTorch's flash keeps."""
-    return replace(model, checkpointing="off", guidance=ModelConfig.guidance, attention="native")
+    return replace(model, recompute="none", guidance=ModelConfig.guidance, attention="native")
 
 
 def dtype_of(model: ModelConfig) -> torch.dtype:
@@ -98,16 +107,16 @@ def dtype_of(model: ModelConfig) -> torch.dtype:
 
 
 def _prepared_transformer(
-    model: ModelConfig, lora: LoraConfig, checkpointing: bool, adapter_dtype: torch.dtype = torch.float32
-) -> Any:
+    model: ModelConfig, lora: LoraConfig, recompute: Recompute, adapter_dtype: torch.dtype = torch.float32
+) -> tuple[Any, FuseReport | None]:
     transformer = meta_transformer(pipeline_configs(model.path), dtype_of(model))
     with torch.device("meta"):
-        prepare_transformer(transformer, model, lora, checkpointing)
+        fused = prepare_transformer(transformer, model, lora, recompute)
     if model.train == "lora":
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(adapter_dtype)
-    return transformer
+    return transformer, fused
 
 
 @lru_cache(maxsize=64)
@@ -119,7 +128,7 @@ def weights_of(model: ModelConfig, lora: LoraConfig) -> Weights:
     configs = pipeline_configs(model.path)
     vae = meta_vae(configs, dtype_of(model))
     rows, columns = latent_grid(vae.config, model)
-    transformer = _prepared_transformer(model, lora, checkpointing=False)
+    transformer, fused = _prepared_transformer(model, lora, "none")
     parameters = dict(transformer.named_parameters())
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     return Weights(
@@ -129,7 +138,15 @@ def weights_of(model: ModelConfig, lora: LoraConfig) -> Weights:
         vae=sum(allocated(t.nbytes) for t in (*vae.parameters(), *vae.buffers())),
         text=(transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim),
         latent_shape=(rows * columns, transformer.config.in_channels),
+        width=transformer.inner_dim,
+        blocks={kind: len(blocks) for kind, blocks in _block_lists(transformer)},
+        fused=fused,
     )
+
+
+def _block_lists(transformer: Any) -> Iterator[tuple[str, Any]]:
+    yield "double", transformer.transformer_blocks
+    yield "single", transformer.single_transformer_blocks
 
 
 def _sizes(parameters: dict[str, Tensor]) -> Sizes:
@@ -155,13 +172,14 @@ def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tu
     One prompt's embeddings are there, but not held: the planner counts the table of all prompts.
     """
     model, weights = settings.model, weights_of(settings.model, settings.lora)
-    transformer = _prepared_transformer(model, settings.lora, settings.checkpointing, settings.adapter_dtype)
+    transformer, fused = _prepared_transformer(model, settings.lora, settings.recompute, settings.adapter_dtype)
     vae = meta_vae(pipeline_configs(model.path), dtype_of(model))
     scheduler = SimpleNamespace(config=SimpleNamespace(use_dynamic_shifting=False, shift=1.0))
     recipe: Any = SimpleNamespace(model=model, sampler=SimpleNamespace(decode_batch=decode_batch))
     with FakeTensorMode():
         if settings.cuda_kernels:
-            use_cuda_kernels(transformer)
+            for name in [""] if fused is None else fused.left:  # fused blocks have kernels of their own
+                use_cuda_kernels(transformer.get_submodule(name))
         materialize(transformer)
         materialize(vae)
         backbone = FluxBackbone(
@@ -180,6 +198,9 @@ def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tu
         policy.pooled = torch.empty(1, pooled, dtype=backbone.dtype)
         live = LiveBytes()
         live.hold(transformer.parameters(), "weights")
+        for kind, blocks in _block_lists(transformer):
+            for i, block in enumerate(blocks):
+                live.watch(block, f"{kind} {i}")
         yield backbone, live
 
 
@@ -256,24 +277,28 @@ def update_pass(settings: PassSettings) -> Pass:
         with live:
             before = live.live.get("activations", 0)
             result = policy_loss(backbone.policy, batch, advantages, settings.objective)
-            kept = live.live["activations"] - before
+            kept, kept_tensors = live.live["activations"] - before, tuple(live.labels("activations"))
             result.loss.backward()
-    return Pass(kept, live.peak, live.at_peak)
+    return Pass(kept, live.peak, live.at_peak, kept_tensors)
 
 
 @lru_cache(maxsize=16)
 def update_flops(settings: PassSettings) -> int:
-    """Matmul, convolution and attention FLOPs that a forward and backward pass needs.
+    """Matmul, convolution and attention FLOPs of a forward and backward pass, with those that are done twice.
 
-    Recomputation is not needed: neither of checkpointing nor inside flash attention's backward. Frozen weights
-    get no gradient.
+    Only what flash attention computes again inside its backward does not count. Frozen weights get no gradient.
     """
-    with _fake_backbone(replace(settings, checkpointing=False)) as (backbone, _):
+    with _fake_backbone(settings) as (backbone, _):
         batch = _transitions(backbone, settings.micro_batch, with_reference=False)
         advantages = torch.empty(settings.micro_batch)
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             policy_loss(backbone.policy, batch, advantages, replace(settings.objective, kl_weight=0.0)).loss.backward()
     return counter.get_total_flops()
+
+
+def _linear_flops(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    """(m, k) by (k, n), added to the first argument."""
+    return 2 * a[0] * a[1] * b[1]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -287,7 +312,8 @@ def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any
     return 2 * _attention_flops(query, key, value)
 
 
-ATTENTION_FLOPS = {
+FLOPS = {
+    torch.ops.aten.addmm_: _linear_flops,  # in place: PyTorch's own table lacks it
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastguard.config import ObjectiveConfig, Recipe
+from fastguard.config import ObjectiveConfig, Recipe, Recompute, recompute_levels
 from fastguard.memory.live import allocated
 from fastguard.memory.passes import (
     Pass,
@@ -24,7 +24,7 @@ GIB = 2**30
 LIBRARY_BYTES = 64 * 2**20
 """workspaces of cuBLAS and cuBLASLt on Hopper, 32 MiB each; PyTorch takes them from its own allocator"""
 RESERVE = 0.05
-"""share of the GPU that model.checkpointing = "auto" leaves free"""
+"""share of the GPU that model.recompute = "auto" leaves free"""
 
 
 @dataclass(frozen=True)
@@ -59,32 +59,43 @@ def limit_bytes(recipe: Recipe) -> int:
     return int(recipe.hardware.memory_gb * 1e9)
 
 
-def resolve_checkpointing(recipe: Recipe) -> bool:
-    if recipe.model.checkpointing != "auto":
-        return recipe.model.checkpointing == "on"
+def check_plannable(recipe: Recipe) -> None:
+    if recipe.model.kind == "digits":
+        raise ValueError('model.kind = "digits" takes a few MB: there is nothing to plan')
+
+
+def resolve_recompute(recipe: Recipe) -> Recompute:
+    """model.recompute; for "auto" the fastest level whose update fits with the reserve, else the smallest."""
+    if recipe.model.recompute != "auto":
+        return recipe.model.recompute
     weights = weights_of(as_built(recipe.model), recipe.lora)
-    return _update(recipe, weights, checkpointing=False).peak > (1 - RESERVE) * limit_bytes(recipe)
+    levels = recompute_levels(recipe.model.fuse)
+    return next((level for level in levels[:-1] if leaves_reserve(recipe, _update(recipe, weights, level))), levels[-1])
 
 
-def update_settings(recipe: Recipe, checkpointing: bool) -> PassSettings:
+def leaves_reserve(recipe: Recipe, phase: Phase) -> bool:
+    return phase.peak <= (1 - RESERVE) * limit_bytes(recipe)
+
+
+def update_settings(recipe: Recipe, recompute: Recompute) -> PassSettings:
     return PassSettings(
         model=as_built(recipe.model),
         lora=recipe.lora,
         objective=recipe.objective,
         max_tokens=recipe.prompts.max_tokens,
         micro_batch=recipe.micro_batch,
-        checkpointing=checkpointing,
+        recompute=recompute,
         accumulate=recipe.micro_batch < recipe.transitions_per_update,
     )
 
 
-def planned_phases(recipe: Recipe, checkpointing: bool) -> tuple[Phase, ...]:
+def planned_phases(recipe: Recipe, recompute: Recompute) -> tuple[Phase, ...]:
     weights = weights_of(as_built(recipe.model), recipe.lora)
     return (
         _encode(recipe),
         _rollout(recipe, weights),
         _decode(recipe, weights),
-        _update(recipe, weights, checkpointing),
+        _update(recipe, weights, recompute),
     )
 
 
@@ -111,7 +122,7 @@ def _sampling_settings(recipe: Recipe) -> PassSettings:
         objective=ObjectiveConfig(),
         max_tokens=recipe.prompts.max_tokens,
         micro_batch=recipe.sampler.batch_size,
-        checkpointing=False,
+        recompute="none",
     )
 
 
@@ -132,9 +143,9 @@ def _resident(recipe: Recipe, weights: Weights, name: str, run: Pass, swaps: boo
     )
 
 
-def _update(recipe: Recipe, weights: Weights, checkpointing: bool) -> Phase:
+def _update(recipe: Recipe, weights: Weights, recompute: Recompute) -> Phase:
     """The larger of backward pass and optimizer step."""
-    run = update_pass(update_settings(recipe, checkpointing))
+    run = update_pass(update_settings(recipe, recompute))
     state = optimizer_bytes(recipe, weights.trained)
     copies, copies_host = _copies(recipe, weights)
     trajectories, trajectories_host = _trajectories(recipe, weights, sampling=False)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastguard.config import Recipe
+from fastguard.config import Recipe, Recompute
+from fastguard.flux import FuseReport
 from fastguard.memory import passes
 from fastguard.memory.phases import (
     GIB,
     RESERVE,
     Phase,
+    check_plannable,
     gib,
+    leaves_reserve,
     limit_bytes,
     planned_phases,
-    resolve_checkpointing,
+    resolve_recompute,
     update_settings,
 )
 from fastguard.memory.suggestions import suggest
@@ -27,8 +30,10 @@ class MemoryPlan:
     phases: tuple[Phase, ...]
     limit: int
     """bytes of the GPU, from hardware.memory_gb"""
-    checkpointing: bool
+    recompute: Recompute
     """as planned: "auto" is resolved"""
+    fused: FuseReport | None
+    """blocks that will run fused, as far as that follows from the configuration; None with model.fuse = false"""
     notes: tuple[str, ...]
     """what was decided and assumed"""
     suggestions: tuple[str, ...]
@@ -68,45 +73,46 @@ def plan(recipe: Recipe) -> MemoryPlan:
 
     Raises ValueError for the digit model, and for a `model.path` whose configuration is not at hand.
     """
-    _check_plannable(recipe)
-    checkpointing = resolve_checkpointing(recipe)
-    found = planned_phases(recipe, checkpointing)
-    limit = limit_bytes(recipe)
+    check_plannable(recipe)
+    recompute = resolve_recompute(recipe)
+    found = planned_phases(recipe, recompute)
+    limit, fused = limit_bytes(recipe), passes.weights_of(passes.as_built(recipe.model), recipe.lora).fused
     suggestions: tuple[str, ...] = ()
     if max(phase.peak for phase in found) > limit:
         suggestions = tuple(suggest(recipe))
-    return MemoryPlan(found, limit, checkpointing, tuple(_notes(recipe, checkpointing)), suggestions)
+    notes = tuple(_notes(recipe, recompute, leaves_reserve(recipe, found[-1])))
+    return MemoryPlan(found, limit, recompute, fused, notes, suggestions)
 
 
-def choose_checkpointing(recipe: Recipe) -> bool:
-    """Whether to checkpoint: as `model.checkpointing` says; "auto" does if the update would leave less than 5%."""
-    if recipe.model.kind == "digits":
-        return False
-    return resolve_checkpointing(recipe)
+def choose_recompute(recipe: Recipe) -> Recompute:
+    """`model.recompute`; for "auto" the fastest level whose update leaves 5% of the memory free, else the smallest.
+
+    Raises ValueError as `plan` does.
+    """
+    check_plannable(recipe)
+    return resolve_recompute(recipe)
 
 
 def update_flops(recipe: Recipe) -> int:
     """FLOPs that the forward and backward pass of one micro-batch needs: matmuls, attention and convolutions.
 
-    Recomputation does not count, and frozen weights need no gradient; divide by `recipe.micro_batch` for those of one
-    transition.
+    What is computed again does not count, and frozen weights need no gradient; divide by `recipe.micro_batch` for those
+    of one transition.
     """
-    _check_plannable(recipe)
-    return passes.update_flops(update_settings(recipe, checkpointing=False))
+    check_plannable(recipe)
+    return passes.update_flops(update_settings(recipe, "none"))
 
 
-def _check_plannable(recipe: Recipe) -> None:
-    if recipe.model.kind == "digits":
-        raise ValueError('model.kind = "digits" takes a few MB: there is nothing to plan')
+def executed_flops(recipe: Recipe) -> int:
+    """As `update_flops`, with what the level of model.recompute computes again."""
+    check_plannable(recipe)
+    return passes.update_flops(update_settings(recipe, resolve_recompute(recipe)))
 
 
-def _notes(recipe: Recipe, checkpointing: bool) -> Iterator[str]:
-    if recipe.model.checkpointing == "auto":
-        state = "on" if checkpointing else "off"
-        reason = (
-            f"the update would leave less than {RESERVE:.0%} free without it" if checkpointing else "it fits without"
-        )
-        yield f'model.checkpointing = "auto" is {state}: {reason}'
+def _notes(recipe: Recipe, recompute: Recompute, roomy: bool) -> Iterator[str]:
+    if recipe.model.recompute == "auto":
+        reason = "the fastest that leaves" if roomy else "the smallest; none leaves"
+        yield f'model.recompute = "auto" is "{recompute}": {reason} {RESERVE:.0%} of the memory free in the update'
     if recipe.update.optimizer == "adamw8bit":
         yield "the compiled 8-bit step is taken to hold four float32 copies of the largest parameter"
     if recipe.hardware.sharding == "fsdp2":

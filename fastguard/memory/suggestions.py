@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastguard.config import Recipe
-from fastguard.memory.phases import gib, limit_bytes, planned_phases, resolve_checkpointing
+from fastguard.config import Recipe, recompute_levels
+from fastguard.memory.phases import gib, limit_bytes, planned_phases, resolve_recompute
 
 Change = tuple[str, Any]
 """("section.field", value)"""
@@ -49,10 +50,14 @@ def suggest(recipe: Recipe) -> Iterator[str]:
 def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Sequence[Any]]]:
     """(field, values from the mildest to the strongest), for the phases that are over the limit."""
     limit = limit_bytes(recipe)
-    over = {p.name for p in planned_phases(recipe, resolve_checkpointing(recipe)) if p.peak > limit}
+    recompute = resolve_recompute(recipe)
+    over = {p.name for p in planned_phases(recipe, recompute) if p.peak > limit}
     if "update" in over:
-        if not resolve_checkpointing(recipe):
-            yield "model.checkpointing", ["on"]
+        if not recipe.model.fuse:
+            yield "model.fuse", [True]
+        levels = recompute_levels(recipe.model.fuse)
+        if stronger := levels[levels.index(recompute) + 1 :]:
+            yield "model.recompute", stronger
         yield "update.micro_batch", _smaller(recipe.micro_batch, recipe, "update.micro_batch")
     if "rollout" in over:
         yield "sampler.batch_size", _smaller(recipe.sampler.batch_size, recipe, "sampler.batch_size")
@@ -124,8 +129,9 @@ def _changed(recipe: Recipe, path: str, value: Any) -> Recipe:
 
 
 def _peak(recipe: Recipe) -> int:
-    return max(phase.peak for phase in planned_phases(recipe, resolve_checkpointing(recipe)))
+    return max(phase.peak for phase in planned_phases(recipe, resolve_recompute(recipe)))
 
 
 def _written(path: str, value: Any) -> str:
-    return f'{path} = "{value}"' if isinstance(value, str) else f"{path} = {value}"
+    """As in a recipe."""
+    return f"{path} = {json.dumps(value)}"
