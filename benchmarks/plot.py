@@ -156,6 +156,70 @@ def planned_table(files: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def flux_block_table(device: str, section: dict[str, Any]) -> str:
+    """Flux kernels and blocks of one GPU."""
+    env = section["environment"]
+    lines = [
+        f"**Flux kernels and blocks, {device}**, driver {env['driver']}, torch {env['torch']}, triton {env['triton']}, "
+        f"{env['time'][:10]}, commit {env['commit']}; 4,608 tokens, CUDA graphs, inputs rotated past L2; copying: "
+        f"{section['kernels']['copy']['gb_per_s']:,.0f} GB/s:",
+        "",
+        "| kernel | us (p20 to p80) | of copy | eager, us |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in section["kernels"].items():
+        if name != "copy":
+            eager = f"{row['eager']['p50_us']:.1f}" if "eager" in row else ""
+            spread = f"{row['p50_us']:.1f} ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
+            lines.append(f"| {name} | {spread} | {row['of_copy']:.0%} | {eager} |")
+    lines += [
+        "",
+        "| block | inference, ms | times eager | training, ms | times eager | kept, MiB |",
+        "| --- " * 6 + "|",
+    ]
+    for kind, forms in section["blocks"].items():
+        for name, row in forms.items():
+            kept = f"{row['kept_bytes'] / 2**20:.0f}" if "kept_bytes" in row else ""
+            cells = [
+                f"{row[phase]['p50_us'] / 1e3:.2f} | {row[f'{phase}_times_eager']:.2f}"
+                for phase in ("inference", "training")
+            ]
+            lines.append(f"| {kind}, {name} | {' | '.join(cells)} | {kept} |")
+    return "\n".join(lines)
+
+
+def flux_bytes_table(files: list[dict[str, Any]]) -> str:
+    """Bytes that each Flux kernel moves: the newest count, from any machine, since it needs no GPU."""
+    runs = [run for file in files for run in file.get("flux_bytes", [])]
+    if not runs:
+        return ""
+    run = max(runs, key=lambda run: str(run["environment"]["time"]))
+    env = run["environment"]
+    lines = [
+        "Bytes that each Flux kernel moves, counted from its launches at 4,608 tokens of 3,072 channels in bfloat16, beside "
+        f"the least that any method could (`python benchmarks/bench_flux_block.py --bytes`, {env['time'][:10]}, commit "
+        f"{env['commit']}):",
+        "",
+        "| kernel | moved | least | ratio |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in run["kernels"].items():
+        moved, least = row["moved"], row["least"]
+        lines.append(f"| {name} | {moved / 1e6:.1f} MB | {least / 1e6:.1f} MB | {moved / least:.3f} |")
+    return "\n".join(lines)
+
+
+def flux_parts(files: list[dict[str, Any]]) -> list[str]:
+    """Times where they were measured, and the count of bytes."""
+    parts = [flux_block_table(device, section) for device, section in newest(files, "flux_blocks").items()]
+    if not parts:
+        parts.append(
+            "**Flux kernels and blocks on an H100 or H200**: not yet measured. `python benchmarks/bench_flux_block.py "
+            "--save` does it on a GPU; it is part of gpu_suite.py."
+        )
+    return parts + [text for text in (flux_bytes_table(files),) if text]
+
+
 def train_step_plot(device: str, cases: dict[str, dict[str, Any]], path: Path) -> None:
     """Peak of the update with the planner's prediction, and seconds a transition, for the cases that ran."""
     ran = {name: row for name, row in cases.items() if "error" not in row}
@@ -243,6 +307,7 @@ def main() -> None:
     parts += [kernel_table(device, section) for device, section in kernels.items()]
     if not kernels:
         parts.append("**H100 / H200**: not yet measured. `python benchmarks/gpu_suite.py` does it in one command.")
+    parts += flux_parts(files)
     parts += train_step_parts(files)
     before, rest = README.read_text().split(BEGIN)
     after = rest.split(END)[1]
