@@ -196,9 +196,9 @@ def flux_bytes_table(files: list[dict[str, Any]]) -> str:
     run = max(runs, key=lambda run: str(run["environment"]["time"]))
     env = run["environment"]
     lines = [
-        "Bytes that each Flux kernel moves, counted from its launches at 4,608 tokens of 3,072 channels in bfloat16, beside "
-        f"the least that any method could (`python benchmarks/bench_flux_block.py --bytes`, {env['time'][:10]}, commit "
-        f"{env['commit']}):",
+        "Bytes that each Flux kernel moves, counted from its launches at 4,608 tokens of 3,072 channels in bfloat16, "
+        f"beside the least that any method could (`python benchmarks/bench_flux_block.py --bytes`, {env['time'][:10]}, "
+        f"commit {env['commit']}):",
         "",
         "| kernel | moved | least | ratio |",
         "| --- | --- | --- | --- |",
