@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastguard as fg
 from fastguard.backbones.flux import add_lora
@@ -80,12 +82,13 @@ def make_inputs(
     }
 
 
-def run(model: Any, inputs: dict[str, Any] | None = None, **extra: Any) -> Result:
+def run(model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False, **extra: Any) -> Result:
     """The output and the gradients of every trained parameter, for a random upstream gradient."""
     parameter = next(model.parameters())
     inputs = inputs or make_inputs(parameter.dtype, device=str(parameter.device))
     model.zero_grad()
-    out = model(**inputs, **extra)[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(**inputs, **extra)[0]
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))
     # Wrappers put their name before the parameters'.
     gradients = {n.split("module.")[-1].split("_orig_mod.")[-1]: p.grad for n, p in model.named_parameters()}
@@ -163,6 +166,7 @@ def operator_calls(dtype: torch.dtype, device: str) -> Iterator[tuple[Any, tuple
     mean, rstd = torch.zeros(2, 5, device=device), torch.ones(2, 5, device=device)
     if dtype == torch.float64:
         mean, rstd = mean.double(), rstd.double()
+    rstd_of_rows = rstd
     yield ops.adaln_apply, (x, mean, rstd, scale, shift, backend)
     yield ops.adaln_bwd, (y, x, mean, rstd, scale, None, None, None, False, backend)
     yield ops.adaln_bwd, (y, x, mean, rstd, scale, x, y, gate, True, backend)
@@ -181,6 +185,13 @@ def operator_calls(dtype: torch.dtype, device: str) -> Iterator[tuple[Any, tuple
     yield ops.qk_norm_rope_bwd, (*grads, *heads, rstd, norms, cos, sin, True, False, backend)
     single = (*(g[:, :5].contiguous() for g in grads[:2]), None, *heads[:2], None, None, rstd[:, :, :5].contiguous())
     yield ops.qk_norm_rope_bwd, (*single, norms[:2], cos[:5], sin[:5], True, False, backend)
+    strided = [randn(2, 24, 5).transpose(1, 2) for _ in range(2)]  # results are contiguous whatever their inputs are
+    yield ops.adaln_fwd, (*strided, gate, scale, shift, 1e-6, backend)
+    yield ops.adaln_apply, (strided[0], mean, rstd_of_rows, scale, shift, backend)
+    yield ops.adaln_bwd, (*strided, mean, rstd_of_rows, scale, None, None, gate, True, backend)
+    yield ops.gated_residual_fwd, (*strided, gate, backend)
+    yield ops.gated_residual_bwd, (*strided, gate, backend)
+    yield ops.bias_gelu_fwd, (strided[0], None, None, backend)
     bias, prefix = randn(24), randn(2, 5, 8)
     yield ops.bias_gelu_fwd, (x, bias, None, backend)
     yield ops.bias_gelu_fwd, (x, None, prefix, backend)
@@ -402,6 +413,22 @@ def test_inside_gradient_checkpointing(recompute: Any, use_reentrant: bool) -> N
     assert_agree((got[0], {n: g for n, g in got[1].items() if n != unwanted}), want, FLOAT32)
 
 
+def test_inside_selective_checkpointing() -> None:
+    """A policy that keeps the results of matmuls must find them as they were."""
+    model = make_transformer("lora", **ONE_OF_EACH)
+    want = run(model)
+    fg.fuse_flux(model, "mlp")
+
+    def checkpoint(block: Any, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, context_fn=policy)
+
+    policy = functools.partial(
+        create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    )
+    model.enable_gradient_checkpointing(checkpoint)
+    assert_agree(run(model), want, FLOAT32)
+
+
 def test_block_switches_checkpointing_on_and_unfuse_off() -> None:
     model = make_transformer()
     fg.fuse_flux(model, "block")
@@ -422,15 +449,16 @@ def test_attention_backends(name: str) -> None:
         model.set_attention_backend("native")  # the choice is global
 
 
+@pytest.mark.parametrize("recompute", ["pointwise", "mlp"])
 @pytest.mark.parametrize("train", ["full", "lora"])
-def test_autocast(train: str) -> None:
+def test_autocast(train: str, recompute: Any) -> None:
+    """Backward runs outside of it, as PyTorch advises, and float32 residuals keep the stream in float32."""
     model = make_transformer(train)
-    exact = run(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        own = run(model)
-    fg.fuse_flux(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = run(model)
+    extra = {"controlnet_block_samples": [torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(4))]}
+    exact = run(model, **extra)
+    own = run(model, autocast=True, **extra)
+    fg.fuse_flux(model, recompute)
+    got = run(model, autocast=True, **extra)
     assert got[0].dtype == own[0].dtype
     assert 1e-3 < distance(got[0], exact[0]) < 1.3 * distance(own[0], exact[0])
     for name, gradient in exact[1].items():
@@ -694,6 +722,63 @@ def test_small_weights_of_query_and_key_norms(value: float, loaded: bool) -> Non
     assert all(gradient.isfinite().all() for gradient in got[1].values())
     fg.unfuse_flux(model)
     assert_agree(got, run(model), FLOAT32)
+
+
+class OwnBlock(FluxTransformerBlock):
+    """Somebody's variant."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        text, image = super().forward(*args, **kwargs)
+        return text, 2 * image
+
+
+def test_parts_of_other_classes_run_as_they_are() -> None:
+    model = make_transformer(num_layers=5, num_single_layers=2)
+    own = OwnBlock(64, 4, 16)
+    own.load_state_dict(model.transformer_blocks[0].state_dict())
+    model.transformer_blocks[0] = own
+    model.transformer_blocks[1].norm2 = nn.LayerNorm(64)
+    model.transformer_blocks[2].ff.net[0].approximate = "none"
+    model.transformer_blocks[3].attn.to_out[1] = nn.Tanh()
+    model.single_transformer_blocks[0].act_mlp = nn.ReLU()
+    want = run(model)
+    report = fg.fuse_flux(model)
+    assert set(report.fused) == {"transformer_blocks.4", "single_transformer_blocks.1"}
+    assert_agree(run(model), want, FLOAT32)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_inputs_that_diffusers_broadcasts_or_refuses(backend: str, kernel_device: str) -> None:
+    """A kernel would read past their ends."""
+    model = make_transformer().to(kernel_device)
+    one = make_inputs(device=kernel_device)
+    one |= {name: one[name][:1] for name in ("pooled_projections", "timestep", "guidance")}
+    want = run(model, one)
+    fg.fuse_flux(model, backend=backend)
+    assert_agree(run(model, one), want, FLOAT32)
+    short = make_inputs(device=kernel_device)
+    short["img_ids"] = short["img_ids"][:6]
+    with pytest.raises(RuntimeError, match="must match the size of tensor b"):
+        model(**short)
+
+
+def test_a_block_whose_output_is_changed_in_place() -> None:
+    model = make_transformer()
+    for block in model.single_transformer_blocks:
+        block.register_forward_hook(lambda _, __, out: (out[0], out[1].mul_(0.5)))
+    want = run(model)
+    fg.fuse_flux(model)
+    assert_agree(run(model), want, FLOAT32)
+
+
+def test_the_rotary_table_gets_its_gradient() -> None:
+    model = make_transformer()
+    fg.fuse_flux(model)
+    cos, sin = (table.requires_grad_() for table in model.pos_embed(torch.ones(14, 3)))
+    generator = torch.Generator().manual_seed(0)
+    args = [torch.randn(2, *shape, generator=generator) for shape in ((9, 64), (5, 64), (64,))]
+    model.single_transformer_blocks[0](*args, (cos, sin))[1].sum().backward()
+    assert cos.grad.abs().sum() > 0
 
 
 def test_errors() -> None:

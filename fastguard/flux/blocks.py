@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from diffusers.models.activations import GELU
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
@@ -79,6 +81,8 @@ def recoverable(attn: Any) -> bool:
 def unfit(block: Any) -> str | None:
     """Why this block runs as diffusers wrote it, or None. Cheap: asked at every call, since models change."""
     attn = block.attn
+    if type(block).forward is not _class_of(block).forward or type(attn) is not FluxAttention:
+        return "it is of a class of its own"
     if type(attn.processor) is not FluxAttnProcessor:
         return f"its attention processor is a {type(attn.processor).__name__}, not FluxAttnProcessor"
     if attn.fused_projections:
@@ -88,12 +92,17 @@ def unfit(block: Any) -> str | None:
         return "its query and key norms are not RMSNorms with weights"
     if any(norm.eps is None or norm.eps != norms[0].eps for norm in norms):
         return "its query and key norms have different eps"
+    if any(type(norm) is not nn.LayerNorm or norm.elementwise_affine for norm in norms_before(block)):
+        return "its norms are not LayerNorms without weights"
+    if not all(_is_tanh_gelu(activation) for activation in _activations(block)):
+        return "its activation is not the GELU with tanh"
     if attn.head_dim > MAX_HEAD_DIM or attn.head_dim % 2:
         return f"its head size is {attn.head_dim}, not an even number up to {MAX_HEAD_DIM}"
     width = norms_before(block)[0].normalized_shape[0]
     if width > MAX_WIDTH:
         return f"its width is {width}, more than {MAX_WIDTH}"
-    if block.training and any(m.p > 0 for m in _bypassed(block) if isinstance(m, nn.Dropout)):
+    dropouts = _dropouts(block)
+    if any(type(layer) is not nn.Dropout or (layer.p > 0 and layer.training) for layer in dropouts):
         return "it has dropout"
     if not all(is_bare(module) for module in _bypassed(block)):
         return "one of its parts has hooks"
@@ -105,6 +114,27 @@ def norms_before(block: Any) -> list[nn.LayerNorm]:
     if isinstance(block, FluxSingleTransformerBlock):
         return [block.norm.norm]
     return [block.norm1.norm, block.norm1_context.norm, block.norm2, block.norm2_context]
+
+
+def _class_of(block: Any) -> Any:
+    return FluxSingleTransformerBlock if isinstance(block, FluxSingleTransformerBlock) else FluxTransformerBlock
+
+
+def _activations(block: Any) -> list[nn.Module]:
+    """What stands for the GELU: the module itself, or diffusers' layer and GELU in one."""
+    if isinstance(block, FluxSingleTransformerBlock):
+        return [block.act_mlp]
+    return [block.ff.net[0], block.ff_context.net[0]]
+
+
+def _is_tanh_gelu(activation: nn.Module) -> bool:
+    return type(activation) in (nn.GELU, GELU) and activation.approximate == "tanh"
+
+
+def _dropouts(block: Any) -> list[nn.Module]:
+    if isinstance(block, FluxSingleTransformerBlock):
+        return []
+    return [block.attn.to_out[1], *block.ff.net[1:-1], *block.ff_context.net[1:-1]]
 
 
 def linear_layers(block: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -124,22 +154,35 @@ def _bypassed(block: Any) -> Iterator[nn.Module]:
     yield block.attn
     yield from norms_of(block.attn)
     yield from norms_before(block)
+    yield from _activations(block)
+    yield from _dropouts(block)
     if isinstance(block, FluxSingleTransformerBlock):
-        yield from (block.norm, block.act_mlp)
-        return
-    yield from (block.norm1, block.norm1_context, block.attn.to_out[1])
-    for ff in (block.ff, block.ff_context):
-        yield from (ff, *ff.net[:-1])
+        yield block.norm
+    else:
+        yield from (block.norm1, block.norm1_context, block.ff, block.ff_context)
 
 
-def _plain(block: Any, inputs: tuple[Tensor, ...], rope: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether this call has to run as diffusers wrote it."""
-    if unfit(block) or set(kwargs) - {"attention_mask"} or not isinstance(rope, tuple) or rope[0].ndim != 2:
+def _plain(block: Any, image: Tensor, text: Tensor, temb: Tensor, rope: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this call has to run as diffusers wrote it, with its broadcasting and its errors.
+
+    A kernel trusts the shapes it is given, so all of them are compared here.
+    """
+    if unfit(block) or set(kwargs) - {"attention_mask"} or not isinstance(rope, tuple):
         return True
-    x = inputs[0]
-    same = all(t.dtype == x.dtype and t.device == x.device for t in inputs)
-    norms_fit = all(norm.weight.dtype == x.dtype for norm in norms_of(block.attn))
-    return not (torch.is_autocast_enabled(x.device.type) or (same and norms_fit))
+    tables = (text.shape[1] + image.shape[1], block.attn.head_dim)
+    if any(table.shape != tables or table.requires_grad for table in rope):
+        return True
+    width = norms_before(block)[0].normalized_shape[0]
+    if any(t.shape[0] != image.shape[0] or t.shape[-1] != width for t in (image, text, temb)):
+        return True
+    same = all(t.dtype == image.dtype and t.device == image.device for t in (text, temb))
+    norms_fit = all(norm.weight.dtype == image.dtype for norm in norms_of(block.attn))
+    return not (_autocast(image) or (same and norms_fit))
+
+
+def _autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -163,7 +206,7 @@ def _modulate(
 
 def _dtype(x: Tensor) -> tuple[torch.dtype, bool]:
     """The dtype in which layers compute, and whether autocast says so."""
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast(x):
         return torch.get_autocast_dtype(x.device.type), True
     return x.dtype, False
 
@@ -227,10 +270,12 @@ def _attention(
     weights = [norm.weight for norm in norms]
     rotated = fusion.rotated and not any(weight.requires_grad for weight in weights)
     cos, sin = (table.to(device=image[0].device, dtype=torch.float32) for table in rope)
-    streams = (*image, *(text or (None,) * 3), *weights, *(() if text else (None,) * 2))
+    query, key, value = image
+    passed = value.detach() if text is None else value  # alone it is not joined: attention reads the projection itself
+    streams = (query, key, passed, *(text or (None,) * 3), *weights, *(() if text else (None,) * 2))
     q, k, v = QKNormRopeFunction.apply(*streams, cos, sin, norms[0].eps, rotated, fusion.backend)
     if text is None:
-        v = image[2].unflatten(-1, (-1, attn.head_dim))
+        v = value.unflatten(-1, (-1, attn.head_dim))
     processor = attn.processor
     out = dispatch_attention_fn(
         q, k, v, attn_mask=mask, backend=processor._attention_backend, parallel_config=processor._parallel_config
@@ -280,7 +325,7 @@ def double_forward(
     """The forward of `FluxTransformerBlock`: hidden_states (B, S, C), encoder_hidden_states (B, T, C), temb (B, C);
     returns the new encoder_hidden_states and hidden_states."""
     image, text, rope, kwargs = hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs or {}
-    if rope is None or _plain(self, (image, text, temb), rope, kwargs):
+    if rope is None or _plain(self, image, text, temb, rope, kwargs):
         return type(self).forward(self, image, text, temb, rope, joint_attention_kwargs)
     fusion: Fusion = self.fusion
     attn = self.attn
@@ -305,7 +350,7 @@ def single_forward(
 ) -> tuple[Tensor, Tensor]:
     """The forward of `FluxSingleTransformerBlock`; arguments and results as in `double_forward`."""
     image, text, rope, kwargs = hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs or {}
-    if rope is None or _plain(self, (image, text, temb), rope, kwargs):
+    if rope is None or _plain(self, image, text, temb, rope, kwargs):
         return type(self).forward(self, image, text, temb, rope, joint_attention_kwargs)
     fusion: Fusion = self.fusion
     attn = self.attn
@@ -315,7 +360,8 @@ def single_forward(
     qkv, hidden = _project(normed, [attn.to_q, attn.to_k, attn.to_v], self.proj_mlp, fusion)
     attended = _attention(attn, qkv, None, rope, kwargs.get("attention_mask"), fusion)
     out = _within_float16(_add(joined, _activate(hidden, attended, self.proj_out, fusion), gate, fusion))
-    text, image = out.split_with_sizes([text.shape[1], image.shape[1]], dim=1)
+    # Unlike split_with_sizes, it lets its results be changed in place, as diffusers' slices do.
+    text, image = torch.unsafe_split_with_sizes(out, [text.shape[1], image.shape[1]], dim=1)
     return text, image
 
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fastguard.flux.blocks import FORWARDS, Fusion, Recompute, linear_layers, recoverable, unfit
 from fastguard.flux.linear import linear_weights
@@ -45,10 +46,12 @@ def fuse_flux(transformer: Any, recompute: Recompute = "pointwise", backend: str
 
     Parameters, their names and the `state_dict` stay as they are; nothing outside this model changes. Works before or
     after peft's adapters are added, with gradient checkpointing, `torch.compile`, DDP and FSDP, and every attention
-    backend of diffusers, for training and inference. Load the weights first: small weights of the query and key norms
-    decide what can be recovered in backward (asked again by `load_state_dict`). Layers with hooks, quantized weights,
-    DoRA or dropout are called as they are and keep their input; a block with another attention processor
-    (IP-adapter) or with hooks inside runs as diffusers wrote it, even if it changes after this call.
+    backend of diffusers, for training and inference. Layers with hooks, quantized weights, DoRA or dropout are called
+    as they are and keep their input; a block with another attention processor (IP-adapter), with hooks inside or with
+    parts of other classes runs as diffusers wrote it, even if it changes after this call.
+
+    Load the weights first: small weights of the query and key norms decide what can be recovered in backward. They are
+    looked at again by the `load_state_dict` of the model or of a block; after other changes to them, fuse anew.
 
     Args:
         transformer: a diffusers `FluxTransformer2DModel` or `FluxControlNetModel`, bfloat16, float16 or float32; in a
@@ -94,6 +97,9 @@ def fuse_flux(transformer: Any, recompute: Recompute = "pointwise", backend: str
 
 def unfuse_flux(transformer: Any) -> None:
     """Undo `fuse_flux`, in place. With recompute `block`, gradient checkpointing is switched off as well.
+
+    A fused block refers to itself: a model that is dropped while fused is freed by Python's garbage collector
+    (`gc.collect()`), not at once.
 
     Raises:
         TypeError: not a Flux transformer.
@@ -150,6 +156,8 @@ def _keeps_more(block: Any) -> Iterator[tuple[str, str]]:
     if not block.fusion.rotated:
         yield "attn", "keeps query and key: a weight of their norms is too small, beside its partner's, to divide by"
     for name, module in linear_layers(block):
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            continue  # FSDP gives whole weights to a running block
         found = linear_weights(module, next(block.parameters()).dtype, autocast=False)
         if isinstance(found, str):
             yield name, f"keeps its input: it {found}"

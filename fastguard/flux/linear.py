@@ -98,15 +98,20 @@ def linear_weights(module: nn.Module, dtype: torch.dtype, autocast: bool) -> Lin
         dropout = module.lora_dropout[name]
         if name in module.lora_variant:
             return f"has an adapter of the kind {type(module.lora_variant[name]).__name__}"
-        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training:
+        if type(dropout) is not nn.Identity and (
+            type(dropout) is not nn.Dropout or (dropout.p > 0 and dropout.training)
+        ):
             return "has an adapter with dropout"
-        if not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear) and b.bias is None and is_bare(a) and is_bare(b)):
-            return "has an adapter with hooks or a bias"
+        if not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear) and b.bias is None):
+            return "has an adapter with a bias, or of other layers"
+        if not (is_bare(a) and is_bare(b) and is_bare(dropout)):
+            return "has an adapter with hooks"
         if a.weight.dtype != dtype and not autocast and module.cast_input_dtype_enabled:
             return f"has a {a.weight.dtype} adapter for {dtype} inputs"
         scaling = module.scaling[name]
         downs.append(a.weight.to(dtype))
-        ups.append((b.weight if scaling == 1 else b.weight * scaling).to(dtype))
+        # Some of peft's scalings are tensors, whose values are not to be asked for.
+        ups.append((b.weight if isinstance(scaling, float | int) and scaling == 1 else b.weight * scaling).to(dtype))
     if not downs:
         return plain
     return plain._replace(down=_join(downs, 0), up=_join(ups, 1))
@@ -139,10 +144,15 @@ def project(normed: Normed, linears: Sequence[LinearWeights], backend: str) -> t
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None) -> Tensor:
-    """`x W^T + b + low up^T`, the last added in place."""
+    """`x W^T + b + low up^T`."""
     out = F.linear(x, weight, bias)
-    if low is not None and up is not None:
-        out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), up.T)
+    if low is None or up is None:
+        return out
+    flat = out.view(-1, out.shape[-1])
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        # Somebody watches, who may have kept the first result: selective checkpointing does.
+        return torch.addmm(flat, _rows(low), up.T).view(out.shape)
+    flat.addmm_(_rows(low), up.T)
     return out
 
 
@@ -197,7 +207,7 @@ class ProjectionsFunction(torch.autograd.Function):
         n, x, mean, rstd, scale, shift, down, low, *flat = ctx.saved_tensors
         weights, ups = flat[: ctx.count], flat[ctx.count :]
         if x is not None:
-            n = adaln_apply(x, mean, rstd, scale, shift, ctx.backend)
+            n = adaln_apply(x, mean, rstd, scale, shift, ctx.backend).to(weights[0].dtype)  # narrower under autocast
         need_n, need_down = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
         need = ctx.needs_input_grad[10:]
         rows = [_rows(grad) for grad in grads[: ctx.count]]
@@ -279,7 +289,8 @@ class GeluLinearFunction(torch.autograd.Function):
         hidden, bias, prefix, joined, weight, down, up, low, *sources = ctx.saved_tensors
         if sources:
             *of_input, source_weight, source_low, source_up = sources
-            hidden = _linear(adaln_apply(*of_input, ctx.backend), source_weight, None, source_low, source_up)
+            n = adaln_apply(*of_input, ctx.backend).to(source_weight.dtype)
+            hidden = _linear(n, source_weight, None, source_low, source_up)
         need_bias, need_prefix, need_weight, need_out_bias, need_down, need_up = ctx.needs_input_grad[1:7]
         dy, p = _rows(grad), ctx.n_prefix
         grad_low = None if down is None else dy @ up

@@ -37,12 +37,12 @@ def adaln_fwd(
     wide, scale, shift = _wide(x, scale, shift)
     normed, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], None, None, eps)
     normed = normed.mul_(1 + scale).add_(shift)
-    return normed.to(x.dtype), summed, mean.squeeze(-1), rstd.squeeze(-1)
+    return normed.to(x.dtype).contiguous(), summed, mean.squeeze(-1), rstd.squeeze(-1)
 
 
 def adaln_apply(x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     wide, scale, shift = _wide(x, scale, shift)
-    return (wide - mean[..., None]).mul_(rstd[..., None]).mul_(1 + scale).add_(shift).to(x.dtype)
+    return (wide - mean[..., None]).mul_(rstd[..., None]).mul_(1 + scale).add_(shift).to(x.dtype).contiguous()
 
 
 def adaln_bwd(
@@ -68,10 +68,10 @@ def adaln_bwd(
     if grad_summed is not None:
         total += grad_summed
     if gate is not None:
-        grad_residual = (gate[:, None] * total).to(x.dtype)
+        grad_residual = (gate[:, None] * total).to(x.dtype).contiguous()
         if residual is not None:
             grad_gate = (total * residual).sum(1)
-    return total.to(x.dtype), grad_residual, grad_scale, grad_shift, grad_gate
+    return total.to(x.dtype).contiguous(), grad_residual, grad_scale, grad_shift, grad_gate
 
 
 # --- gated residual -------------------------------------------------------------------------------------------------
@@ -79,13 +79,13 @@ def adaln_bwd(
 
 def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     wide, y, gate = _wide(x, y, gate)
-    return (wide + gate * y).to(x.dtype)
+    return (wide + gate * y).to(x.dtype).contiguous()
 
 
 def gated_residual_bwd(grad: Tensor, y: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
     wide, gate = _wide(grad, gate)
     grad_gate = wide.new_empty(0) if y is None else (wide * y).sum(1)
-    return (gate * wide).to(grad.dtype), grad_gate
+    return (gate * wide).to(grad.dtype).contiguous(), grad_gate
 
 
 # --- RMSNorm of query and key + rotary embedding --------------------------------------------------------------------
@@ -168,7 +168,7 @@ def qk_norm_rope_bwd(
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, prefix: Tensor | None) -> Tensor:
     dtype = compute_dtype(x.dtype)
     out = F.gelu(x.to(dtype) if bias is None else x.to(dtype) + bias, approximate="tanh").to(x.dtype)
-    return out if prefix is None else torch.cat([prefix, out], dim=-1)
+    return out.contiguous() if prefix is None else torch.cat([prefix, out], dim=-1).contiguous()
 
 
 def bias_gelu_bwd_(grad: Tensor, x: Tensor, bias: Tensor | None, need_output: bool) -> Tensor:
@@ -178,4 +178,4 @@ def bias_gelu_bwd_(grad: Tensor, x: Tensor, bias: Tensor | None, need_output: bo
     s = torch.sigmoid(2 * GELU_SLOPE * (z + GELU_CUBIC * z**3))
     slope = 2 * GELU_SLOPE * (1 + 3 * GELU_CUBIC * z * z)
     grad.copy_(grad.to(dtype) * (s + z * s * (1 - s) * slope))
-    return (z * s).to(x.dtype) if need_output else x.new_empty(0)
+    return (z * s).to(x.dtype).contiguous() if need_output else x.new_empty(0)
