@@ -47,6 +47,7 @@ def test_the_gpu_suite_walks_its_path_and_refuses_without_a_gpu() -> None:
     assert dry.returncode == 0, dry.stderr
     for row in ("copy", "loss forward", "loss backward", "sde_step", "fused forward + backward", "textbook forward"):
         assert row in dry.stdout
+    assert dry.stdout.count("fused pointwise, compiled") == 2  # of both kinds of block
     for case in ("lora-512-mlp", "lora-1024-unfused-none", "full-512-block"):  # each in a process of its own
         assert f"\n{case}, micro-batch" in dry.stdout
     assert dry.stdout.count("a transition") >= 3
@@ -55,6 +56,62 @@ def test_the_gpu_suite_walks_its_path_and_refuses_without_a_gpu() -> None:
     refused = subprocess.run(suite, cwd=ROOT, capture_output=True, text=True, check=False, env=hidden)
     assert refused.returncode == 1
     assert "needs a CUDA device" in refused.stderr
+
+
+# --- the Flux blocks ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_flux_block
+
+    return bench_flux_block
+
+
+def test_flux_kernels_move_hardly_more_than_they_must(blocks: ModuleType) -> None:
+    """What a LoRA update runs moves the least possible; sums over tokens for full fine-tuning cost some per cent."""
+    ratios = {name: row["moved"] / row["least"] for name, row in blocks.moved_bytes().items()}
+    assert len(ratios) == 18
+    for name, ratio in ratios.items():
+        with_sums = "gradient" in name
+        assert 1 - 1e-9 < ratio < (1.06 if with_sums else 1.001), name
+
+
+def test_what_a_block_keeps_is_counted(blocks: ModuleType) -> None:
+    kept = {}
+    block, forms = blocks.contenders("double", blocks.SMALL, blocks.torch.float32, "cpu")
+    inputs = blocks.block_inputs(blocks.SMALL, blocks.torch.float32, "cpu")
+    for name in ("eager", "fused none", "fused pointwise", "fused mlp"):
+        kept[name] = blocks.kept_bytes(forms[name], inputs, [*block.parameters(), *inputs.args[3]])
+    unit = 80 * 64 * 4
+    assert kept["fused pointwise"] - kept["fused mlp"] == 4 * unit  # the feed-forward layer before its activation
+    assert kept["fused none"] - kept["fused pointwise"] >= 5 * unit  # LayerNorms' and GELU's results
+    assert kept["eager"] > kept["fused none"]
+
+
+def test_the_readme_shows_flux_blocks_measured_or_not(blocks: ModuleType) -> None:
+    import plot
+
+    env = {"device": "GPU", "driver": "1", "torch": "2", "triton": "3", "time": "2026-01-02T00", "commit": "abc"}
+    times = {"p20_us": 9.0, "p50_us": 10.0, "p80_us": 12.0}
+    kernels = {
+        "copy": {**times, "gb_per_s": 4000.0},
+        "adaln forward": {**times, "gb_per_s": 3600.0, "of_copy": 0.9, "eager": times},
+    }
+    form = {"inference": times, "training": times, "inference_times_eager": 1.0, "training_times_eager": 1.5}
+    section = {
+        "environment": env,
+        "kernels": kernels,
+        "blocks": {"double": {"fused mlp": {**form, "kept_bytes": 2**21}}},
+    }
+    counted = {"environment": env, "kernels": {"adaln forward": {"moved": 2_000_000, "least": 1_000_000}}}
+    unmeasured, of_bytes = plot.flux_parts([{"flux_bytes": [counted]}])
+    assert "not yet measured" in unmeasured
+    assert "| adaln forward | 2.0 MB | 1.0 MB | 2.000 |" in of_bytes
+    (measured,) = plot.flux_parts([{"flux_blocks": [section]}])
+    assert "| adaln forward | 10.0 (9.0 to 12.0) | 90% | 10.0 |" in measured
+    assert "| double, fused mlp | 0.01 | 1.00 | 0.01 | 1.50 | 2 |" in measured
 
 
 # --- the training step of the whole model ---------------------------------------------------------------------------
