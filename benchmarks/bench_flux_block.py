@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastguard.config import Recompute
 from fastguard.flux import torch_backend
-from fastguard.flux.blocks import FORWARDS, Fusion, Recompute
+from fastguard.flux.blocks import FORWARDS, Fusion, class_of
 from fastguard.kernels import adaln, gated_residual, gelu, qk_norm_rope
 
 KERNELS = (adaln, gated_residual, qk_norm_rope, gelu)
@@ -289,7 +290,7 @@ def fused(block: nn.Module, recompute: Recompute) -> Callable[..., Any]:
     """The block's fused forward; the block itself stays as it is."""
     other = copy.copy(block)
     other.fusion = Fusion(recompute, "auto", rotated=True)  # type: ignore[assignment]
-    forward = next(forward for cls, forward in FORWARDS.items() if isinstance(block, cls))
+    forward = FORWARDS[class_of(block)]
     return lambda *args: forward(other, *args)
 
 

@@ -27,6 +27,12 @@ def newest(files: list[dict[str, Any]], section: str) -> dict[str, dict[str, Any
     return {run["environment"]["device"]: run for run in runs}
 
 
+def newest_anywhere(files: list[dict[str, Any]], section: str) -> dict[str, Any] | None:
+    """The newest run of a section that does not depend on the machine."""
+    runs = newest(files, section).values()
+    return max(runs, key=lambda run: str(run["environment"]["time"]), default=None)
+
+
 def loss_table(device: str, section: dict[str, Any]) -> str:
     """Times, ratios and memory of the loss on one device."""
     env = section["environment"]
@@ -134,10 +140,9 @@ def train_step_table(device: str, cases: dict[str, dict[str, Any]]) -> str:
 
 def planned_table(files: list[dict[str, Any]]) -> str:
     """What the planner says of the same cases: the newest, from any machine, since it needs no GPU."""
-    runs = [run for file in files for run in file.get("plan_train_step", [])]
-    if not runs:
+    run = newest_anywhere(files, "plan_train_step")
+    if run is None:
         return ""
-    run = max(runs, key=lambda run: str(run["environment"]["time"]))
     env = run["environment"]
     lines = [
         f"Predicted, not measured: what the memory planner says of those cases, in GiB (`python "
@@ -190,10 +195,9 @@ def flux_block_table(device: str, section: dict[str, Any]) -> str:
 
 def flux_bytes_table(files: list[dict[str, Any]]) -> str:
     """Bytes that each Flux kernel moves: the newest count, from any machine, since it needs no GPU."""
-    runs = [run for file in files for run in file.get("flux_bytes", [])]
-    if not runs:
+    run = newest_anywhere(files, "flux_bytes")
+    if run is None:
         return ""
-    run = max(runs, key=lambda run: str(run["environment"]["time"]))
     env = run["environment"]
     lines = [
         "Bytes that each Flux kernel moves, counted from its launches at 4,608 tokens of 3,072 channels in bfloat16, "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 Objective = Literal["flow_grpo", "grpo_guard", "flow_dppo"]
 Recompute = Literal["none", "pointwise", "mlp", "block"]
@@ -43,7 +43,7 @@ def _at_least(low: float, **values: float) -> None:
 
 def recompute_levels(fuse: bool) -> tuple[Recompute, ...]:
     """The levels of model.recompute that there are with model.fuse, from the fastest to the smallest."""
-    return ("none", "pointwise", "mlp", "block") if fuse else ("none", "block")
+    return get_args(Recompute) if fuse else ("none", "block")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ModelConfig:
     """what is trained: float32 LoRA adapters, or every weight of the transformer in `dtype`"""
     fuse: bool = True
     """run the transformer's blocks with fused kernels, which keep less for the backward pass"""
-    recompute: Literal["auto", "none", "pointwise", "mlp", "block"] = "auto"
+    recompute: Literal["auto", Recompute] = "auto"
     """what the backward pass computes again instead of keeping it; auto takes the fastest level that fits (planner)"""
     attention: str = "native"
     """attention backend, by diffusers' name (native, flash, _flash_3, ...)"""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.activations import GELU
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
+from fastguard.config import Recompute
 from fastguard.flux.linear import (
     Hidden,
     LinearWeights,
@@ -33,7 +34,6 @@ from fastguard.flux.linear import (
 )
 from fastguard.flux.ops import AdaLNFunction, BiasGeluFunction, GatedResidualFunction, QKNormRopeFunction
 
-Recompute = Literal["none", "pointwise", "mlp", "block"]
 MAX_WIDTH = 16384
 """channels of a token: a row of them lies in the registers of one program"""
 MAX_HEAD_DIM = 256
@@ -81,7 +81,7 @@ def recoverable(attn: Any) -> bool:
 def unfit(block: Any) -> str | None:
     """Why this block runs as diffusers wrote it, or None. Cheap: asked at every call, since models change."""
     attn = block.attn
-    if type(block).forward is not _class_of(block).forward or type(attn) is not FluxAttention:
+    if type(block).forward is not class_of(block).forward or type(attn) is not FluxAttention:
         return "it is of a class of its own"
     if type(attn.processor) is not FluxAttnProcessor:
         return f"its attention processor is a {type(attn.processor).__name__}, not FluxAttnProcessor"
@@ -116,7 +116,8 @@ def norms_before(block: Any) -> list[nn.LayerNorm]:
     return [block.norm1.norm, block.norm1_context.norm, block.norm2, block.norm2_context]
 
 
-def _class_of(block: Any) -> Any:
+def class_of(block: Any) -> Any:
+    """diffusers' class of a block, which FSDP derives from."""
     return FluxSingleTransformerBlock if isinstance(block, FluxSingleTransformerBlock) else FluxTransformerBlock
 
 

@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any, get_args
 
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastguard.flux.blocks import FORWARDS, Fusion, Recompute, linear_layers, recoverable, unfit
+from fastguard.config import Recompute
+from fastguard.flux.blocks import FORWARDS, Fusion, class_of, linear_layers, recoverable, unfit
 from fastguard.flux.linear import linear_weights
 from fastguard.ops import BACKENDS
 
@@ -86,7 +85,7 @@ def fuse_flux(transformer: Any, recompute: Recompute = "pointwise", backend: str
             left[name] = reason
             continue
         block.fusion = Fusion(recompute, backend, recoverable(block.attn))
-        block.forward = partial(_forward_of(block), block)  # unlike a method, it can be pickled
+        block.forward = partial(FORWARDS[class_of(block)], block)  # unlike a method, it can be pickled
         block.register_load_state_dict_post_hook(_decide_again)
         fused.append(name)
         kept |= {f"{name}.{part}": why for part, why in _keeps_more(block)}
@@ -110,7 +109,7 @@ def unfuse_flux(transformer: Any) -> None:
     if not fused:
         raise ValueError("this transformer is not fused: fuse_flux was not called, or could fuse none of its blocks")
     for name, block in fused.items():
-        if getattr(vars(block).get("forward"), "func", None) is not _forward_of(block):
+        if getattr(vars(block).get("forward"), "func", None) is not FORWARDS[class_of(block)]:
             raise ValueError(
                 f"the forward of {name} was replaced after fuse_flux (by an offloading hook?); remove that first"
             )
@@ -121,10 +120,6 @@ def unfuse_flux(transformer: Any) -> None:
         for key in [key for key, hook in hooks.items() if hook is _decide_again]:
             del hooks[key]
         del block.forward, block.fusion
-
-
-def _forward_of(block: nn.Module) -> Any:
-    return next(forward for kind, forward in FORWARDS.items() if isinstance(block, kind))
 
 
 def _unwrapped(model: Any) -> Any:
@@ -143,7 +138,7 @@ def _unwrapped(model: Any) -> Any:
 
 def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if isinstance(module, (FluxTransformerBlock, FluxSingleTransformerBlock)):
+        if isinstance(module, tuple(FORWARDS)):
             yield name, module
 
 
