@@ -269,23 +269,6 @@ def test_a_new_objective_from_the_moments(backend: str, kernel_device: str) -> N
     torch.testing.assert_close(grad, expected)
 
 
-def test_opcheck() -> None:
-    velocity, old, noise, advantages, step = make_batch()
-    velocity, ref = velocity.detach(), old + 0.1
-    options = ops.Options("flow_grpo", -0.1, 0.1, 5.0, 0.0, 0.1, False, True, "none", "torch")
-    coefs, loss = torch.randn(3, 4), torch.randn(4)
-    for operator, arguments in (
-        (ops.transition_sums, (velocity, old, noise, ref, False, "torch")),
-        (ops.guard_loss, (velocity, old, noise, ref, advantages, step.velocity_coef, step.std, step.dt, *options)),
-        (ops.transition_bwd, (loss, coefs, noise, velocity, old, ref, torch.float32, False, True, "torch")),
-        (
-            ops.sde_step,
-            (velocity, old, torch.arange(4), step.latents_coef, step.velocity_coef, step.std, torch.float32, "torch"),
-        ),
-    ):
-        torch.library.opcheck(operator, arguments)
-
-
 @pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo"])
 def test_compiled_without_graph_breaks(objective: str) -> None:
     """The whole graph, model included; a batch of another size and another clip range follow without trouble."""
