@@ -38,7 +38,7 @@ class Size:
 
 SMALL = Size(samples=2, image=5, text=3, heads=2, head=12)
 # Nothing is a multiple of a tile, nor of the 16 bytes of an access.
-ODD = Size(samples=3, image=77, text=35, heads=3, head=26)
+ODD = Size(samples=2, image=37, text=21, heads=3, head=26)
 # As a block of Flux.1-dev has them at 512^2.
 FLUX = Size(samples=2, image=1024, text=512, heads=24, head=128)
 

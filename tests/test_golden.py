@@ -141,6 +141,62 @@ def test_losses_on_the_kernels(kernel_device: str) -> None:
     assert cases.check(lambda case: loss_outputs(case, kernel_device, "triton"), "float32", small) > 2500
 
 
+def loss_and_gradient(
+    case: cases.Case, inputs: dict[str, torch.Tensor], objective: str, backend: str
+) -> tuple[fg.GuardLoss, torch.Tensor]:
+    """Every output in float64 on the host, and the gradient for an upstream one of its own for each sample."""
+    velocity, old, noise, ref = (inputs[key] for key in ("v_new", "v_old", "eps", "v_ref"))
+    velocity.requires_grad_()
+    result = fg.guard_loss(
+        velocity, old, noise, torch.tensor(case["adv"], device=old.device), build_step(case, str(old.device)),
+        objective=objective, clip_range=case["clip"], adv_clip=case["adv_max"], kl_threshold=case["kl_thr"],
+        ref_velocity=ref, kl_weight=0.01, reduction="none", backend=backend,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(result.loss, velocity, torch.linspace(0.5, -1.5, len(old)).to(result.loss))
+    return fg.GuardLoss(*(value.detach().double().cpu() for value in result if value is not None)), grad.double().cpu()
+
+
+def far_from_a_decision(case: cases.Case, objective: str, exact: fg.GuardLoss) -> torch.Tensor:
+    """Distance of each sample from where the clip or the mask sets in; nearer than rounding, either is right."""
+    if objective == "flow_dppo":
+        return torch.minimum((exact.drift / 2 - case["kl_thr"]).abs(), exact.log_ratio.abs())
+    edges = torch.tensor([-case["clip"], case["clip"]], dtype=torch.float64).log1p()
+    return (exact.log_ratio[:, None] - edges).abs().amin(1)
+
+
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo", "flow_dppo"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_losses_on_the_kernels_in_low_precision(dtype: torch.dtype, objective: str, kernel_device: str) -> None:
+    """The cases' inputs, rounded to the storage dtype, through the kernels, against float64 of the same numbers."""
+    total = compared = 0
+    for number, (name, case, _) in enumerate(cases.iter_cases()):
+        # The interpreter is slow: every fourth case, and none of the large groups, where nothing is new to a kernel.
+        if not has_density(case) or (kernel_device == "cpu" and (number % 4 or case["x"].size > 10_000)):
+            continue
+        rounded = {key: value.to(kernel_device, dtype) for key, value in tensors(case).items()}
+        exact, exact_grad = loss_and_gradient(
+            case, {key: value.cpu().double() for key, value in rounded.items()}, objective, "torch"
+        )
+        got, grad = loss_and_gradient(case, rounded, objective, "triton")
+
+        # float32 sums; cross is one of both signs, whose rounding goes with sqrt(drift) instead of its size.
+        of_cross = 4e-6 * exact.drift.sqrt() + 1e-12
+        assert ((got.cross - exact.cross).abs() <= of_cross).all(), name
+        assert ((got.log_ratio - exact.log_ratio).abs() <= of_cross + 4e-6 * exact.drift).all(), name
+        torch.testing.assert_close(got.drift, exact.drift, rtol=4e-6, atol=1e-12)
+        torch.testing.assert_close(got.kl, exact.kl, rtol=4e-6, atol=1e-12)
+        rounding = 1e-5 * (exact.log_ratio.abs() + exact.drift) + of_cross
+        sure = far_from_a_decision(case, objective, exact) > rounding
+        assert torch.equal(got.clipped[sure], exact.clipped[sure]), name
+        torch.testing.assert_close(got.loss[sure], exact.loss[sure], rtol=2e-5, atol=2e-5)
+        # One rounding to the storage dtype, by a whole ulp in the interpreter; float16 is subnormal below 6e-5.
+        atol = 6e-8 if dtype == torch.float16 else 1e-5 * float(exact_grad.abs().max())
+        torch.testing.assert_close(grad[sure], exact_grad[sure], rtol=torch.finfo(dtype).eps + 1e-5, atol=atol)
+        total += len(sure)
+        compared += int(sure.sum())
+    assert compared > 0.8 * total > 100
+
+
 def test_losses_from_means() -> None:
     """Means in float64; a std of sqrt(1/2) reproduces the bare -(x - mu)^2 that public trainers use for cps."""
 

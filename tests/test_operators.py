@@ -26,7 +26,7 @@ def test_kernels_agree_with_the_plain_backend_in_float64(dtype, size, kernel_dev
     compute-sanitizer runs this test (benchmarks/sanitize.py): it launches every kernel, at sizes that are no multiples
     of anything.
     """
-    # float32 sums of up to 6,006 terms; what is stored is rounded once (in the interpreter truncated: a whole ulp), and
+    # float32 sums of up to 2,886 terms; what is stored is rounded once (in the interpreter truncated: a whole ulp), and
     # statistics follow from a sum as it was stored.
     ulp = torch.finfo(dtype).eps
     of_results = {FP32: max(2e-5, ulp / 2), dtype: max(2e-5, ulp), torch.bool: 0.0}

@@ -120,6 +120,29 @@ def test_strided_latents_and_mixed_dtypes(backend: str, kernel_device: str) -> N
     assert got.noise.dtype == torch.bfloat16
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_than_2_31_elements_in_total() -> None:
+    """Offsets beyond 32 bits, over samples and within one: the last elements equal those of the sample alone."""
+    step = fg.dance_sde(0.5, 0.4).to("cuda")
+    for shape in ((9, 2**28), (1, 2**31 + 5)):
+        latents = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+        latents[-1, -999:] = torch.arange(999, device="cuda")
+        seeds = torch.arange(shape[0], device="cuda")
+        out = fg.sde_step(latents, latents, step, seeds=seeds)
+        alone = fg.sde_step(latents[-1:], latents[-1:], step, seeds=seeds[-1:])
+        assert out.noise is not None
+        assert alone.noise is not None
+        assert torch.equal(out.noise[-1:], alone.noise)
+        assert torch.equal(out.latents[-1:], alone.latents)
+        assert out.latents[-1, -1].item() > 500
+        # The noise of an element depends on the seed alone: a short sample has the first of a long one's.
+        short = fg.sde_step(latents[-1:, :5000], latents[-1:, :5000], step, seeds=seeds[-1:])
+        assert short.noise is not None
+        assert torch.equal(out.noise[-1:, :5000], short.noise)
+        del out, alone, short
+
+
 def test_float64_and_an_empty_batch() -> None:
     latents = torch.randn(2, 8, dtype=torch.float64)
     step = fg.dance_sde(torch.tensor([0.5, 0.6], dtype=torch.float64), 0.2)
