@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import candidates
 import torch
 
 from fastguard.kernels import adaln, gated_residual, gelu, qk_norm_rope, sde_step, transition
@@ -19,7 +20,7 @@ DTYPES = (*BYTES, MIXED)
 # What holds latents; and what is float32 beside a bf16 velocity: latents, or a drawn sample beside its means.
 LATENTS = {"velocity_ptr", "old_ptr", "noise_ptr", "ref_ptr", "grad_ptr", "latents_ptr", "next_ptr"}
 STORED_WIDE = {"latents_ptr", "next_ptr", "noise_ptr"}
-SPECIAL = {"seeds_ptr": "*i64", "clipped_ptr": "*i1"}
+SPECIAL = {"seeds_ptr": "*i64", "clipped_ptr": "*i1", "ticket_ptr": "*i32"}
 # Of the Flux kernels: rows of a sample or a layer, which may be float32 beside bf16 activations, and what always is.
 WEIGHTS = {
     "scale_ptr", "shift_ptr", "gate_ptr", "bias_ptr",
@@ -64,7 +65,7 @@ class Variant:
 
 def all_variants() -> list[Variant]:
     """The variants, and each kernel once more with every size 1."""
-    lists = (_transition, _epilogue, _sde_step, _adaln, _gated_residual, _gelu, _qk_norm_rope)
+    lists = (_transition, _epilogue, _sde_step, _adaln, _gated_residual, _gelu, _qk_norm_rope, _candidates)
     everything = [variant for variants in lists for variant in variants()]
     widest = {variant.kernel: variant for variant in everything}  # the last of each kernel has every flag
     return everything + [_with_sizes_of_one(variant) for variant in widest.values()]
@@ -269,3 +270,22 @@ def _qk_norm_rope() -> Iterator[Variant]:
         unused |= {"grad_v_ptr": not has_text}
         costs = {"moved": 8 if has_text else 6, "scalars": scalars + 2 * need_norms, "stages": 2, **launch}
         yield _flux_variant("qk_norm_rope_bwd", kernel, dtype, flags | tiling, unused, **costs)
+
+
+def _candidates() -> Iterator[Variant]:
+    """Without a limit on narrow accesses: most are the epilogue's, which one program makes."""
+    shared = {"OBJECTIVE": 0, "REDUCTION": 2, "FROM_MEANS": False, "HAS_WEIGHT": True, "INVERT_WEIGHT": True}
+    for dtype, flags in itertools.product(DTYPES, _flags("HAS_REF")):
+        unused = {"ref_ptr": not flags["HAS_REF"]}
+        stored = {arg: ("fp32" if arg in STORED_WIDE else "bf16") if dtype == MIXED else dtype for arg in LATENTS}
+        types = {**{arg: f"*{kind}" for arg, kind in stored.items()}, **SPECIAL}
+        sums = {"FROM_MEANS": False, **flags, "BLOCK": LAUNCH.block}
+        yield _variant("early_sums", candidates._early_sums_kernel, dtype, types, sums, unused)
+        for partials in transition.EPILOGUE_PARTIALS:
+            tile = {"BLOCK_B": transition.EPILOGUE_TILE // partials, "BLOCK_P": partials}
+            every = {**shared, **flags, "VELOCITY_KL": flags["HAS_REF"], **tile}
+            kernel = candidates._guard_forward_kernel
+            yield _variant("guard_forward", kernel, dtype, types, every | {"BLOCK": LAUNCH.block}, unused)
+            if dtype == "fp32":
+                kernel = candidates._waiting_epilogue_kernel
+                yield _variant("waiting_epilogue", kernel, dtype, SPECIAL, every, {}, transition.EPILOGUE_WARPS)

@@ -69,5 +69,24 @@ def test_every_kernel_is_in_the_list(tmp_path: Path) -> None:
         f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nimport h100_variants\n"
         "print(*sorted({variant.kernel.__name__ for variant in h100_variants.all_variants()}), sep='\\n')\n"
     )
-    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    files = [*(ROOT / "kernels").glob("*.py"), ROOT / "benchmarks" / "candidates.py"]
+    sources = "".join(path.read_text() for path in files)
     assert run(script) == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+
+
+def test_one_launch_reads_the_others_sums_after_they_were_written(tmp_path: Path) -> None:
+    """In the machine code: stored, fenced, counted, the first-level cache dropped, a barrier, and only then loaded."""
+    script = tmp_path / "order.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nimport h100_code\n"
+        "variant = next(v for v in h100_code.all_variants() if v.name.startswith('guard_forward bf16'))\n"
+        "print(h100_code.compile_variant(variant).sass)\n"
+    )
+    sass = "\n".join(run(script))
+    (counted,) = re.finditer(r"ATOMG\S*\.STRONG\.GPU", sass)
+    before, after = sass[: counted.start()], sass[counted.end() :]
+    stored, fenced = before.rindex("STG.E"), before.rindex("MEMBAR.ALL.GPU")
+    assert stored < fenced
+    assert after.index("CCTL.IVALL") < after.index("BAR.SYNC") < after.index("LDG.E")
+    assert "LDG.E" not in before[fenced:]
+    assert "CONSTANT" not in sass  # no load may go through the read-only cache

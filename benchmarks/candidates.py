@@ -1,0 +1,226 @@
+"""Kernels that might replace one of the product's: written, tested and compiled, but not yet measured on a GPU.
+
+The product's forward pass of the loss is two launches: partial sums, and an epilogue of one program. Here are two ways
+to do with one launch, or to hide the second; they give the same bits, since they run the same code in the same order.
+`tune.py` measures them. What wins moves into kernels/transition.py, what loses is deleted: docs/hopper.md.
+"""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc
+
+from fastguard.kernels import transition
+from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows
+
+_transition_sums_kernel = transition._transition_sums_kernel
+_guard_epilogue_kernel = transition._guard_epilogue_kernel
+
+
+@triton.jit
+def _guard_forward_kernel(
+    velocity_ptr,
+    old_ptr,
+    noise_ptr,
+    ref_ptr,
+    advantages_ptr,
+    velocity_coef_ptr,
+    std_ptr,
+    weight_ptr,
+    partials_ptr,
+    ticket_ptr,
+    loss_ptr,
+    stats_ptr,
+    coefs_ptr,
+    clipped_ptr,
+    stride_velocity,
+    stride_old,
+    stride_noise,
+    stride_ref,
+    log_clip_low,
+    log_clip_high,
+    adv_clip,
+    kl_threshold,
+    kl_weight,
+    n_samples,
+    n_elements,
+    n_partials,
+    OBJECTIVE: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    FROM_MEANS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    INVERT_WEIGHT: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    VELOCITY_KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Sums and epilogue in one launch: the program that takes the last ticket finds all partial sums written.
+
+    Taking a ticket releases a program's sums and acquires those of the programs before it, for the whole GPU; the
+    barriers hand that on between the program's own threads. The last one puts the ticket back to 0.
+    """
+    _transition_sums_kernel(
+        velocity_ptr, old_ptr, noise_ptr, ref_ptr, partials_ptr,
+        stride_velocity, stride_old, stride_noise, stride_ref, n_samples, n_elements, n_partials,
+        FROM_MEANS, HAS_REF, BLOCK,
+    )  # fmt: skip
+    tl.debug_barrier()
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+    if ticket == tl.num_programs(0) - 1:
+        tl.debug_barrier()
+        _guard_epilogue_kernel(
+            partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr,
+            loss_ptr, stats_ptr, coefs_ptr, clipped_ptr,
+            log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
+            OBJECTIVE, REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, VELOCITY_KL, BLOCK_B, BLOCK_P,
+        )  # fmt: skip
+        tl.store(ticket_ptr, 0)
+
+
+@triton.jit
+def _early_sums_kernel(
+    velocity_ptr,
+    old_ptr,
+    noise_ptr,
+    ref_ptr,
+    partials_ptr,
+    stride_velocity,
+    stride_old,
+    stride_noise,
+    stride_ref,
+    n_samples,
+    n_elements,
+    n_partials,
+    FROM_MEANS: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The product's sums, which let the epilogue be launched while they run."""
+    gdc.gdc_launch_dependents()
+    _transition_sums_kernel(
+        velocity_ptr, old_ptr, noise_ptr, ref_ptr, partials_ptr,
+        stride_velocity, stride_old, stride_noise, stride_ref, n_samples, n_elements, n_partials,
+        FROM_MEANS, HAS_REF, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _waiting_epilogue_kernel(
+    partials_ptr,
+    advantages_ptr,
+    velocity_coef_ptr,
+    std_ptr,
+    weight_ptr,
+    loss_ptr,
+    stats_ptr,
+    coefs_ptr,
+    clipped_ptr,
+    log_clip_low,
+    log_clip_high,
+    adv_clip,
+    kl_threshold,
+    kl_weight,
+    n_samples,
+    n_elements,
+    n_partials,
+    OBJECTIVE: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    FROM_MEANS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    INVERT_WEIGHT: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    VELOCITY_KL: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The product's epilogue, launched early: it waits here until the sums are complete and can be seen."""
+    gdc.gdc_wait()
+    _guard_epilogue_kernel(
+        partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr,
+        loss_ptr, stats_ptr, coefs_ptr, clipped_ptr,
+        log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
+        OBJECTIVE, REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, VELOCITY_KL, BLOCK_B, BLOCK_P,
+    )  # fmt: skip
+
+
+class _Early:
+    """Launches a kernel as a programmatic dependent of the one before it (Hopper and later)."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return partial(self._kernel[grid], launch_pdl=True)
+
+
+def guard_forward_one_launch(
+    velocity: Tensor,
+    old: Tensor,
+    noise: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    velocity_coef: Tensor | None,
+    std: Tensor,
+    weight: Tensor | None,
+    ticket: Tensor | None = None,
+    *,
+    invert_weight: bool,
+    objective: str,
+    log_clip: tuple[float, float],
+    adv_clip: float,
+    kl_threshold: float,
+    kl_weight: float,
+    velocity_kl: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `transition_partials` and `guard_epilogue` give together: loss, stats, coefs, clipped.
+
+    ticket: int32 at 0, of nobody else's; None makes one, which costs the launch that fills it.
+    """
+    velocity, stride_velocity = as_rows(velocity)
+    old, stride_old = as_rows(old)
+    noise, stride_noise = as_rows(noise)
+    ref_rows, stride_ref = (None, 0) if ref is None else as_rows(ref)
+    n_samples, n_elements = velocity.shape
+    n_partials = min(triton.cdiv(n_elements, LAUNCH.block), MAX_PARTIALS)
+    partials = torch.empty((3, n_samples, n_partials), dtype=torch.float32, device=velocity.device)
+    loss = partials.new_empty((n_samples,) if reduction == "none" else ())
+    stats, coefs = partials.new_empty((5, n_samples)), partials.new_empty((3, n_samples))
+    clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
+    if ticket is None:
+        ticket = torch.zeros((), dtype=torch.int32, device=velocity.device)
+    block = transition.EPILOGUE_PARTIALS[n_partials <= transition.EPILOGUE_PARTIALS[1]]
+    _guard_forward_kernel[(n_samples * n_partials,)](
+        velocity, old, noise, ref_rows, advantages, velocity_coef, std, weight, partials, ticket,
+        loss, stats, coefs, clipped,
+        stride_velocity, stride_old, stride_noise, stride_ref,
+        *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
+        OBJECTIVE=transition.OBJECTIVES[objective], REDUCTION=transition.REDUCTIONS[reduction],
+        FROM_MEANS=velocity_coef is None, HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight,
+        HAS_REF=ref is not None, VELOCITY_KL=velocity_kl, BLOCK=LAUNCH.block,
+        BLOCK_B=transition.EPILOGUE_TILE // block, BLOCK_P=block, num_warps=LAUNCH.num_warps,
+    )  # fmt: skip
+    return loss, stats, coefs, clipped
+
+
+@contextmanager
+def early_epilogue() -> Iterator[None]:
+    """Inside, the product's forward pass launches its epilogue early (programmatic dependent launch)."""
+    transition._transition_sums_kernel = _early_sums_kernel
+    transition._guard_epilogue_kernel = _Early(_waiting_epilogue_kernel)
+    try:
+        yield
+    finally:
+        transition._transition_sums_kernel = _transition_sums_kernel
+        transition._guard_epilogue_kernel = _guard_epilogue_kernel
