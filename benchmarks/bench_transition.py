@@ -20,8 +20,8 @@ import results
 import textbook
 import torch
 from textbook import SHAPES, Inputs
+from timing import peak_bytes
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import fastguard as fg
 
@@ -42,8 +42,11 @@ def exact_log_ratio(inputs: Inputs) -> Tensor:
     return exact.std * fg.transition_moments(velocity, old, noise, exact, backend="torch").cross
 
 
-def assert_correct(inputs: Inputs) -> None:
-    """The loss and gradient of each contender agree with float64 before anything is timed."""
+def assert_correct(inputs: Inputs, losses: dict[str, Callable[[Inputs], Tensor]]) -> None:
+    """The loss and gradient of each contender agree with float64 before anything is timed.
+
+    Samples this near the edge of the clip are left out: the textbook's log-ratio is too inexact to decide them.
+    """
     velocity, old, noise = (t.detach().double() for t in (inputs.velocity, inputs.old_velocity, inputs.noise))
     velocity.requires_grad_()
     advantages = inputs.advantages.double()
@@ -51,34 +54,16 @@ def assert_correct(inputs: Inputs) -> None:
         velocity, old, noise, advantages, inputs.step, clip_range=textbook.CLIP_RANGE, backend="torch"
     )
     (exact_grad,) = torch.autograd.grad(exact.loss, velocity)
+    sure = (exact.log_ratio.abs() - textbook.CLIP_RANGE).abs() > 5e-7
     # Gradients are rounded to the storage dtype; the textbook's also carries the rounding of its float32 means.
     rtol = max(torch.finfo(inputs.velocity.dtype).eps, 1e-4)
-    for name, loss in LOSSES.items():
+    for name, loss in losses.items():
         value = loss(inputs)
         (grad,) = torch.autograd.grad(value, inputs.velocity)
         torch.testing.assert_close(value.double(), exact.loss.detach(), rtol=1e-5, atol=0, msg=f"{name}: loss")
-        worst = float((grad.double() - exact_grad).abs().max() / exact_grad.abs().max())
+        off = (grad.double() - exact_grad).abs().flatten(1).amax(1)[sure]
+        worst = float(off.max() / exact_grad.abs().max())
         assert worst < rtol, f"{name}: gradient off by {worst:.1e}"
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Largest number of bytes that `run` holds at once beyond what was there before."""
-    run()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    now = top = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            top = max(top, now)
-    return top
 
 
 def forward(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
@@ -104,7 +89,7 @@ def synchronized(run: Callable[..., Any]) -> Callable[..., None]:
 @pytest.mark.parametrize("phase", ["forward", "backward", "both"])
 def test_loss(benchmark: Any, shape: tuple[int, ...], name: str, phase: str) -> None:
     inputs, loss = textbook.make_inputs(shape, DTYPE, DEVICE), LOSSES[name]
-    assert_correct(inputs)
+    assert_correct(inputs, LOSSES)
     benchmark.group = f"{phase} {shape} {DTYPE} {DEVICE}"
     benchmark.extra_info["bytes_kept_for_backward"] = textbook.kept_bytes(loss, inputs)
     if phase == "backward":
@@ -113,7 +98,7 @@ def test_loss(benchmark: Any, shape: tuple[int, ...], name: str, phase: str) -> 
         benchmark.pedantic(run, setup=lambda: ((loss(inputs),), {}), rounds=30, warmup_rounds=5)
         return
     work = {"forward": forward, "both": both}[phase]
-    benchmark.extra_info["peak_new_bytes"] = peak_bytes(lambda: work(loss, inputs))
+    benchmark.extra_info["peak_new_bytes"] = peak_bytes(lambda: work(loss, inputs), DEVICE == "cuda")
     benchmark.pedantic(synchronized(work), args=(loss, inputs), rounds=30, warmup_rounds=5)
 
 
@@ -138,7 +123,7 @@ def exactness() -> dict[str, float]:
 def interleaved_ms(shape: tuple[int, ...], rounds: int = 12, block: int = 10) -> dict[str, dict[str, float]]:
     """Forward + backward of each loss in blocks by turns, so that a drift of the machine meets all alike."""
     inputs = textbook.make_inputs(shape, DTYPE, DEVICE)
-    assert_correct(inputs)
+    assert_correct(inputs, LOSSES)
     run = synchronized(both)
     times: dict[str, list[float]] = {name: [] for name in LOSSES}
     for _ in range(rounds):
@@ -157,7 +142,7 @@ def interleaved_ms(shape: tuple[int, ...], rounds: int = 12, block: int = 10) ->
             "p50_ms": quantiles[4],
             "p80_ms": quantiles[7],
             "times_fused": quantiles[4] / statistics.median(times["fused"]),
-            "peak_new_bytes": peak_bytes(partial(both, LOSSES[name], inputs)),
+            "peak_new_bytes": peak_bytes(partial(both, LOSSES[name], inputs), DEVICE == "cuda"),
             "bytes_kept_for_backward": textbook.kept_bytes(LOSSES[name], inputs),
         }
     return table

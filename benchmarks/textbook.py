@@ -1,7 +1,8 @@
 """The baseline of every benchmark: the GRPO-Guard loss as it is commonly written, in float32, step by step.
 
 It is given what such trainers store (the drawn sample, the old mean, the old log-probability) and computes mean,
-log-probability, log-ratio by subtraction, RatioNorm, clip and reweighting with ordinary tensor operations.
+log-probability, log-ratio by subtraction, RatioNorm, clip and reweighting with ordinary tensor operations. The step of
+the rollout is written in the same way, and gives what they store.
 """
 
 from __future__ import annotations
@@ -92,6 +93,14 @@ def guard_loss(inputs: Inputs) -> Tensor:
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE)
     return (torch.maximum(unclipped, clipped) / inputs.step.dt.abs()).mean()
+
+
+def sde_step(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample and mean, float32 of the latents' shape, and the sample's log-probability (B,)."""
+    std = expand(inputs.step.std, inputs.latents)
+    mean = mean_of(inputs.latents, inputs.velocity.detach(), inputs.step)
+    sample = mean + std * torch.randn_like(mean)
+    return sample, mean, log_prob(sample, mean, std)
 
 
 def fused_guard_loss(inputs: Inputs) -> Tensor:

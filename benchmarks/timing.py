@@ -1,17 +1,24 @@
-"""How a GPU is timed: CUDA graphs of many launches, percentiles, and bandwidth from a count of bytes."""
+"""How a GPU is measured: CUDA graphs of many launches, percentiles, bandwidth from a count of bytes, peak memory."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-# Twice the L2 of an H100 or H200 (50 to 60 MB), in one tensor of each set of inputs: every launch finds its own cold.
+# Twice the L2 of an H100 or H200 (50 to 60 MB), in all sets of inputs together: every launch finds its own cold.
 ROTATED_BYTES = 120 * 2**20
 REPLAYS = 25
+
+
+def rotations(set_bytes: int, cuda: bool) -> int:
+    """How many sets of inputs of this size to launch over in turn."""
+    return max(1, math.ceil(ROTATED_BYTES / set_bytes)) if cuda else 2
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
@@ -68,3 +75,23 @@ def call_times(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
 
 def with_bandwidth(times: dict[str, float], moved_bytes: int) -> dict[str, float]:
     return {**times, "moved_bytes": moved_bytes, "gb_per_s": moved_bytes / times["p50_us"] / 1e3}
+
+
+def peak_bytes(run: Callable[[], Any], cuda: bool) -> int:
+    """Largest number of bytes that `run` holds at once beyond what was there before."""
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    now = top = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            top = max(top, now)
+    return top

@@ -35,6 +35,7 @@ from fastguard.memory import (
     executed_flops,
     kept_activations,
     plan,
+    rollout_flops,
     update_flops,
 )
 from fastguard.memory.live import Label, LiveBytes, allocated, use_cuda_kernels
@@ -474,7 +475,9 @@ def test_flops_of_an_update_are_those_of_its_matmuls() -> None:
     )
     attention = 3 * 4 * batch * 4 * (tokens + text) ** 2 * 16  # blocks, two matmuls, heads, tokens, channels
     inputs = sum(n for name, n in counts.items() if name in ("x_embedder", "context_embedder") or "linear_1" in name)
-    assert update_flops(full) == 3 * (sum(counts.values()) + attention) - inputs  # data needs no gradient
+    forward = sum(counts.values()) + attention
+    assert update_flops(full) == 3 * forward - inputs  # data needs no gradient
+    assert rollout_flops(tiny(model={"train": "full"}, sampler={"batch_size": batch})) == forward
     assert update_flops(tiny(lora={"rank": 1})) < 0.9 * update_flops(full)  # frozen weights need none either
 
 

@@ -1,11 +1,20 @@
 """Predicts on any machine what fits on a GPU, by running the real program with fake tensors at full size.
 
 `plan` predicts the peak memory of each phase, `choose_recompute` decides model.recompute = "auto", `kept_activations`
-lists what waits for the backward pass, and `update_flops` and `executed_flops` count what an update needs and does.
+lists what waits for the backward pass; `update_flops` and `executed_flops` count what an update needs and does, and
+`rollout_flops` what a step of a rollout does.
 """
 
 from fastguard.memory.kept import KeptActivations, KeptTensor, compare_kept, kept_activations
-from fastguard.memory.planner import MemoryPlan, Phase, choose_recompute, executed_flops, plan, update_flops
+from fastguard.memory.planner import (
+    MemoryPlan,
+    Phase,
+    choose_recompute,
+    executed_flops,
+    plan,
+    rollout_flops,
+    update_flops,
+)
 
 __all__ = [
     "KeptActivations",
@@ -17,5 +26,6 @@ __all__ = [
     "executed_flops",
     "kept_activations",
     "plan",
+    "rollout_flops",
     "update_flops",
 ]

@@ -283,6 +283,20 @@ def update_pass(settings: PassSettings) -> Pass:
 
 
 @lru_cache(maxsize=16)
+def rollout_flops(settings: PassSettings) -> int:
+    """Matmul, convolution and attention FLOPs of the transformer in one denoising step of `micro_batch` images."""
+    n = settings.micro_batch
+    with _fake_backbone(settings) as (backbone, _), torch.no_grad():
+        latents, prompts = (
+            torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype),
+            torch.empty(n, dtype=torch.int64),
+        )
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            predict_velocity(backbone.policy, latents, 0.5, prompts)
+    return counter.get_total_flops()
+
+
+@lru_cache(maxsize=16)
 def update_flops(settings: PassSettings) -> int:
     """Matmul, convolution and attention FLOPs of a forward and backward pass, with those that are done twice.
 

@@ -106,15 +106,15 @@ def _encode(recipe: Recipe) -> Phase:
 
 
 def _rollout(recipe: Recipe, weights: Weights) -> Phase:
-    return _resident(recipe, weights, "rollout", rollout_pass(_sampling_settings(recipe)), swaps=True)
+    return _resident(recipe, weights, "rollout", rollout_pass(sampling_settings(recipe)), swaps=True)
 
 
 def _decode(recipe: Recipe, weights: Weights) -> Phase:
-    run = decode_pass(_sampling_settings(recipe), recipe.sampler.decode_batch)
+    run = decode_pass(sampling_settings(recipe), recipe.sampler.decode_batch)
     return _resident(recipe, weights, "decode", run, swaps=False)
 
 
-def _sampling_settings(recipe: Recipe) -> PassSettings:
+def sampling_settings(recipe: Recipe) -> PassSettings:
     """The same for all recipes that sample alike."""
     return PassSettings(
         model=as_built(recipe.model),

@@ -18,6 +18,7 @@ from fastguard.memory.phases import (
     limit_bytes,
     planned_phases,
     resolve_recompute,
+    sampling_settings,
     update_settings,
 )
 from fastguard.memory.suggestions import suggest
@@ -107,6 +108,12 @@ def executed_flops(recipe: Recipe) -> int:
     """As `update_flops`, with what the level of model.recompute computes again."""
     check_plannable(recipe)
     return passes.update_flops(update_settings(recipe, resolve_recompute(recipe)))
+
+
+def rollout_flops(recipe: Recipe) -> int:
+    """FLOPs of the transformer in one denoising step of a rollout batch, `sampler.batch_size` images; counted alike."""
+    check_plannable(recipe)
+    return passes.rollout_flops(sampling_settings(recipe))
 
 
 def _notes(recipe: Recipe, recompute: Recompute, roomy: bool) -> Iterator[str]:
