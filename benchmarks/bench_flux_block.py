@@ -1,7 +1,7 @@
 """The Flux kernels and whole blocks: bytes moved and kept, and times beside eager, torch.compile and copying.
 
     python benchmarks/bench_flux_block.py --bytes [--save]      bytes that each kernel moves; any machine, no GPU
-    python benchmarks/bench_flux_block.py [--save] [--out DIR]  times on a GPU, at Flux.1-dev's size
+    python benchmarks/bench_flux_block.py [--save] [--resume]   times on a GPU, at Flux.1-dev's size
     pytest benchmarks/bench_flux_block.py                       small blocks on the device at hand, by pytest-benchmark
 
 One sample at 1024^2: 4,096 image and 512 text tokens of 3,072 channels in bfloat16, LoRA of rank 64 on all linear
@@ -12,24 +12,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import results
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import (
     FluxPosEmbed,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
 from peft import LoraConfig, inject_adapter_in_model
-from timing import ROTATED_BYTES, graph_times, with_bandwidth
+from timing import graph_times, rotations, with_bandwidth
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,6 +44,8 @@ Results = dict[str, Any]
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 LAYERS += ["net.0.proj", "net.2", "proj_mlp", "proj_out"]
 LEVELS: tuple[Recompute, ...] = ("none", "pointwise", "mlp")
+KERNELS_SECTION, BLOCKS_SECTION, BYTES_SECTION = "flux_kernels", "flux_blocks", "flux_bytes"
+KINDS = ("double", "single")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,16 @@ def kernel_calls(size: Size, dtype: torch.dtype, device: str, backend: str = "tr
         source = x + gate[:, None] * y if residual else x
         return nn.functional.layer_norm(source, (c,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
+    def eager_rope(*streams: list[Tensor]) -> list[Any]:
+        """Query and key of each stream normalized, the streams joined, query and key rotated; as diffusers does."""
+        split = [[part.unflatten(-1, (size.heads, size.head_dim)) for part in stream] for stream in streams]
+        for stream, (query_norm, key_norm) in zip(split, (norms[2:], norms[:2])[-len(split) :], strict=True):
+            stream[0] = nn.functional.rms_norm(stream[0], (size.head_dim,), query_norm, 1e-6)
+            stream[1] = nn.functional.rms_norm(stream[1], (size.head_dim,), key_norm, 1e-6)
+        joined = [torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in zip(*split, strict=True)]
+        table: Any = (cos, sin)  # diffusers' annotation says a tuple of one
+        return [*(apply_rotary_emb(part, table, sequence_dim=1) for part in joined[:2]), joined[2]]
+
     text_part, image_part = slice(size.text), slice(size.text, None)
     rotated = (heads[3][:, image_part], heads[4][:, image_part], heads[3][:, text_part], heads[4][:, text_part])
     single = (*heads[:2], None, *heads[3:], None, None)
@@ -157,7 +169,7 @@ def kernel_calls(size: Size, dtype: torch.dtype, device: str, backend: str = "tr
         ),
         "norm + rope, two streams, forward": (
             lambda: qk.qk_norm_rope_fwd(*image, *text, norms, cos, sin, 1e-6),
-            6 * token + n_bytes(norms, rstds) + table, None, 0, table,
+            6 * token + n_bytes(norms, rstds) + table, lambda: eager_rope(text, image), 0, table,
         ),
         "norm + rope, two streams, backward": (
             lambda: qk.qk_norm_rope_bwd(*heads[:3], *rotated, rstds, norms, cos, sin, True, False),
@@ -165,7 +177,7 @@ def kernel_calls(size: Size, dtype: torch.dtype, device: str, backend: str = "tr
         ),
         "norm + rope, one stream, forward": (
             lambda: qk.qk_norm_rope_fwd(x, y, other, None, None, None, norms[:2], cos, sin, 1e-6),
-            4 * token + n_bytes(norms[:2], rstds) + table, None, 0, table + token,
+            4 * token + n_bytes(norms[:2], rstds) + table, lambda: eager_rope([x, y, other]), 0, table + token,
         ),
         "norm + rope, one stream, backward": (
             lambda: qk.qk_norm_rope_bwd(*single, rstds, norms[:2], cos, sin, True, False),
@@ -251,24 +263,35 @@ def moved_bytes(size: Size = FLUX) -> dict[str, dict[str, int]]:
     return table
 
 
-def time_kernels(size: Size, dtype: torch.dtype, device: str) -> Results:
-    """p20, p50 and p80 of each kernel and of its eager form, with the copy bandwidth of the same run."""
+def assert_kernel_correct(name: str, size: Size, dtype: torch.dtype, device: str) -> None:
+    """On the same random numbers the kernel gives what plain torch gives, up to the rounding of the storage dtype."""
+    found = []
+    for backend in ("triton" if device == "cuda" else "torch", "torch"):
+        torch.manual_seed(0)
+        found.append([t for t in tree_leaves(kernel_calls(size, dtype, device, backend)[name].run()) if t.numel()])
+    for got, want in zip(*found, strict=True):
+        off = float((got.double() - want.double()).norm() / want.double().norm())
+        assert off < torch.finfo(dtype).eps, f"{name}: off by {off:.1e}"
+
+
+def measure_kernel(name: str, size: Size, dtype: torch.dtype, device: str) -> Results:
+    """p20, p50 and p80 of a kernel and of its eager form, with the copy bandwidth of the same moment."""
     cuda = device == "cuda"
-    token_bytes = (size.image + size.text) * size.width * dtype.itemsize
-    count = max(2, math.ceil(ROTATED_BYTES / token_bytes)) if cuda else 2
-    backend = "triton" if cuda else "torch"
-    sets = [kernel_calls(size, dtype, device, backend) for _ in range(count)]
-    sources = [torch.randn(size.image + size.text, size.width, device=device).to(dtype) for _ in range(count)]
+    assert_kernel_correct(name, size, dtype, device)
+    shape = (size.image + size.text, size.width)
+    count = rotations(shape[0] * shape[1] * dtype.itemsize, cuda)
+    calls = [kernel_calls(size, dtype, device, "triton" if cuda else "torch")[name] for _ in range(count)]
+    row: Results = {**with_bandwidth(graph_times([call.run for call in calls], cuda), calls[0].least)}
+    eager = [call.eager for call in calls if call.eager is not None]
+    if eager:
+        row["eager"] = graph_times(eager, cuda)
+    del calls, eager
+    sources = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
     targets = [torch.empty_like(source) for source in sources]
-    copies = [lambda s=s, t=t: t.copy_(s) for s, t in zip(sources, targets, strict=True)]
-    rows: Results = {"copy": with_bandwidth(graph_times(copies, cuda), 2 * token_bytes)}
-    for name, call in sets[0].items():
-        rows[name] = with_bandwidth(graph_times([of_set[name].run for of_set in sets], cuda), call.least)
-        rows[name]["of_copy"] = rows[name]["gb_per_s"] / rows["copy"]["gb_per_s"]
-        eager = [of_set[name].eager for of_set in sets]
-        if call.eager is not None:
-            rows[name]["eager"] = graph_times([run for run in eager if run is not None], cuda)
-    return rows
+    copies = [partial(target.copy_, source) for source, target in zip(sources, targets, strict=True)]
+    row["copy"] = with_bandwidth(graph_times(copies, cuda), 2 * sources[0].nbytes)
+    row["of_copy"] = row["gb_per_s"] / row["copy"]["gb_per_s"]
+    return row
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -425,12 +448,12 @@ def print_bytes(table: dict[str, dict[str, int]]) -> None:
         print(f"{name:44} {moved / 1e6:10.2f} {least / 1e6:10.2f}  {moved / least:.3f}")
 
 
-def print_kernels(rows: Results) -> None:
-    print(f"{'kernel':44} {'p50 us':>9} {'GB/s':>8} {'of copy':>8} {'eager us':>10}")
-    for name, row in rows.items():
-        of_copy = f"{row['of_copy']:8.0%}" if "of_copy" in row else f"{'':8}"
-        eager = f"{row['eager']['p50_us']:10.1f}" if "eager" in row else ""
-        print(f"{name:44} {row['p50_us']:9.1f} {row['gb_per_s']:8.0f} {of_copy} {eager}")
+def print_kernel(name: str, row: Results) -> None:
+    eager = f"{row['eager']['p50_us']:10.1f} us eager" if "eager" in row else ""
+    print(
+        f"{name:44} {row['p50_us']:9.1f} us {row['gb_per_s']:8.0f} GB/s {row['of_copy']:8.0%} of copy {eager}",
+        flush=True,
+    )
 
 
 def print_blocks(kind: str, rows: Results) -> None:
@@ -447,32 +470,34 @@ def print_blocks(kind: str, rows: Results) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bytes", action="store_true", help="count the bytes that each kernel moves; needs no GPU")
-    parser.add_argument("--save", action="store_true", help="append the numbers to the result files")
-    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the result files")
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, nothing saved")
+    results.add_arguments(parser)
     args = parser.parse_args()
-    env = results.environment()
     if args.bytes:
         table = moved_bytes()
         print_bytes(table)
         if args.save:
-            print(f"\nsaved {results.save('flux_bytes', env, {'kernels': table}, args.out)}")
+            print(f"\nsaved {results.save(BYTES_SECTION, results.environment(), {'kernels': table}, args.out)}")
         return
-    cuda = torch.cuda.is_available() and not args.dry_run
-    if not cuda and not args.dry_run:
-        sys.exit("bench_flux_block needs a CUDA device, and torch sees none; --bytes and --dry-run do without")
-    size, dtype, device = (FLUX, torch.bfloat16, "cuda") if cuda else (SMALL, torch.float32, "cpu")
-    kernels = time_kernels(size, dtype, device)
-    print_kernels(kernels)
-    blocks = {}
-    for kind in ("double", "single"):
-        blocks[kind] = measure_block(kind, size, dtype, device)
-        print_blocks(kind, blocks[kind])
-    if args.save and not args.dry_run:
-        numbers = {"size": vars(size), "dtype": str(dtype), "kernels": kernels, "blocks": blocks}
-        print(f"\nsaved {results.save('flux_blocks', env, numbers, args.out)}")
+    results.check_arguments(parser, args)
+    size, dtype, device = (SMALL, torch.float32, "cpu") if args.dry_run else (FLUX, torch.bfloat16, "cuda")
+    fixed = {"size": vars(size), "dtype": str(dtype)}
+
+    def kernel_row(name: str) -> Results:
+        row = measure_kernel(name, size, dtype, device)
+        print_kernel(name, row)
+        return row
+
+    def block_row(kind: str) -> Results:
+        row = measure_block(kind, size, dtype, device)
+        print_blocks(kind, row)
+        return row
+
+    kernels, blocks = results.Run(KERNELS_SECTION, args, **fixed), results.Run(BLOCKS_SECTION, args, **fixed)
+    kernels.measure(kernel_calls(SMALL, dtype, "cpu", "torch"), kernel_row)
+    blocks.measure(KINDS, block_row)
+    sys.exit("; ".join(problem for problem in (kernels.finish(), blocks.finish()) if problem) or None)
 
 
 if __name__ == "__main__":
