@@ -89,11 +89,13 @@ class Run:
                 if {key: env.get(key) for key in same} == same and _plain(self._fixed).items() <= run.items():
                     self._environment, self.rows = env, run["rows"]
 
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """The rows that were not measured yet, or failed."""
+        return [name for name in names if name not in self.rows or _failed(self.rows[name])]
+
     def measure(self, names: Iterable[str], row_of: Callable[[str], dict[str, Any]]) -> None:
-        """Fill in the rows that are missing or failed, as long as there is time, and print what goes wrong."""
-        for name in names:
-            if name in self.rows and "error" not in self.rows[name]:
-                continue
+        """Fill in the rows that are missing, as long as there is time, and print what goes wrong."""
+        for name in self.missing(names):
             if time.monotonic() > self._deadline:
                 self.left.append(name)
                 continue
@@ -112,11 +114,16 @@ class Run:
         """Say where the numbers are; what is missing, as `sys.exit` takes it."""
         if self.path is not None:
             print(f"\nsaved {self.path}")
-        broken = [name for name, row in self.rows.items() if row.get("error") not in (None, "out of memory")]
+        broken = [name for name, row in self.rows.items() if _failed(row)]
         missing = [f"failed: {', '.join(broken)}"] if broken else []
         if self.left:
             missing.append(f"no time left for {', '.join(self.left)}; --resume goes on with them")
         return "; ".join(missing) or None
+
+
+def _failed(row: dict[str, Any]) -> bool:
+    """Not so if it ran out of memory, which is a result."""
+    return row.get("error") not in (None, "out of memory")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,6 +153,20 @@ def _plain(value: Any) -> Any:
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All result files, oldest first."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name)]
+
+
+def newest_rows(files: list[dict[str, Any]], section: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each device the newest row of each name, with its `environment` and what its run shared.
+
+    Rows may come from several runs: a part of a benchmark can be measured again on its own.
+    """
+    runs = [run for file in files for run in file.get(section, []) if "rows" in run]
+    devices: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: str(run["environment"]["time"])):
+        shared = {key: value for key, value in run.items() if key != "rows"}
+        rows = devices.setdefault(run["environment"]["device"], {})
+        rows |= {name: {**shared, **row} for name, row in run["rows"].items()}
+    return devices
 
 
 def _cpu_name() -> str:

@@ -4,7 +4,7 @@
 
 An experiment asks one question: which setting of some constants, or which form of a kernel, is fastest, at some sizes
 and dtypes. The first choice is the product's; every other one must give its results. plot.py puts the times under the
-predictions. `--dry-run` walks the path on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
+predictions. `--dry-run` walks the path on a CPU, in Triton's interpreter (TRITON_INTERPRET=1): a case of each.
 """
 
 from __future__ import annotations
@@ -334,7 +334,10 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only {' '.join(args.only)} matches none of {', '.join(EXPERIMENTS)}")
     run = results.Run(SECTION, args)
-    cases = {f"{name}: {case}": (EXPERIMENTS[name], case) for name in chosen for case in EXPERIMENTS[name].cases}
+    most = 1 if args.dry_run else None
+    cases = {
+        f"{name}: {case}": (EXPERIMENTS[name], case) for name in chosen for case in [*EXPERIMENTS[name].cases][:most]
+    }
 
     def row_of(name: str) -> dict[str, Any]:
         if not args.dry_run:

@@ -263,6 +263,7 @@ def test_flux_sizes(dtypes, shape, poisoned) -> None:
     assert_matches_reference(make_case(shape, dtypes, "cuda"), gated=True)
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_31_elements_in_total() -> None:

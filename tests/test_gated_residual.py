@@ -150,6 +150,7 @@ def test_long_streams_take_more_tokens_per_program() -> None:
     assert [tokens_per_program(n) for n in (1, 512, 1024, 2047, 2048, 4608)] == [32, 32, 32, 32, 64, 64]
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_31_elements_in_total() -> None:

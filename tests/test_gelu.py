@@ -212,6 +212,7 @@ def test_any_number_of_tokens_per_program(tokens, kernel_device, poisoned, monke
     assert_matches_reference(make_case((2, 45, 100), 30, device=kernel_device))
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_31_elements_in_total() -> None:

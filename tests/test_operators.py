@@ -11,6 +11,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+def test_no_operator_is_left_out() -> None:
+    called = {call.op.name() for call in operators.calls(FP32, "cpu")}
+    registered = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastguard::")}
+    assert called == registered
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, BF16], ids=str)
 def test_operators_keep_the_rules_of_torch_library(dtype: torch.dtype, kernel_device: str) -> None:
     backend = "torch" if dtype == torch.float64 else "triton"

@@ -271,6 +271,7 @@ def test_any_tile(block, per_program, per_tile, kernel_device, poisoned, monkeyp
     assert_matches_reference(make_case((1, 7, 9, 8, 16), device=kernel_device))
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_31_elements_in_total() -> None:

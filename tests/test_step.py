@@ -120,6 +120,7 @@ def test_strided_latents_and_mixed_dtypes(backend: str, kernel_device: str) -> N
     assert got.noise.dtype == torch.bfloat16
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_31_elements_in_total() -> None:

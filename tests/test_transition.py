@@ -235,6 +235,7 @@ def test_slices_that_are_not_aligned(offset, backend, kernel_device) -> None:
     torch.testing.assert_close(result.cross.cpu().double(), cross, rtol=0, atol=2e-6 * float(drift.max().sqrt()))
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo"])

@@ -1,0 +1,104 @@
+"""The kernels' tests on a GPU, and the same kernels under compute-sanitizer; what came of it goes into the results.
+
+    python benchmarks/validate.py [--only tests sanitizer] [--save] [--resume]
+
+`tests` is `pytest -m gpu`, in several processes if pytest-xdist is installed: most of its time is compiling kernels.
+`sanitizer` runs every operator once, at sizes that are no multiples of anything, under memcheck (accesses past the end,
+with every tensor in an allocation of its own), racecheck (shared memory) and synccheck (barriers). It is skipped, and
+says so, where the tool is not installed. What a kernel leaves unwritten shows in the tests, whose outputs are filled
+with NaN beforehand. `--dry-run` runs a few tests here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import results
+
+SECTION = "validation"
+TOOLS = ("memcheck", "racecheck", "synccheck")
+SANITIZED = ["tests/test_operators.py", "-k", "plain_backend and odd and bfloat16"]
+"""what compute-sanitizer watches; -m gpu comes with it"""
+LIMIT_S = 540
+# Processes that test on one GPU. The tests with the largest tensors share one of them (xdist_group).
+WORKERS = 8
+
+
+def pytest_command(*selected: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected]
+
+
+def run_tests(dry_run: bool) -> dict[str, Any]:
+    """All tests that run on a GPU."""
+    command = pytest_command("tests/test_step.py") if dry_run else pytest_command("-m", "gpu", "tests")
+    if importlib.util.find_spec("xdist") and not dry_run:
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    return {"command": shown(command), **outcome(command)}
+
+
+def run_sanitizer(tool: str, dry_run: bool) -> dict[str, Any]:
+    """Every operator under one of compute-sanitizer's tools."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if dry_run or sanitizer is None:
+        return {"skipped": "a dry run" if dry_run else "compute-sanitizer is not installed"}
+    watch = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+    command = [*watch, *pytest_command("-m", "gpu", *SANITIZED)]
+    # Tensors cut from the allocator's large blocks would hide an access past their ends.
+    row = outcome(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    reports = [line for line in row.pop("output").splitlines() if line.startswith("=========")]
+    row |= {"command": shown(command), "reports": reports[:40]}
+    return row
+
+
+def outcome(command: list[str], environ: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run it, show what it prints, and tell what pytest counted. An `error` unless all went well."""
+    try:
+        done = subprocess.run(
+            command, cwd=results.ROOT, env={**os.environ, **(environ or {})}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        print(output[-8000:], flush=True)
+        return {"error": "timed out", "message": f"not done after {LIMIT_S} s", "output": output}
+    print(done.stdout[-8000:], flush=True)
+    counted = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
+    row: dict[str, Any] = {"counted": counted, "output": done.stdout}
+    if done.returncode or not counted.get("passed"):
+        row |= {"error": "failed", "message": f"exit status {done.returncode}"}
+    return row
+
+
+def shown(command: list[str]) -> str:
+    return " ".join(["python" if part == sys.executable else os.path.basename(part) for part in command])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=["tests", "sanitizer"], default=["tests", "sanitizer"])
+    results.add_arguments(parser)
+    args = parser.parse_args()
+    results.check_arguments(parser, args)
+    run = results.Run(SECTION, args)
+    names = [name for part in args.only for name in (("tests",) if part == "tests" else TOOLS)]
+
+    def row_of(name: str) -> dict[str, Any]:
+        print(f"\n{name}", flush=True)
+        row = run_tests(args.dry_run) if name == "tests" else run_sanitizer(name, args.dry_run)
+        row.pop("output", None)
+        print(f"{name}: {row.get('error') or row.get('skipped') or row['counted']}", flush=True)
+        return row
+
+    run.measure(names, row_of)
+    sys.exit(run.finish())
+
+
+if __name__ == "__main__":
+    main()
