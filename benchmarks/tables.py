@@ -226,7 +226,7 @@ def planned_table(run: dict[str, Any]) -> str:
     """What the planner says of the same cases; it needs no GPU."""
     env = run["environment"]
     rows = []
-    for row in run["cases"].values():
+    for row in sorted(run["cases"].values(), key=case_order):
         peaks, goal = row["peak_bytes"], row["peak_goal_gib"]
         said = "" if goal is None else f"<= {goal:g} GiB"
         fits = "fits" if row["fits"] else "too large"
