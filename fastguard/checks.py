@@ -159,7 +159,7 @@ def build_options(
     for name, number in (("kl_weight", kl_weight), ("kl_threshold", kl_threshold), ("adv_clip", adv_clip)):
         if not _is_number(number) and not (name == "adv_clip" and number is None):
             raise TypeError(f"{name} must be a number; got {number!r}")
-    pair = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+    pair = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
     if len(pair) != 2 or not all(_is_number(value) and 0 < value < math.inf for value in pair):
         raise ValueError(
             f"clip_range must be a positive, finite number, or a pair (low, high) of such; got {clip_range!r}"

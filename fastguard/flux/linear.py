@@ -35,10 +35,10 @@ class LinearWeights(NamedTuple):
     up: Tensor | None
     """(N, R), their B times their scaling"""
 
-    @property
-    def needs_input(self) -> bool:
-        """Whether backward needs the layer's input."""
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (self.weight, self.down))
+
+def backward_needs_input(linear: LinearWeights) -> bool:
+    """No property: torch 2.9's compiler cannot trace those of named tuples."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (linear.weight, linear.down))
 
 
 class Normed(NamedTuple):
@@ -111,7 +111,7 @@ def linear_weights(module: nn.Module, dtype: torch.dtype, autocast: bool) -> Lin
         scaling = module.scaling[name]
         downs.append(a.weight.to(dtype))
         # Some of peft's scalings are tensors, whose values are not to be asked for.
-        ups.append((b.weight if isinstance(scaling, float | int) and scaling == 1 else b.weight * scaling).to(dtype))
+        ups.append((b.weight if isinstance(scaling, (float, int)) and scaling == 1 else b.weight * scaling).to(dtype))
     if not downs:
         return plain
     return plain._replace(down=_join(downs, 0), up=_join(ups, 1))
@@ -127,7 +127,7 @@ def _join(tensors: list[Tensor], dim: int) -> Tensor:
 def project(normed: Normed, linears: Sequence[LinearWeights], backend: str) -> tuple[list[Tensor], Tensor]:
     """The layers' outputs (B, S, N_i), and `n down^T` of all their adapters: (B, S, sum of R_i), or empty."""
     downs = [linear.down for linear in linears if linear.down is not None]
-    needs_input = any(linear.needs_input for linear in linears)
+    needs_input = any(backward_needs_input(linear) for linear in linears)
     sources = normed.sources if needs_input and normed.sources is not None else (None,) * 5
     *outputs, low = ProjectionsFunction.apply(
         normed.value,
@@ -248,7 +248,7 @@ def gelu_linear(
         hidden.bias,
         prefix,
         *linear,
-        linear.needs_input,
+        backward_needs_input(linear),
         keep_activation,
         backend,
         *(hidden.sources or ()),
