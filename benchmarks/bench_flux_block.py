@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from peft import LoraConfig, inject_adapter_in_model
-from timing import graph_times, rotations, with_bandwidth
+from timing import copy_times, graph_times, rotations, with_bandwidth
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -79,6 +78,7 @@ class Call:
     eager: the same in plain torch, as diffusers runs it; None where it has no counterpart (recomputation).
     twice: bytes of tensors that are both read and written.
     unread: bytes of tensors that the kernel is given for their place in its signature, or reads half of.
+    overwritten: what it writes its result over.
     """
 
     run: Callable[[], Any]
@@ -86,6 +86,7 @@ class Call:
     eager: Callable[[], Any] | None
     twice: int = 0
     unread: int = 0
+    overwritten: Tensor | None = None
 
 
 def kernel_calls(size: Size, dtype: torch.dtype, device: str, backend: str = "triton") -> dict[str, Call]:
@@ -197,9 +198,11 @@ def kernel_calls(size: Size, dtype: torch.dtype, device: str, backend: str = "tr
         ),
         "bias + GELU backward": (
             lambda: act.bias_gelu_bwd_(grad_hidden, hidden, bias, False), 12 * token + n_bytes(bias), None, 4 * token,
+            0, grad_hidden,
         ),
         "bias + GELU backward and recompute": (
             lambda: act.bias_gelu_bwd_(grad_hidden, hidden, bias, True), 16 * token + n_bytes(bias), None, 4 * token,
+            0, grad_hidden,
         ),
     }  # fmt: skip
     return {name: Call(*call) for name, call in calls.items()}
@@ -268,7 +271,10 @@ def assert_kernel_correct(name: str, size: Size, dtype: torch.dtype, device: str
     found = []
     for backend in ("triton" if device == "cuda" else "torch", "torch"):
         torch.manual_seed(0)
-        found.append([t for t in tree_leaves(kernel_calls(size, dtype, device, backend)[name].run()) if t.numel()])
+        call = kernel_calls(size, dtype, device, backend)[name]
+        written = tree_leaves((call.run(), call.overwritten))
+        found.append([t for t in written if isinstance(t, Tensor) and t.numel()])
+    assert found[0]
     for got, want in zip(*found, strict=True):
         off = float((got.double() - want.double()).norm() / want.double().norm())
         assert off < torch.finfo(dtype).eps, f"{name}: off by {off:.1e}"
@@ -286,10 +292,7 @@ def measure_kernel(name: str, size: Size, dtype: torch.dtype, device: str) -> Re
     if eager:
         row["eager"] = graph_times(eager, cuda)
     del calls, eager
-    sources = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
-    targets = [torch.empty_like(source) for source in sources]
-    copies = [partial(target.copy_, source) for source, target in zip(sources, targets, strict=True)]
-    row["copy"] = with_bandwidth(graph_times(copies, cuda), 2 * sources[0].nbytes)
+    row["copy"] = copy_times([torch.randn(shape, device=device).to(dtype) for _ in range(count)], cuda)
     row["of_copy"] = row["gb_per_s"] / row["copy"]["gb_per_s"]
     return row
 
@@ -351,7 +354,7 @@ def kept_bytes(run: Callable[..., Any], inputs: BlockInputs, parameters: list[Te
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep its graph alive, and itself with it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = run(*inputs.args)  # alive while counting: a freed storage's address could come again

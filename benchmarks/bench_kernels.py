@@ -20,7 +20,7 @@ import textbook
 import torch
 from bench_transition import assert_correct
 from textbook import Inputs
-from timing import call_times, graph_times, peak_bytes, rotations, with_bandwidth
+from timing import call_times, copy_times, graph_times, peak_bytes, rotations, with_bandwidth
 
 import fastguard as fg
 from fastguard import ops
@@ -52,7 +52,6 @@ def kernel_runs(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], int]]:
     per_sample = (step.velocity_coef, step.std, step.dt)
     _, _, coefs, _ = ops.guard_loss(*arguments, *per_sample, *options)
     one = torch.ones((), device=velocity.device)
-    seeds = torch.arange(len(velocity), device=velocity.device)
 
     def forward() -> Any:
         return ops.guard_loss(*arguments, *per_sample, *options)
@@ -63,7 +62,7 @@ def kernel_runs(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], int]]:
         )
 
     def sde_step() -> Any:
-        return fg.sde_step(inputs.latents, velocity, step, seeds=seeds)
+        return fg.sde_step(inputs.latents, velocity, step, seeds=inputs.seeds)
 
     return dict(zip(KERNELS, ((forward, 3 * size), (backward, 2 * size), (sde_step, 4 * size)), strict=True))
 
@@ -74,8 +73,7 @@ def both(loss: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> Callable[[],
 
 
 def fused_step(inputs: Inputs) -> Any:
-    seeds = torch.arange(len(inputs.latents), device=inputs.latents.device)
-    return fg.sde_step(inputs.latents, inputs.velocity, inputs.step, seeds=seeds)
+    return fg.sde_step(inputs.latents, inputs.velocity, inputs.step, seeds=inputs.seeds)
 
 
 def measured(measure: Callable[..., Any], work: Any, *rest: Any) -> Any:
@@ -98,10 +96,7 @@ def measure_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> di
     losses = loss_forms(backend)
     assert_correct(sets[0], losses)
     row: dict[str, Any] = {"shape": shape, "dtype": str(dtype), "rotated_sets": len(sets)}
-    targets = [torch.empty_like(inputs.noise) for inputs in sets]
-    copies = [partial(out.copy_, inputs.noise) for inputs, out in zip(sets, targets, strict=True)]
-    row["copy"] = with_bandwidth(graph_times(copies, cuda), 2 * tensor_bytes)
-    del targets, copies
+    row["copy"] = copy_times([inputs.noise for inputs in sets], cuda)
     kernels = [kernel_runs(inputs) for inputs in sets]
     for name, (_, bytes_per_element) in kernels[0].items():
         runs = [of_set[name][0] for of_set in kernels]

@@ -8,7 +8,8 @@ A case is `lora` (rank 64, AdamW) or `full` (8-bit AdamW), at 512^2 or 1024^2, w
 level of model.recompute, as far as it could fit, `compiled` (diffusers' compile_repeated_blocks) or not; no KL, no EMA.
 Each runs in a process of its own, held to 80 GB (1e9 bytes; the planner's unit) on larger cards too: one that runs out
 of memory is recorded as such. Nothing is downloaded: weights and prompt embeddings are random, made on the device; all
-else is the trainer's own code (`rollout`, `update_weights`), with the VAE in memory.
+else is the trainer's own code (`rollout`, `update_weights`), with the VAE in memory. The allocator is given expandable
+segments, so that what fits is not decided by how the memory lies.
 
 The learning rate is 0, so that every repetition is a first update, whose ratios should be 1: how far they are from it
 is recorded. The clip range is wide, so that a ratio that is not 1 clips nothing: matmuls on gradients of zeros are
@@ -35,15 +36,16 @@ import textbook
 import torch
 from bench_kernels import both
 from timing import call_times, graph_times, rotations
+from torch.nn.attention import SDPBackend
 from train_step_cases import CASES, MEMORY_GB, Case, chosen_cases
 from train_step_model import build, kept_bytes, sample, update
-from train_step_plan import PEAK_TFLOPS, concluded, describe, plan_at_once, plan_table, planning_pool
+from train_step_plan import PEAK_TFLOPS, concluded, describe, plan_table, planned, planning_pool
 
 SECTION, PLAN_SECTION = "train_step", "plan_train_step"
 MATMUL = 8192
 REPEATS, ENOUGH_S = range(3, 11), 8.0
 """repetitions: at least 3, at most 10, none begun after so many seconds"""
-CASE_LIMIT_S = 300
+CASE_LIMIT_S = 420
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -100,6 +102,12 @@ def measure_matmul(dtype: torch.dtype, cuda: bool) -> float:
     return 2 * n**3 / call_times(lambda: a @ b, cuda)["p50_us"] / 1e6
 
 
+def attention_kernel(dtype: torch.dtype, cuda: bool) -> str:
+    """What PyTorch takes for attention of Flux's heads when gradients are asked for."""
+    query = torch.empty(1, 24, 4608, 128, dtype=dtype, device="cuda" if cuda else "cpu", requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(query, query, query)).name
+
+
 def measure_training(case: Case, dry: bool, row: dict[str, Any]) -> None:
     """Fill the row; `row["phase"]` says what was going on, should it end early.
 
@@ -115,6 +123,7 @@ def measure_training(case: Case, dry: bool, row: dict[str, Any]) -> None:
     row["matmul_tflop_per_s"] = measure_matmul(backbone.dtype, cuda)
     if cuda:
         torch.cuda.empty_cache()
+    row["attention"] = attention_kernel(backbone.dtype, cuda)
     row["parameters"] = sum(p.numel() for p in state.policy.parameters())
     row["trained_parameters"] = sum(p.numel() for p in state.parameters.values())
     backbone.hold([0])
@@ -164,7 +173,7 @@ class Child:
 
     def __init__(self, case: Case, dry: bool) -> None:
         self.case, self._dry = case, dry
-        environ = dict(os.environ)
+        environ = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         if dry:
             environ["CUDA_VISIBLE_DEVICES"] = ""
             if not case.compile:  # the 8-bit optimizer would spend minutes on compiling for the CPU
@@ -214,7 +223,7 @@ class Children:
         if self._next is not None:
             self._next.__exit__()
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Case, limit_s: float = CASE_LIMIT_S) -> dict[str, Any]:
         child = self._next
         if child is None or child.case is not case:
             self.__exit__()
@@ -222,7 +231,7 @@ class Children:
         after = self._cases[self._cases.index(case) + 1 :]
         self._next = Child(after[0], self._dry) if after else None
         with child:
-            return child.measure()
+            return child.measure(limit_s)
 
 
 # --- the program ----------------------------------------------------------------------------------------------------
@@ -248,13 +257,14 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.child:
-        sys.stdin.readline()  # until it is this case's turn
+        if not sys.stdin.readline():  # until it is this case's turn; nothing, if there is nobody to say so any more
+            return
         args.to.write_text(json.dumps(measure(CASES[args.child], args.dry_run)))
         return
     if args.plan:
         with planning_pool() as pool:
-            plans = plan_at_once(args.chosen, args.dry_run, pool)
-            rows = {name: future.result()[name] for name, future in plans.items()}
+            plans = {case.name: pool.submit(planned, case, args.dry_run) for case in args.chosen}
+            rows = {name: plan.result() for name, plan in plans.items()}
         print(plan_table(rows), flush=True)
         if args.save:
             numbers = {"memory_gb": MEMORY_GB, "cases": rows}
@@ -264,11 +274,11 @@ def main() -> None:
     run = results.Run(SECTION, args, memory_gb=MEMORY_GB, peak_tflop_per_s=peak_tflops)
     cases = [CASES[name] for name in run.missing(case.name for case in args.chosen)]
     with planning_pool() as pool, Children(cases, args.dry_run) as children:
-        plans = plan_at_once(cases, args.dry_run, pool)
+        plans = {case.name: pool.submit(planned, case, args.dry_run) for case in cases}  # while the first one measures
 
         def row_of(name: str) -> dict[str, Any]:
-            measured = children.measure(CASES[name])
-            row = concluded(CASES[name], measured, plans[name].result()[name], peak_tflops)
+            measured = children.measure(CASES[name], min(CASE_LIMIT_S, run.seconds_left))
+            row = concluded(CASES[name], measured, plans[name].result(), peak_tflops)
             print(describe(name, row), flush=True)
             return row
 

@@ -1,8 +1,9 @@
 """Kernels that might replace one of the product's: written, tested and compiled, but not yet measured on a GPU.
 
 The product's forward pass of the loss is two launches: partial sums, and an epilogue of one program. Here are two ways
-to do with one launch, or to hide the second; they give the same bits, since they run the same code in the same order.
-`tune.py` measures them. What wins moves into kernels/transition.py, what loses is deleted: docs/hopper.md.
+to do with one launch, or to hide the second. They run the same code; in one launch, the epilogue has the warps of the
+sums, 8 instead of 4, and so adds in another order. `tune.py` measures them. What wins moves into kernels/transition.py,
+what loses is deleted: docs/hopper.md.
 """
 
 # mypy: disallow-untyped-defs=False

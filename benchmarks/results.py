@@ -82,7 +82,8 @@ class Run:
 
     def _take_up(self) -> None:
         """Go on with the newest run of the same device, versions, commit and settings."""
-        same = {key: value for key, value in self._environment.items() if key != "time"}
+        elsewhere = ("time", "driver", "threads")  # of another machine with such a GPU
+        same = {key: value for key, value in self._environment.items() if key not in elsewhere}
         for file in load(self._folder):
             for run in file.get(self._section, []):
                 env = run["environment"]
@@ -93,10 +94,15 @@ class Run:
         """The rows that were not measured yet, or failed."""
         return [name for name in names if name not in self.rows or _failed(self.rows[name])]
 
+    @property
+    def seconds_left(self) -> float:
+        """Until the end that --minutes sets."""
+        return max(0.0, self._deadline - time.monotonic())
+
     def measure(self, names: Iterable[str], row_of: Callable[[str], dict[str, Any]]) -> None:
         """Fill in the rows that are missing, as long as there is time, and print what goes wrong."""
         for name in self.missing(names):
-            if time.monotonic() > self._deadline:
+            if self.seconds_left == 0:
                 self.left.append(name)
                 continue
             try:
@@ -133,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep what the last run of this commit and device measured"
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no measurement after that many")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after about so many")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, nothing saved")
 
 

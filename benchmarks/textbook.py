@@ -33,6 +33,7 @@ class Inputs:
     old_mean: Tensor
     old_log_prob: Tensor
     advantages: Tensor
+    seeds: Tensor
     step: fg.Transition
 
 
@@ -60,6 +61,7 @@ def make_inputs(
         old_mean=old_mean,
         old_log_prob=log_prob(prev_sample, old_mean, std),
         advantages=torch.linspace(-1.0, 2.0, shape[0], device=device),
+        seeds=torch.arange(shape[0], device=device),
         step=step,
     )
 
@@ -123,7 +125,7 @@ def kept_bytes(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in held:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep its graph alive, and itself with it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = loss(inputs)

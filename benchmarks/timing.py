@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,6 +76,17 @@ def call_times(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
 
 def with_bandwidth(times: dict[str, float], moved_bytes: int) -> dict[str, float]:
     return {**times, "moved_bytes": moved_bytes, "gb_per_s": moved_bytes / times["p50_us"] / 1e3}
+
+
+def copy_times(sources: Sequence[torch.Tensor], cuda: bool) -> dict[str, float]:
+    """The bandwidth to compare with: of the driver's copy or of a kernel that reads and writes alike, the faster."""
+    targets = [torch.empty_like(source) for source in sources]
+    pairs = list(zip(sources, targets, strict=True))
+    ways = [
+        graph_times([partial(target.copy_, source) for source, target in pairs], cuda),
+        graph_times([partial(torch.neg, source, out=target) for source, target in pairs], cuda),
+    ]
+    return with_bandwidth(min(ways, key=lambda times: times["p50_us"]), 2 * sources[0].nbytes)
 
 
 def peak_bytes(run: Callable[[], Any], cuda: bool) -> int:

@@ -62,6 +62,7 @@ def build(case: Case, dry: bool) -> TrainState:
         module.eval()
     prepare_transformer(transformer, recipe.model, recipe.lora, case.recompute)
     if case.compile:
+        torch._dynamo.config.recompile_limit = 32  # forms of a block, with and without gradients, share their code
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="aot_eager" if dry else "inductor")
     if case.train == "lora":
         for name, parameter in transformer.named_parameters():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
@@ -19,42 +19,29 @@ PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}
 """dense bf16 of the SXM cards, from the data sheets"""
 
 
-def planned(cases: Sequence[Case], dry: bool) -> dict[str, dict[str, Any]]:
-    """The planner's prediction for each case: bytes, FLOPs, and whether it fits."""
-    rows = {}
-    for case in cases:
-        recipe = case.recipe(dry)
-        phases = {phase.name: phase for phase in planned_phases(recipe, case.recompute)}
-        peaks = {name: phases[name].peak for name in ("rollout", "update")}
-        update = phases["update"]
-        rows[case.name] = {
-            **case.settings(dry),
-            "peak_bytes": peaks,
-            "update_bytes": {
-                part: getattr(update, part)
-                for part in ("weights", "gradients", "optimizer", "activations", "trajectories")
-            },
-            "fits": max(peaks.values()) <= limit_bytes(recipe),
-            "kept_bytes": kept_activations(recipe).total,
-            "needed_tflop_per_transition": update_flops(recipe) / recipe.micro_batch / 1e12,
-            "needed_tflop_per_rollout_step": rollout_flops(recipe) / 1e12,
-            "executed_per_needed_flop": executed_flops(recipe) / update_flops(recipe),
-            "peak_goal_gib": case.peak_goal_gib,
-            "mfu_goal": case.mfu_goal,
-        }
-    return rows
-
-
-def plan_at_once(cases: Sequence[Case], dry: bool, pool: Executor) -> dict[str, Future[dict[str, dict[str, Any]]]]:
-    """`planned` for each case, by the cores at hand: cases of one size share their passes, and so a process."""
-    keys = dict.fromkeys((c.train, c.size) for c in cases)
-    groups = {key: pool.submit(planned, [c for c in cases if (c.train, c.size) == key], dry) for key in keys}
-    return {case.name: groups[case.train, case.size] for case in cases}
+def planned(case: Case, dry: bool) -> dict[str, Any]:
+    """The planner's prediction for a case: bytes, FLOPs, and whether it fits."""
+    recipe = case.recipe(dry)
+    phases = {phase.name: phase for phase in planned_phases(recipe, case.recompute)}
+    peaks = {name: phases[name].peak for name in ("rollout", "update")}
+    parts = ("weights", "gradients", "optimizer", "activations", "trajectories")
+    return {
+        **case.settings(dry),
+        "peak_bytes": peaks,
+        "update_bytes": {part: getattr(phases["update"], part) for part in parts},
+        "fits": max(peaks.values()) <= limit_bytes(recipe),
+        "kept_bytes": kept_activations(recipe).total,
+        "needed_tflop_per_transition": update_flops(recipe) / recipe.micro_batch / 1e12,
+        "needed_tflop_per_rollout_step": rollout_flops(recipe) / 1e12,
+        "executed_per_needed_flop": executed_flops(recipe) / update_flops(recipe),
+        "peak_goal_gib": case.peak_goal_gib,
+        "mfu_goal": case.mfu_goal,
+    }
 
 
 def planning_pool() -> Executor:
-    """Processes, since fake tensors compute nothing that would let go of Python's lock."""
-    return ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=get_context("spawn"))
+    """Processes, since fake tensors compute nothing that would let go of Python's lock; half of the cores."""
+    return ProcessPoolExecutor(max(2, (os.cpu_count() or 1) // 2), mp_context=get_context("spawn"))
 
 
 def concluded(case: Case, row: dict[str, Any], plan: dict[str, Any], peak_tflops: float | None) -> dict[str, Any]:

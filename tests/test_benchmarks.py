@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -201,6 +202,14 @@ def test_a_case_that_breaks_or_hangs_is_a_row_too(steps, plans, tmp_path: Path, 
         assert child.measure(limit_s=0.5)["error"] == "timed out"
 
 
+def test_a_case_whose_turn_never_comes_does_nothing(steps, tmp_path: Path) -> None:
+    """Its parent has died."""
+    to = tmp_path / "row.json"
+    command = [sys.executable, steps.__file__, "--child", "full-512-block", "--dry-run", "--to", str(to)]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+    assert not to.exists()
+
+
 def test_cases_wait_for_their_turn(steps, tmp_path: Path, monkeypatch) -> None:
     """The next process starts up while one measures, and does nothing before it is told; all end in the end."""
     script, started = tmp_path / "script.py", tmp_path / "started"
@@ -242,9 +251,8 @@ def test_what_makes_no_sense_is_refused(steps: ModuleType, monkeypatch, capsys, 
 
 def test_the_plan_is_saved_as_predictions(steps: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
     rows = {name: planned_row(steps, name) for name in steps.CASES}
-    done: Future[Any] = Future()
-    done.set_result(rows)
-    monkeypatch.setattr(steps, "plan_at_once", lambda cases, dry, pool: {case.name: done for case in cases})
+    monkeypatch.setattr(steps, "planned", lambda case, dry: rows[case.name])
+    monkeypatch.setattr(steps, "planning_pool", lambda: ThreadPoolExecutor(1))
     monkeypatch.setattr(sys, "argv", ["bench_train_step.py", "--plan", "--save", "--out", str(tmp_path)])
     steps.main()
     assert "peak <= 30 GiB: predicted to be reached" in capsys.readouterr().out
@@ -255,7 +263,7 @@ def test_the_plan_is_saved_as_predictions(steps: ModuleType, tmp_path: Path, mon
 
 def test_a_tiny_plan_has_every_field_that_is_shown(steps, plans) -> None:
     names = ["lora-512-block", "lora-1024-unfused-none"]
-    rows = plans.planned([steps.CASES[name] for name in names], dry=True)
+    rows = {name: plans.planned(steps.CASES[name], dry=True) for name in names}
     for name in names:
         assert rows[name].keys() == planned_row(steps, name).keys()
         assert sum(rows[name]["update_bytes"].values()) == rows[name]["peak_bytes"]["update"]

@@ -1,4 +1,4 @@
-"""Kernels that might replace one of the product's give its bits. Their machine code: test_h100_code.py."""
+"""Kernels that might replace one of the product's give its numbers. Their machine code: test_h100_code.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastguard.kernels import transition
+from fastguard.kernels.common import LAUNCH
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # One program; several; more partial sums than a tile of the epilogue, and more samples.
@@ -57,8 +58,9 @@ def two_launches(args: list[Tensor | None], chosen: dict[str, Any]) -> tuple[Ten
 @pytest.mark.parametrize("reference", [False, True], ids=["", "reference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_launch_gives_the_bits_of_two(
-    shape, reference, objective, reduction, kernel_device, candidates, poisoned
+    shape, reference, objective, reduction, kernel_device, candidates, poisoned, monkeypatch
 ) -> None:
+    monkeypatch.setattr(transition, "EPILOGUE_WARPS", LAUNCH.num_warps)
     args, chosen = arguments(shape, torch.float32, kernel_device, reference), options(objective, reduction, reference)
     want = two_launches(args, chosen)
     ticket = torch.zeros((), dtype=torch.int32, device=kernel_device)
@@ -72,8 +74,10 @@ def test_one_launch_gives_the_bits_of_two(
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 65_536), (8, 262_144), (32, 262_144)], ids=str)
-def test_one_launch_repeats_under_load(shape, dtype, candidates) -> None:
+def test_one_launch_repeats_under_load(shape, dtype, candidates, monkeypatch) -> None:
     """10,000 launches, each with its last program somewhere else: a sum read too early would show."""
+    # The epilogue adds in an order that follows from its warps, which are those of the sums in a single launch.
+    monkeypatch.setattr(transition, "EPILOGUE_WARPS", LAUNCH.num_warps)
     args, chosen = arguments(shape, dtype, "cuda", False), options("grpo_guard", "mean", False)
     want = two_launches(args, chosen)
     ticket = torch.zeros((), dtype=torch.int32, device="cuda")

@@ -89,7 +89,9 @@ def run(model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False
     parameter = next(model.parameters())
     inputs = inputs or make_inputs(parameter.dtype, device=str(parameter.device))
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    # On a GPU float32 attention would go through tf32, three times each, and be a part of the difference.
+    exact_attention = sdpa_kernel(SDPBackend.MATH) if parameter.is_cuda else nullcontext()
+    with exact_attention, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = model(**inputs, **extra)[0]
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))
     # Wrappers put their name before the parameters'.
@@ -193,9 +195,9 @@ def test_streams_of_any_length(batch: int, tokens: int, text: int, backend: str,
     assert_agree((got[0], {n: g for n, g in got[1].items() if n in want[1]}), want, FLOAT32)
 
 
-def one_block(kind: str, train: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def one_block(kind: str, train: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A block of width 64 with its inputs; values are bfloat16's, so that every dtype works on the same numbers."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     cls = FluxTransformerBlock if kind == "double" else FluxSingleTransformerBlock
     block = cls(dim=64, num_attention_heads=4, attention_head_dim=16)
     for parameter in block.parameters():
@@ -231,22 +233,25 @@ def test_a_block_is_as_exact_as_diffusers(
     kind: str, train: str, dtype: torch.dtype, backend: str, kernel_device: str
 ) -> None:
     """Error against float64, of every output and gradient: at most twice that of diffusers' block in this dtype."""
-    block, inputs = one_block(kind, train)
-    truth = block_results(copy.deepcopy(block).double(), inputs, torch.float64, "cpu")
-    block = block.to(kernel_device, dtype)
-    plain = block_results(block, inputs, dtype, kernel_device)
-    model = nn.Module()
-    model.block = block
-    block.fusion = blocks.Fusion("pointwise", backend, blocks.recoverable(block.attn))
-    block.forward = lambda *a, **k: blocks.FORWARDS[type(block)](block, *a, **k)
-    fused = block_results(block, inputs, dtype, kernel_device)
-    assert fused.keys() == truth.keys()
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed in range(3):  # together: of a single block, the rounding of either may be lucky
+        block, inputs = one_block(kind, train, seed)
+        truth = block_results(copy.deepcopy(block).double(), inputs, torch.float64, "cpu")
+        block = block.to(kernel_device, dtype)
+        plain = block_results(block, inputs, dtype, kernel_device)
+        block.fusion = blocks.Fusion("pointwise", backend, blocks.recoverable(block.attn))
+        block.forward = functools.partial(blocks.FORWARDS[type(block)], block)
+        fused = block_results(block, inputs, dtype, kernel_device)
+        assert fused.keys() == truth.keys()
+        assert any(not torch.equal(fused[name], plain[name]) for name in truth)  # it did run fused
+        for name, exact in truth.items():
+            found.setdefault(name, []).append((fused[name], plain[name], exact))
     # The interpreter truncates float32 to bfloat16: up to twice the rounding error, on top of diffusers' own.
     factor = 4 if (backend, dtype, kernel_device) == ("triton", torch.bfloat16, "cpu") else 2
-    for name, exact in truth.items():
+    for name, results in found.items():
+        ours, theirs, exact = (torch.cat([t.flatten() for t in parts]) for parts in zip(*results, strict=True))
         floor = torch.finfo(dtype).eps / 4  # diffusers may be lucky, with a single rounding
-        assert distance(fused[name], exact) <= factor * max(distance(plain[name], exact), floor), name
-    assert any(not torch.equal(fused[name], plain[name]) for name in truth)  # it did run fused
+        assert distance(ours, exact) <= factor * max(distance(theirs, exact), floor), name
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])

@@ -121,10 +121,10 @@ def test_every_finite_bfloat16(kernel_device) -> None:
     x = values[values.isfinite()].view(1, 1, -1).to(kernel_device)
     got = run_kernels({"x": x, "bias": None, "prefix": None, "grad": torch.ones_like(x)})
     for result, want in zip(got.values(), stable_gelu(x), strict=True):
-        # Values below 1e-37 reach the subnormal numbers, which a GPU may flush to 0. The slope changes sign at -0.75,
+        # A GPU flushes an exponential below 1.2e-38 to 0; the slope is up to 240 times that. It changes sign at -0.75,
         # where float32 leaves an error on the scale of 1.
         error = (result.cpu().double() - want).abs()
-        assert (error <= 2**-7 * want.abs() + 1e-37 + 3e-7 * (want.abs() < 0.01) * (x.cpu().double() > -1)).all()
+        assert (error <= 2**-7 * want.abs() + 3e-36 + 3e-7 * (want.abs() < 0.01) * (x.cpu().double() > -1)).all()
 
 
 def test_the_lower_tail_has_a_small_relative_error(kernel_device) -> None:

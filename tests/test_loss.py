@@ -318,7 +318,8 @@ def test_compiled_and_in_a_cuda_graph(objective: str) -> None:
 
     def update() -> tuple[Tensor, Tensor]:
         result = fg.guard_loss(velocity, old, noise, advantages, step, objective=objective)
-        return result.loss, torch.autograd.grad(result.loss, velocity)[0]
+        (grad,) = torch.autograd.grad(result.loss, velocity)
+        return result.loss.detach(), grad  # a graph that lives on would tie later captures to this stream
 
     loss, grad = update()
     compiled = torch.compile(
@@ -327,8 +328,10 @@ def test_compiled_and_in_a_cuda_graph(objective: str) -> None:
     compiled_loss = compiled(velocity)
     assert torch.equal(compiled_loss, loss)
     assert torch.equal(torch.autograd.grad(compiled_loss, velocity)[0], grad)
+    del compiled_loss
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         update()
     torch.cuda.synchronize()

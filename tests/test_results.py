@@ -83,6 +83,15 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert list(stored["rows"]) == ["a", "broken", "c"]
 
 
+def test_a_run_goes_on_on_another_machine_with_such_a_gpu(tmp_path, monkeypatch) -> None:
+    import results
+
+    results.Run("things", arguments(tmp_path)).measure(["a"], lambda name: {"us": 1.0})
+    env = {**results.environment(), "driver": "580.2", "threads": 99}
+    monkeypatch.setattr(results, "environment", lambda: env)
+    assert results.Run("things", arguments(tmp_path, resume=True)).missing(["a", "b"]) == ["b"]
+
+
 @pytest.mark.parametrize(
     ("changed", "fixed"), [({"commit": "0123456789"}, {}), ({"torch": "9"}, {}), ({}, {"size": 4})]
 )
@@ -174,21 +183,20 @@ def test_nothing_is_timed_while_a_test_is_red(monkeypatch, capsys) -> None:
     assert not begun
 
 
-def test_what_pytest_counted_is_told(monkeypatch) -> None:
+def test_what_pytest_counted_is_told() -> None:
     import validate
 
     script = "import sys; print(sys.argv[1]); sys.exit(int(sys.argv[2]))"
 
     def outcome(text: str, status: int) -> dict[str, Any]:
-        return validate.outcome([sys.executable, "-c", script, text, str(status)])
+        return validate.outcome([sys.executable, "-c", script, text, str(status)], {}, 60)
 
     assert outcome("3 passed, 2 skipped in 1s", 0)["counted"] == {"passed": 3, "skipped": 2}
     assert "error" not in outcome("3 passed in 1s", 0)
     assert outcome("1 failed, 2 passed in 1s", 1)["error"] == "failed"
     assert outcome("3 passed in 1s", 9)["error"] == "failed"  # what compute-sanitizer found
     assert outcome("5 skipped in 1s", 0)["error"] == "failed"  # nothing ran
-    monkeypatch.setattr(validate, "LIMIT_S", 0.5)
-    late = validate.outcome([sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"])
+    late = validate.outcome([sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"], {}, 0.5)
     assert late["error"] == "timed out"
     assert "here" in late["output"]
 
@@ -203,7 +211,7 @@ def test_the_sanitizer_watches_every_operator(tmp_path: Path, monkeypatch) -> No
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    row = validate.run_sanitizer("memcheck", dry_run=False)
+    row = validate.run_sanitizer("memcheck", dry_run=False, limit_s=60)
     assert row["error"] == "failed"
     assert row["reports"] == ["========= Invalid __global__ read of size 2 bytes"]
     assert row["command"].startswith("compute-sanitizer --tool memcheck --error-exitcode 9")
@@ -214,7 +222,9 @@ def test_the_sanitizer_watches_every_operator(tmp_path: Path, monkeypatch) -> No
     assert "float64[cuda-torch.bfloat16-odd]" in selected.stdout
     assert selected.stdout.count("::") == 1
     monkeypatch.setenv("PATH", "")
-    assert validate.run_sanitizer("memcheck", dry_run=False) == {"skipped": "compute-sanitizer is not installed"}
+    assert validate.run_sanitizer("memcheck", dry_run=False, limit_s=60) == {
+        "skipped": "compute-sanitizer is not installed"
+    }
 
 
 # --- a GPU's results, made up ---------------------------------------------------------------------------------------
