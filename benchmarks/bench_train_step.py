@@ -262,7 +262,7 @@ def main() -> None:
         args.to.write_text(json.dumps(measure(CASES[args.child], args.dry_run)))
         return
     if args.plan:
-        with planning_pool() as pool:
+        with planning_pool(args.dry_run) as pool:
             plans = {case.name: pool.submit(planned, case, args.dry_run) for case in args.chosen}
             rows = {name: plan.result() for name, plan in plans.items()}
         print(plan_table(rows), flush=True)
@@ -273,7 +273,7 @@ def main() -> None:
     peak_tflops = PEAK_TFLOPS.get(results.environment()["device"])
     run = results.Run(SECTION, args, memory_gb=MEMORY_GB, peak_tflop_per_s=peak_tflops)
     cases = [CASES[name] for name in run.missing(case.name for case in args.chosen)]
-    with planning_pool() as pool, Children(cases, args.dry_run) as children:
+    with planning_pool(args.dry_run) as pool, Children(cases, args.dry_run) as children:
         plans = {case.name: pool.submit(planned, case, args.dry_run) for case in cases}  # while the first one measures
 
         def row_of(name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
@@ -39,8 +39,10 @@ def planned(case: Case, dry: bool) -> dict[str, Any]:
     }
 
 
-def planning_pool() -> Executor:
-    """Processes, since fake tensors compute nothing that would let go of Python's lock; half of the cores."""
+def planning_pool(dry: bool) -> Executor:
+    """Processes on half of the cores: fake tensors compute nothing that would let go of Python's lock."""
+    if dry:
+        return ThreadPoolExecutor(1)  # sooner done than a process has started
     return ProcessPoolExecutor(max(2, (os.cpu_count() or 1) // 2), mp_context=get_context("spawn"))
 
 

@@ -252,7 +252,7 @@ def test_what_makes_no_sense_is_refused(steps: ModuleType, monkeypatch, capsys, 
 def test_the_plan_is_saved_as_predictions(steps: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
     rows = {name: planned_row(steps, name) for name in steps.CASES}
     monkeypatch.setattr(steps, "planned", lambda case, dry: rows[case.name])
-    monkeypatch.setattr(steps, "planning_pool", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(steps, "planning_pool", lambda dry: ThreadPoolExecutor(1))
     monkeypatch.setattr(sys, "argv", ["bench_train_step.py", "--plan", "--save", "--out", str(tmp_path)])
     steps.main()
     assert "peak <= 30 GiB: predicted to be reached" in capsys.readouterr().out
