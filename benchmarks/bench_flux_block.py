@@ -10,14 +10,13 @@ layers of a block. Correctness is asserted before anything is timed. `--dry-run`
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import program
 import pytest
 import results
 import torch
@@ -472,18 +471,18 @@ def print_blocks(kind: str, rows: Results) -> None:
         print(f"{name:26} {times[0]} {times[1]} {kept}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main() -> str | None:
+    parser = program.parser(__doc__)
     parser.add_argument("--bytes", action="store_true", help="count the bytes that each kernel moves; needs no GPU")
-    results.add_arguments(parser)
+    program.add_arguments(parser)
     args = parser.parse_args()
+    program.check_arguments(parser, args, needs_gpu=not args.bytes)
     if args.bytes:
         table = moved_bytes()
         print_bytes(table)
         if args.save:
             print(f"\nsaved {results.save(BYTES_SECTION, results.environment(), {'kernels': table}, args.out)}")
-        return
-    results.check_arguments(parser, args)
+        return None
     size, dtype, device = (SMALL, torch.float32, "cpu") if args.dry_run else (FLUX, torch.bfloat16, "cuda")
     fixed = {"size": vars(size), "dtype": str(dtype)}
 
@@ -500,8 +499,8 @@ def main() -> None:
     kernels, blocks = results.Run(KERNELS_SECTION, args, **fixed), results.Run(BLOCKS_SECTION, args, **fixed)
     kernels.measure(kernel_calls(SMALL, dtype, "cpu", "torch"), kernel_row)
     blocks.measure(KINDS, block_row)
-    sys.exit("; ".join(problem for problem in (kernels.finish(), blocks.finish()) if problem) or None)
+    return "; ".join(problem for problem in (kernels.finish(), blocks.finish()) if problem) or None
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -9,12 +9,11 @@ loss and its gradient are checked against float64 before a shape is timed. `--dr
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import program
 import results
 import textbook
 import torch
@@ -145,11 +144,13 @@ def describe(label: str, row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    results.add_arguments(parser)
+def main() -> str | None:
+    parser = program.parser(__doc__)
+    program.add_arguments(parser)
     args = parser.parse_args()
-    results.check_arguments(parser, args)
+    if args.dry_run:
+        program.interpret_kernels()
+    program.check_arguments(parser, args)
     device, dtype = ("cpu", torch.float32) if args.dry_run else ("cuda", torch.bfloat16)
     shapes = {"toy": (2, 16, 64)} if args.dry_run else SHAPES
     run = results.Run(SECTION, args)
@@ -162,8 +163,8 @@ def main() -> None:
         return row
 
     run.measure(shapes, row_of)
-    sys.exit(run.finish())
+    return run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -31,12 +31,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import program
 import results
 import textbook
 import torch
 from bench_kernels import both
 from timing import call_times, graph_times, rotations
 from torch.nn.attention import SDPBackend
+from tqdm import tqdm
 from train_step_cases import CASES, MEMORY_GB, Case, chosen_cases
 from train_step_model import build, kept_bytes, sample, update
 from train_step_plan import PEAK_TFLOPS, concluded, describe, plan_table, planned, planning_pool
@@ -238,38 +240,38 @@ class Children:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = program.parser(__doc__)
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", help=f"of {', '.join(CASES)}")
     parser.add_argument("--plan", action="store_true", help="print the planner's predictions and the goals, no more")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
-    results.add_arguments(parser)
+    program.add_arguments(parser)
     args = parser.parse_args()
-    if not args.plan:
-        results.check_arguments(parser, args)
     try:
         args.chosen = chosen_cases(args.cases, args.dry_run)
     except ValueError as error:
         parser.error(str(error))
+    program.check_arguments(parser, args, needs_gpu=not args.plan)
     return args
 
 
-def main() -> None:
+def main() -> str | None:
     args = arguments()
     if args.child:
+        program.end_with_parent()
         if not sys.stdin.readline():  # until it is this case's turn; nothing, if there is nobody to say so any more
-            return
+            return None
         args.to.write_text(json.dumps(measure(CASES[args.child], args.dry_run)))
-        return
+        return None
     if args.plan:
         with planning_pool(args.dry_run) as pool:
             plans = {case.name: pool.submit(planned, case, args.dry_run) for case in args.chosen}
-            rows = {name: plan.result() for name, plan in plans.items()}
+            rows = {name: plan.result() for name, plan in tqdm(plans.items(), "planning", leave=False)}
         print(plan_table(rows), flush=True)
         if args.save:
-            numbers = {"memory_gb": MEMORY_GB, "cases": rows}
+            numbers = {"memory_gb": MEMORY_GB, "rows": rows}
             print(f"\nsaved {results.save(PLAN_SECTION, results.environment(), numbers, args.out)}")
-        return
+        return None
     peak_tflops = PEAK_TFLOPS.get(results.environment()["device"])
     run = results.Run(SECTION, args, memory_gb=MEMORY_GB, peak_tflop_per_s=peak_tflops)
     cases = [CASES[name] for name in run.missing(case.name for case in args.chosen)]
@@ -283,8 +285,8 @@ def main() -> None:
             return row
 
         run.measure([case.name for case in cases], row_of)
-    sys.exit(run.finish())
+    return run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import results
+import validate
 
 Rows = dict[str, dict[str, Any]]
 Found = tuple[str, bool] | None
@@ -30,16 +31,18 @@ def _ran(rows: Rows, name: str) -> dict[str, Any] | None:
 
 
 def _tests(rows: Rows) -> Found:
-    row = rows.get("tests")
-    if row is None:
+    parts = [rows[name] for name in validate.TESTS if name in rows]
+    failed = [row for row in parts if "error" in row]
+    if not failed and len(parts) < len(validate.TESTS):
         return None
-    counted = row.get("counted", {})
-    words = ", ".join(f"{counted[word]} {word}" for word in ("passed", "failed") if counted.get(word))
-    return words or row["error"], "error" not in row
+    counts = {word: sum(row.get("counted", {}).get(word, 0) for row in parts) for word in ("passed", "failed")}
+    words = [f"{count} {word}" for word, count in counts.items() if count]
+    words += [row["error"] for row in failed if not row.get("counted", {}).get("failed")]
+    return ", ".join(words), not failed
 
 
 def _sanitizer(rows: Rows) -> Found:
-    tools = {name: row for name, row in rows.items() if name != "tests" and "skipped" not in row}
+    tools = {name: row for name, row in rows.items() if name in validate.TOOLS and "skipped" not in row}
     if not tools:
         return None
     words = ", ".join(f"{name}: {row.get('error', 'clean')}" for name, row in tools.items())

@@ -1,4 +1,6 @@
-"""README tables and pictures, and the notes of docs/hopper.md, from the result files: python benchmarks/plot.py
+"""README tables and pictures, and the notes of docs/hopper.md, from the result files.
+
+    python benchmarks/plot.py [--out DIR]
 
 Rewrites what stands between the markers of README.md and docs/hopper.md, and the pictures in benchmarks/results/plots/.
 Devices are never mixed: each has its own tables, from its newest rows. What was not measured says so; what was only
@@ -12,6 +14,7 @@ from typing import Any
 
 import figures
 import goals
+import program
 import results
 import tables
 import tune
@@ -93,8 +96,8 @@ def train_step_parts(files: Files) -> list[str]:
     if not parts:
         what = "Training step of the whole of Flux, and the loss's share of it"
         parts.append(unmeasured(what, "bench_train_step.py --save"))
-        plan = newest_anywhere(files, "plan_train_step")
-        parts += [] if plan is None else [tables.planned_table(plan)]
+        plans = results.newest_rows(files, "plan_train_step", by_device=False)
+        parts += [tables.planned_table(rows) for rows in plans.values()]
     return parts
 
 
@@ -113,7 +116,13 @@ def notes(text: str, files: Files) -> str:
 
 
 def main() -> None:
-    files = results.load()
+    parser = program.parser(__doc__)
+    program.add_out(parser)
+    args = parser.parse_args()
+    try:
+        files = results.load(args.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     reached = goals.table(goals.measured(files))
     parts = [
         *loss_parts(files),
@@ -121,8 +130,12 @@ def main() -> None:
         *train_step_parts(files),
         f"Numbers to reach on a GPU:\n\n{reached}",
     ]
-    README.write_text(replace_between(README.read_text(), BEGIN, END, "\n\n".join(parts)))
-    NOTES.write_text(notes(NOTES.read_text(), files))
+    pages = {
+        README: replace_between(README.read_text(), BEGIN, END, "\n\n".join(parts)),
+        NOTES: notes(NOTES.read_text(), files),
+    }
+    for path, text in pages.items():  # both, or none if one could not be made
+        path.write_text(text)
     print(f"wrote {README.name}, {NOTES.name}" + "".join(f"\n  {path}" for path in sorted(PLOTS.glob("*.png"))))
 
 

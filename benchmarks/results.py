@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import platform
 import re
@@ -24,11 +23,17 @@ import triton
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+CODE = ("fastguard", "kernels", "recipes", "benchmarks", "tests", "setup.py", "pyproject.toml")
 
 
 def environment() -> dict[str, Any]:
-    """What a number needs beside it: device, versions, commit, and whether the tree was clean."""
+    """What a number needs beside it: device, versions, commit, and whether code was changed since (None: unknown).
+
+    Raises ValueError for a FASTGUARD_COMMIT that is none.
+    """
     gpu = torch.cuda.is_available()
+    # Pages and results are written by the benchmarks themselves; they change no number.
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *CODE, ":!benchmarks/results")
     return {
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {_cpu_name()}",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
@@ -36,10 +41,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": os.environ.get("FASTGUARD_COMMIT", "")[:10]
-        or _output("git", "rev-parse", "--short=10", "HEAD")
-        or "unknown",
-        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "commit": _commit(),
+        "dirty": None if changed is None else bool(changed),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -52,7 +55,7 @@ def slug(device: str) -> str:
 def save(section: str, env: dict[str, Any], numbers: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Add a run to its device's file of the day and commit; saving again under the same `env` updates that run."""
     path = folder / slug(env["device"]) / f"{env['time'][:10]}_{env['commit']}.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
+    content = read(path) if path.exists() else {}
     runs = [run for run in content.get(section, []) if run["environment"] != env]
     content[section] = [*runs, {"environment": env, **numbers}]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,30 +72,43 @@ class Run:
     """
 
     def __init__(self, section: str, args: argparse.Namespace, **fixed: Any) -> None:
-        """`args` as `add_arguments` makes them; `fixed`: what all rows share, saved beside them."""
+        """`args` as `program.add_arguments` makes them; `fixed`: what all rows share, saved beside them."""
         self.rows: dict[str, Any] = {}
         self.left: list[str] = []
         """rows for which no time was left"""
         self.path: Path | None = None
-        self._section, self._fixed, self._save, self._folder = section, fixed, args.save, args.out
+        self._section, self._fixed, self._folder = section, fixed, args.out
+        self._save, self._dry_run = args.save, args.dry_run
         self._environment = environment()
         self._deadline = time.monotonic() + 60 * args.minutes
         if args.resume:
             self._take_up()
 
     def _take_up(self) -> None:
-        """Go on with the newest run of the same device, versions, commit and settings."""
+        """Go on with the newest run of the same device, versions, commit and settings, and say so."""
         elsewhere = ("time", "driver", "threads")  # of another machine with such a GPU
-        same = {key: value for key, value in self._environment.items() if key not in elsewhere}
+        here = {**self._environment, **_plain(self._fixed)}
+        differ: list[str] | None = None
         for file in load(self._folder):
             for run in file.get(self._section, []):
-                env = run["environment"]
-                if {key: env.get(key) for key in same} == same and _plain(self._fixed).items() <= run.items():
-                    self._environment, self.rows = env, run["rows"]
+                there = {**run["environment"], **run}
+                if there["device"] != here["device"]:
+                    continue
+                differ = [key for key in here if key not in elsewhere and there.get(key) != here[key]]
+                if not differ:
+                    self._environment, self.rows = run["environment"], run["rows"]
+        if self.rows:
+            done = len(self.rows) - len(self.missing(self.rows))
+            print(f"{self._section}: going on from {self._environment['time']}, {done} rows done", flush=True)
+        else:
+            why = "no run of this device" if differ is None else f"the last run differs in {', '.join(differ)}"
+            print(f"{self._section}: nothing to go on from: {why}", flush=True)
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """The rows that were not measured yet, or failed."""
-        return [name for name in names if name not in self.rows or _failed(self.rows[name])]
+        """The rows that were not measured yet, or failed, or for which something was not installed."""
+        return [
+            name for name in names if name not in self.rows or _failed(self.rows[name]) or "skipped" in self.rows[name]
+        ]
 
     @property
     def seconds_left(self) -> float:
@@ -120,6 +136,8 @@ class Run:
         """Say where the numbers are; what is missing, as `sys.exit` takes it."""
         if self.path is not None:
             print(f"\nsaved {self.path}")
+        elif not (self._save or self._dry_run):
+            print("\nnot saved: --save adds the numbers to the result files")
         broken = [name for name, row in self.rows.items() if _failed(row)]
         missing = [f"failed: {', '.join(broken)}"] if broken else []
         if self.left:
@@ -132,25 +150,6 @@ def _failed(row: dict[str, Any]) -> bool:
     return row.get("error") not in (None, "out of memory")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark on a GPU takes."""
-    parser.add_argument("--save", action="store_true", help="add the numbers to the result files")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep what the last run of this commit and device measured"
-    )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="end after about so many")
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, nothing saved")
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what makes no sense: nothing of a dry run is a number, and the rest needs a GPU."""
-    if args.dry_run and args.save:
-        parser.error("--dry-run saves nothing: toy sizes are no numbers")
-    if not (args.dry_run or torch.cuda.is_available()):
-        parser.error("needs a CUDA device, and torch sees none; --dry-run walks the path on the CPU")
-
-
 def _plain(value: Any) -> Any:
     """As it comes back from a file."""
     return json.loads(json.dumps(value))
@@ -158,19 +157,33 @@ def _plain(value: Any) -> Any:
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All result files, oldest first."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name)]
+    return [read(path) for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name)]
 
 
-def newest_rows(files: list[dict[str, Any]], section: str) -> dict[str, dict[str, dict[str, Any]]]:
+def read(path: Path) -> dict[str, Any]:
+    """A result file. Raises ValueError, with its name, if it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a result file: {error}; mend or remove it") from None
+    if not (isinstance(content, dict) and all(isinstance(runs, list) for runs in content.values())):
+        raise ValueError(f"{path} is not a result file: expected lists of runs by section; mend or remove it")
+    return content
+
+
+def newest_rows(
+    files: list[dict[str, Any]], section: str, by_device: bool = True
+) -> dict[str, dict[str, dict[str, Any]]]:
     """For each device the newest row of each name, with its `environment` and what its run shared.
 
-    Rows may come from several runs: a part of a benchmark can be measured again on its own.
+    Rows may come from several runs: a part of a benchmark can be measured again on its own. `by_device`: no for what is
+    the same on every machine.
     """
     runs = [run for file in files for run in file.get(section, []) if "rows" in run]
     devices: dict[str, dict[str, dict[str, Any]]] = {}
     for run in sorted(runs, key=lambda run: str(run["environment"]["time"])):
         shared = {key: value for key, value in run.items() if key != "rows"}
-        rows = devices.setdefault(run["environment"]["device"], {})
+        rows = devices.setdefault(run["environment"]["device"] if by_device else "any", {})
         rows |= {name: {**shared, **row} for name, row in run["rows"].items()}
     return devices
 
@@ -180,8 +193,18 @@ def _cpu_name() -> str:
     return found.group(1).strip() if found else platform.machine()
 
 
-def _output(*command: str) -> str:
+def _commit() -> str:
+    given = os.environ.get("FASTGUARD_COMMIT")
+    if given is None:
+        return _output("git", "rev-parse", "--short=10", "HEAD") or "unknown"
+    if not re.fullmatch("[0-9a-f]{10,40}", given):
+        raise ValueError(f"FASTGUARD_COMMIT is {given!r}, expected at least 10 hexadecimal digits of a commit")
+    return given[:10]
+
+
+def _output(*command: str) -> str | None:
+    """What it prints; None if it cannot be run."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return None

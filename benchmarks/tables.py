@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import tune
 from bench_kernels import CONTENDERS, KERNELS
+from train_step_cases import MEMORY_GB
 
 from fastguard.config import Recompute
 
@@ -28,7 +29,14 @@ def stack(rows: Rows) -> str:
     """Versions, day and commit of some rows, which may come from several runs."""
     envs = [row["environment"] for row in rows.values()]
     versions = distinct(f"driver {env['driver']}, torch {env['torch']}, triton {env['triton']}" for env in envs)
-    return f"{versions}, {distinct(env['time'][:10] for env in envs)}, commit {distinct(env['commit'] for env in envs)}"
+    return f"{versions}, {when(envs)}"
+
+
+def when(envs: Iterable[dict[str, Any]]) -> str:
+    """Days and commits of some runs, and whether code was changed since the commit."""
+    envs = list(envs)
+    commits = distinct(f"{env['commit']}{' with changes' if env['dirty'] else ''}" for env in envs)
+    return f"{distinct(env['time'][:10] for env in envs)}, commit {commits}"
 
 
 def gib(n_bytes: float | None) -> str:
@@ -66,7 +74,7 @@ def loss_table(device: str, section: dict[str, Any]) -> str:
     heading = ["latents", *NAMES.values(), "times faster", "kept for backward"]
     return (
         f"**{device}**, {env['threads']} threads, torch {env['torch']}, {section['dtype'].removeprefix('torch.')}, "
-        f"forward + backward, {env['time'][:10]}, commit {env['commit']}:\n\n{markdown(heading, rows)}\n\n"
+        f"forward + backward, {when([env])}:\n\n{markdown(heading, rows)}\n\n"
         "Error of the log-ratio against float64 at D = 65,536 and a velocity change of 1e-3, in float32: fastguard "
         f"{errors['fused']:.1e}, textbook {errors['textbook']:.1e}, for log-ratios up to "
         f"{errors['size of the log-ratio']:.1e}."
@@ -166,8 +174,8 @@ def flux_bytes_table(run: dict[str, Any]) -> str:
     ]
     return (
         "Bytes that each Flux kernel moves, counted from its launches at 4,608 tokens of 3,072 channels in bfloat16, "
-        f"beside the least that any method could (`python benchmarks/bench_flux_block.py --bytes`, {env['time'][:10]}, "
-        f"commit {env['commit']}):\n\n{markdown(['kernel', 'moved', 'least', 'ratio'], rows)}"
+        f"beside the least that any method could (`python benchmarks/bench_flux_block.py --bytes`, "
+        f"{when([env])}):\n\n{markdown(['kernel', 'moved', 'least', 'ratio'], rows)}"
     )
 
 
@@ -195,7 +203,10 @@ def train_step_table(device: str, cases: Rows) -> str:
     rows = []
     for row in cases.values():
         planned = {phase: gib(n) for phase, n in row["planned"]["peak_bytes"].items()}
-        said = [f"{goal['what']}: {goal['measured']}, {words[goal['reached']]}" for goal in row["goals"]]
+        said = [
+            f"{goal['what']}: {'' if goal['measured'] is None else goal['measured'] + ', '}{words[goal['reached']]}"
+            for goal in row["goals"]
+        ]
         if "error" in row:
             fits = "fits" if row["planned"]["fits"] else "does not fit"
             cells = ["", f"{row['error']} (planner: {planned['update']}, {fits})", "", "", ""]
@@ -223,11 +234,10 @@ def train_step_table(device: str, cases: Rows) -> str:
     )
 
 
-def planned_table(run: dict[str, Any]) -> str:
+def planned_table(plans: Rows) -> str:
     """What the planner says of the same cases; it needs no GPU."""
-    env = run["environment"]
     rows = []
-    eager = (row for row in run["cases"].values() if not row["compile"])  # the planner knows no compiler
+    eager = (row for row in plans.values() if not row["compile"])  # the planner knows no compiler
     for row in sorted(eager, key=case_order):
         peaks, goal = row["peak_bytes"], row["peak_goal_gib"]
         said = "" if goal is None else f"<= {goal:g} GiB"
@@ -238,13 +248,13 @@ def planned_table(run: dict[str, Any]) -> str:
         "case",
         "peak of the rollout",
         "peak of the update",
-        f"in {run['memory_gb']:g} GB ({gib(run['memory_gb'] * 1e9)} GiB)",
+        f"in {MEMORY_GB:g} GB ({gib(MEMORY_GB * 1e9)} GiB)",
         "FLOPs executed for each needed",
         "goal",
     ]
     return (
         "Predicted, not measured: what the memory planner says of those cases, in GiB (`python "
-        f"benchmarks/bench_train_step.py --plan`, {env['time'][:10]}, commit {env['commit']}):\n\n"
+        f"benchmarks/bench_train_step.py --plan`, {when(row['environment'] for row in plans.values())}):\n\n"
         f"{markdown(heading, rows)}"
     )  # fmt: skip
 
@@ -276,6 +286,8 @@ def tuning_table(experiment: str, devices: dict[str, Rows]) -> str:
         for case, row in mine.items():
             if "error" in row:
                 lines.append([case, *failed(row, len(choices))])
+                continue
+            if choices[0] not in row:  # of a time when the product did otherwise
                 continue
             ours = row[choices[0]]["p50_us"]
             cells = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any, Literal
+
+import program
 
 from fastguard.config import (
     HardwareConfig,
@@ -138,9 +139,5 @@ DRY_CASES = ("full-512-block",)
 
 def chosen_cases(patterns: Sequence[str] | None, dry: bool) -> list[Case]:
     """Cases whose names match one of the patterns. Raises ValueError for a pattern that matches none."""
-    if not patterns:
-        return [CASES[name] for name in DRY_CASES] if dry else list(CASES.values())
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in CASES):
-            raise ValueError(f"--cases {pattern} matches none of {', '.join(CASES)}")
-    return [case for name, case in CASES.items() if any(fnmatch(name, pattern) for pattern in patterns)]
+    names = program.chosen(CASES, patterns or (DRY_CASES if dry else "*"), "--cases")
+    return [CASES[name] for name in names]

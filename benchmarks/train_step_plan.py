@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
 from typing import Any
 
+import program
 from train_step_cases import CLIP_RANGE, MEMORY_GB, Case
 
 from fastguard.config import UpdateConfig
@@ -39,11 +42,29 @@ def planned(case: Case, dry: bool) -> dict[str, Any]:
     }
 
 
-def planning_pool(dry: bool) -> Executor:
-    """Processes on half of the cores: fake tensors compute nothing that would let go of Python's lock."""
-    if dry:
-        return ThreadPoolExecutor(1)  # sooner done than a process has started
-    return ProcessPoolExecutor(max(2, (os.cpu_count() or 1) // 2), mp_context=get_context("spawn"))
+@contextmanager
+def planning_pool(dry: bool) -> Iterator[Executor]:
+    """Processes on half of the cores: fake tensors compute nothing that would let go of Python's lock.
+
+    What is not planned when the block ends will not be.
+    """
+    if dry:  # a thread is sooner done than a process has started
+        pool: Executor = ThreadPoolExecutor(1)
+    else:
+        workers = max(2, (os.cpu_count() or 1) // 2)
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.terminate()
+
+
+def _begin_worker() -> None:
+    """In a process of the pool: end with the program, and let Ctrl-C end the program alone."""
+    program.end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def concluded(case: Case, row: dict[str, Any], plan: dict[str, Any], peak_tflops: float | None) -> dict[str, Any]:
@@ -78,7 +99,7 @@ def goals(case: Case, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     def goal(what: str, measured: str | None, reached: bool) -> dict[str, Any]:
         if failed:
             return {"what": what, "measured": failed, "reached": False if failed == "out of memory" else None}
-        return {"what": what, "measured": measured or "not measured", "reached": reached if measured else None}
+        return {"what": what, "measured": measured, "reached": reached if measured else None}
 
     if case.peak_goal_gib is not None:
         peaks = [] if failed else [row[phase]["peak_bytes"] for phase in ("rollout", "update")]
@@ -156,5 +177,7 @@ def describe(name: str, row: dict[str, Any]) -> str:
         planner = "fits" if row["planned"]["fits"] else "does not fit"
         lines.append(f"  {row['error']}: {row['message']} (planner: {planner} in {MEMORY_GB:g} GB)")
     words = {True: "reached", False: "MISSED", None: "not measured"}
-    lines += [f"  goal {g['what']}: {g['measured']}: {words[g['reached']]}" for g in row["goals"]]
+    for goal in row["goals"]:
+        measured = "" if goal["measured"] is None else f"{goal['measured']}: "
+        lines.append(f"  goal {goal['what']}: {measured}{words[goal['reached']]}")
     return "\n".join(lines)

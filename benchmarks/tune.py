@@ -4,24 +4,22 @@
 
 An experiment asks one question: which setting of some constants, or which form of a kernel, is fastest, at some sizes
 and dtypes. The first choice is the product's; every other one must give its results. plot.py puts the times under the
-predictions. `--dry-run` walks the path on a CPU, in Triton's interpreter (TRITON_INTERPRET=1): a case of each.
+predictions. `--dry-run` walks the path on a CPU, in Triton's interpreter: a case of each.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import bench_flux_block
 import candidates
+import program
 import results
 import textbook
 import torch
@@ -49,6 +47,8 @@ class Choice:
     within: Callable[[], AbstractContextManager[None]] = nullcontext
     form: str = ""
     """which of a case's runs; the only one if there is one"""
+    gpu_only: bool = False
+    """the interpreter knows nothing of it"""
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -143,7 +143,7 @@ LOSS_EXPERIMENTS = {
             "two launches": Choice(form="two"),
             "one, counter filled each time": Choice(form="one, zeroed"),
             "one, counter kept at 0": Choice(form="one"),
-            "two, the second early": Choice(form="two", within=candidates.early_epilogue),
+            "two, the second early": Choice(form="two", within=candidates.early_epilogue, gpu_only=True),
         },
         {
             f"{label}, {NAMES[dtype]}": partial(forward_case, label, dtype)
@@ -276,6 +276,9 @@ def measure_case(experiment: Experiment, case: str, device: str) -> dict[str, An
     row: dict[str, Any] = {}
     want = None
     for name, choice in experiment.choices.items():
+        if choice.gpu_only and not cuda:
+            row[name] = "needs a GPU"
+            continue
         runs = forms[choice.form]
         try:
             with choice.applied():
@@ -324,15 +327,19 @@ def describe(name: str, row: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  best: {row['best']}"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="PATTERN", default=["*"], help=f"of {', '.join(EXPERIMENTS)}")
-    results.add_arguments(parser)
+def main() -> str | None:
+    parser = program.parser(__doc__)
+    names = "; ".join(EXPERIMENTS)
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", default=["*"], help=f"some of the experiments: {names}")
+    program.add_arguments(parser)
     args = parser.parse_args()
-    results.check_arguments(parser, args)
-    chosen = [name for name in EXPERIMENTS if any(fnmatch(name, pattern) for pattern in args.only)]
-    if not chosen:
-        parser.error(f"--only {' '.join(args.only)} matches none of {', '.join(EXPERIMENTS)}")
+    if args.dry_run:
+        program.interpret_kernels()
+    try:
+        chosen = program.chosen(EXPERIMENTS, args.only, "--only")
+    except ValueError as error:
+        parser.error(str(error))
+    program.check_arguments(parser, args)
     run = results.Run(SECTION, args)
     most = 1 if args.dry_run else None
     cases = {
@@ -347,8 +354,8 @@ def main() -> None:
         return row
 
     run.measure(cases, row_of)
-    sys.exit(run.finish())
+    return run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

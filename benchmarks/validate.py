@@ -2,7 +2,8 @@
 
     python benchmarks/validate.py [--only tests sanitizer] [--save] [--resume]
 
-`tests` is `pytest -m gpu`, in several processes if pytest-xdist is installed: most of its time is compiling kernels.
+`tests` is `pytest -m gpu` in three parts, each in several processes if pytest-xdist is installed: most of their time is
+compiling kernels. A part is broken off after 20 minutes.
 `sanitizer` runs every operator once, at sizes that are no multiples of anything, under memcheck (accesses past the end,
 with every tensor in an allocation of its own), racecheck (shared memory) and synccheck (barriers). It is skipped, and
 says so, where the tool is not installed. What a kernel leaves unwritten shows in the tests, whose outputs are filled
@@ -11,21 +12,32 @@ with NaN beforehand. `--dry-run` runs a few tests here.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Sequence
 from typing import Any
 
+import program
 import results
 
 SECTION = "validation"
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SANITIZED = ["tests/test_operators.py", "-k", "plain_backend and odd and bfloat16"]
 """what compute-sanitizer watches; -m gpu comes with it"""
+_LOSS = [f"tests/test_{name}.py" for name in ("transition", "loss", "step", "golden", "candidates")]
+_FLUX = [f"tests/test_{name}.py" for name in ("adaln", "gated_residual", "qk_norm_rope", "gelu", "fuse_flux")]
+TESTS = {
+    "tests of the loss": _LOSS,
+    "tests of Flux blocks": _FLUX,
+    "all other tests": ["tests", *(f"--ignore={path}" for path in (*_LOSS, *_FLUX))],
+}
+"""what pytest is given for each part"""
 LIMIT_S = 1200
 # Processes that test on one GPU. The tests with the largest tensors share one of them (xdist_group).
 WORKERS = 8
@@ -35,9 +47,9 @@ def pytest_command(*selected: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected]
 
 
-def run_tests(dry_run: bool, limit_s: float) -> dict[str, Any]:
-    """All tests that run on a GPU."""
-    command = pytest_command("tests/test_step.py") if dry_run else pytest_command("-m", "gpu", "tests")
+def run_tests(part: str, dry_run: bool, limit_s: float) -> dict[str, Any]:
+    """One part of the tests that run on a GPU."""
+    command = pytest_command("tests/test_step.py") if dry_run else pytest_command("-m", "gpu", *TESTS[part])
     if importlib.util.find_spec("xdist") and not dry_run:
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
     few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # of each process
@@ -60,22 +72,28 @@ def run_sanitizer(tool: str, dry_run: bool, limit_s: float) -> dict[str, Any]:
     return row
 
 
-def outcome(command: list[str], environ: dict[str, str], limit_s: float) -> dict[str, Any]:
+def outcome(command: Sequence[str], environ: dict[str, str], limit_s: float) -> dict[str, Any]:
     """Run it, show what it prints, and tell what pytest counted. An `error` unless all went well."""
-    try:
-        done = subprocess.run(
-            command, cwd=results.ROOT, env={**os.environ, **environ}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        print(output[-8000:], flush=True)
+    end, lines = time.monotonic() + limit_s, []
+    with program.child(
+        command, cwd=results.ROOT, env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        timer = threading.Timer(limit_s, program.stop, [process])
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                lines.append(line)
+            status = process.wait()
+        finally:
+            timer.cancel()
+    output = "".join(lines)
+    if status and time.monotonic() >= end:
         return {"error": "timed out", "message": f"not done after {limit_s:.0f} s", "output": output}
-    print(done.stdout[-8000:], flush=True)
-    counted = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    row: dict[str, Any] = {"counted": counted, "output": done.stdout}
-    if done.returncode or not counted.get("passed"):
-        row |= {"error": "failed", "message": f"exit status {done.returncode}"}
+    counted = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    row: dict[str, Any] = {"counted": counted, "output": output}
+    if status or not counted.get("passed"):
+        row |= {"error": "failed", "message": f"exit status {status}"}
     return row
 
 
@@ -83,26 +101,29 @@ def shown(command: list[str]) -> str:
     return " ".join(["python" if part == sys.executable else os.path.basename(part) for part in command])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=["tests", "sanitizer"], default=["tests", "sanitizer"])
-    results.add_arguments(parser)
+def main() -> str | None:
+    parser = program.parser(__doc__)
+    parser.add_argument(
+        "--only", nargs="+", choices=["tests", "sanitizer"], default=["tests", "sanitizer"], help="one of both"
+    )
+    program.add_arguments(parser)
     args = parser.parse_args()
-    results.check_arguments(parser, args)
+    program.check_arguments(parser, args)
     run = results.Run(SECTION, args)
-    names = [name for part in args.only for name in (("tests",) if part == "tests" else TOOLS)]
+    tests = [*TESTS][:1] if args.dry_run else [*TESTS]
+    names = [name for part in args.only for name in (tests if part == "tests" else TOOLS)]
 
     def row_of(name: str) -> dict[str, Any]:
         print(f"\n{name}", flush=True)
         limit_s = min(LIMIT_S, run.seconds_left)
-        row = run_tests(args.dry_run, limit_s) if name == "tests" else run_sanitizer(name, args.dry_run, limit_s)
+        row = (run_tests if name in TESTS else run_sanitizer)(name, args.dry_run, limit_s)
         row.pop("output", None)
         print(f"{name}: {row.get('error') or row.get('skipped') or row['counted']}", flush=True)
         return row
 
     run.measure(names, row_of)
-    sys.exit(run.finish())
+    return run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

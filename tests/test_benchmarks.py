@@ -238,7 +238,8 @@ def test_cases_wait_for_their_turn(steps, tmp_path: Path, monkeypatch) -> None:
     [
         ([], "needs a CUDA device"),
         (["--dry-run", "--save"], "--dry-run saves nothing"),
-        (["--plan", "--cases", "lora-768-*"], "matches none of lora-1024-none, lora-1024-unfused-none"),
+        (["--plan", "--cases", "lora-768-*"], "matches none of 'lora-1024-none', 'lora-1024-unfused-none'"),
+        (["--plan", "--dry-run", "--save"], "--dry-run saves nothing"),
     ],
 )
 def test_what_makes_no_sense_is_refused(steps: ModuleType, monkeypatch, capsys, options, message) -> None:
@@ -258,7 +259,7 @@ def test_the_plan_is_saved_as_predictions(steps: ModuleType, tmp_path: Path, mon
     assert "peak <= 30 GiB: predicted to be reached" in capsys.readouterr().out
     (path,) = tmp_path.glob("*/*.json")
     (run,) = json.loads(path.read_text())["plan_train_step"]
-    assert run["cases"].keys() == steps.CASES.keys()
+    assert run["rows"].keys() == steps.CASES.keys()
 
 
 def test_a_tiny_plan_has_every_field_that_is_shown(steps, plans) -> None:

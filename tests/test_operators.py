@@ -29,7 +29,7 @@ def test_operators_keep_the_rules_of_torch_library(dtype: torch.dtype, kernel_de
 def test_kernels_agree_with_the_plain_backend_in_float64(dtype, size, kernel_device, poisoned) -> None:
     """Each with every kind of arguments; the finer tests of values are in each kernel's own file.
 
-    compute-sanitizer runs this test (benchmarks/sanitize.py): it launches every kernel, at sizes that are no multiples
+    compute-sanitizer runs this test (benchmarks/validate.py): it launches every kernel, at sizes that are no multiples
     of anything.
     """
     # float32 sums of up to 2,886 terms; what is stored is rounded once (in the interpreter truncated: a whole ulp), and
