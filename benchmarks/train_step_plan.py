@@ -126,8 +126,9 @@ def gib(n_bytes: int | None) -> str:
 
 def plan_table(rows: dict[str, dict[str, Any]]) -> str:
     """The predictions as text."""
+    width = max(24, *(len(name) + 1 for name in rows))
     lines = [
-        f"{'predicted, GiB':24}{'micro-batch':>12}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}"
+        f"{'predicted, GiB':{width}}{'micro-batch':>12}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}"
         f"{'rollout':>9}{'update':>8}  {f'in {MEMORY_GB:g} GB':10}{'TFLOP':>7}{'executed':>10}  goal"
     ]
     for name, row in rows.items():
@@ -140,7 +141,7 @@ def plan_table(rows: dict[str, dict[str, Any]]) -> str:
             limit = row["needed_tflop_per_transition"] / row["mfu_goal"] / PEAK_TFLOPS["NVIDIA H200"]
             goal = f"MFU >= {row['mfu_goal']:.0%}: needs <= {limit:.3f} s a transition (H100 SXM, H200)"
         lines.append(
-            f"{name:24}{row['micro_batch']:>12}{gib(parts['weights']):>9}{gib(parts['gradients']):>11}"
+            f"{name:{width}}{row['micro_batch']:>12}{gib(parts['weights']):>9}{gib(parts['gradients']):>11}"
             f"{gib(parts['optimizer']):>11}{gib(parts['activations']):>13}{gib(peaks['rollout']):>9}"
             f"{gib(peaks['update']):>8}  {'fits' if row['fits'] else 'too large':10}"
             f"{row['needed_tflop_per_transition']:>7.3g}{row['executed_per_needed_flop']:>10.2f}  {goal}".rstrip()
