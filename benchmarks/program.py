@@ -63,7 +63,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, n
         print("a dry run: toy sizes on the CPU, no number below means anything", flush=True)
         return
     try:
-        results.environment()
+        results.commit()
         if args.save:
             args.out.mkdir(parents=True, exist_ok=True)
         results.load(args.out)

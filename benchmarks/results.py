@@ -27,10 +27,7 @@ CODE = ("fastguard", "kernels", "recipes", "benchmarks", "tests", "setup.py", "p
 
 
 def environment() -> dict[str, Any]:
-    """What a number needs beside it: device, versions, commit, and whether code was changed since (None: unknown).
-
-    Raises ValueError for a FASTGUARD_COMMIT that is none.
-    """
+    """What a number needs beside it: device, versions, commit, and whether code was changed since (None: unknown)."""
     gpu = torch.cuda.is_available()
     # Pages and results are written by the benchmarks themselves; they change no number.
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *CODE, ":!benchmarks/results")
@@ -41,10 +38,20 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "dirty": None if changed is None else bool(changed),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def commit() -> str:
+    """Ten digits of it. Raises ValueError for a FASTGUARD_COMMIT that is none."""
+    given = os.environ.get("FASTGUARD_COMMIT")
+    if given is None:
+        return _output("git", "rev-parse", "--short=10", "HEAD") or "unknown"
+    if not re.fullmatch("[0-9a-f]{10,40}", given):
+        raise ValueError(f"FASTGUARD_COMMIT is {given!r}, expected at least 10 hexadecimal digits of a commit")
+    return given[:10]
 
 
 def slug(device: str) -> str:
@@ -191,15 +198,6 @@ def newest_rows(
 def _cpu_name() -> str:
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return found.group(1).strip() if found else platform.machine()
-
-
-def _commit() -> str:
-    given = os.environ.get("FASTGUARD_COMMIT")
-    if given is None:
-        return _output("git", "rev-parse", "--short=10", "HEAD") or "unknown"
-    if not re.fullmatch("[0-9a-f]{10,40}", given):
-        raise ValueError(f"FASTGUARD_COMMIT is {given!r}, expected at least 10 hexadecimal digits of a commit")
-    return given[:10]
 
 
 def _output(*command: str) -> str | None:

@@ -128,8 +128,8 @@ def plan_table(rows: dict[str, dict[str, Any]]) -> str:
     """The predictions as text."""
     width = max(24, *(len(name) + 1 for name in rows))
     lines = [
-        f"{'predicted, GiB':{width}}{'micro-batch':>12}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}"
-        f"{'rollout':>9}{'update':>8}  {f'in {MEMORY_GB:g} GB':10}{'TFLOP':>7}{'executed':>10}  goal"
+        f"{'predicted, GiB':{width}}{'micro-batch':>12}{'weights':>9}{'gradients':>11}{'optimizer':>11}"
+        f"{'activations':>13}{'rollout':>9}{'update':>8}  {f'in {MEMORY_GB:g} GB':10}{'TFLOP':>7}{'executed':>10}  goal"
     ]
     for name, row in rows.items():
         parts, peaks = row["update_bytes"], row["peak_bytes"]

@@ -141,7 +141,7 @@ def test_a_copy_without_history_can_be_told_its_commit(monkeypatch, tmp_path: Pa
     assert results.environment()["commit"] == "0123456789"
     monkeypatch.setenv("FASTGUARD_COMMIT", "feature/x")
     with pytest.raises(ValueError, match="FASTGUARD_COMMIT is 'feature/x', expected at least 10"):
-        results.environment()
+        results.commit()
 
 
 def test_only_changed_code_counts_as_a_change(monkeypatch, tmp_path: Path) -> None:
