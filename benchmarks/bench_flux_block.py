@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import program
@@ -27,7 +28,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from peft import LoraConfig, inject_adapter_in_model
-from timing import copy_times, graph_times, rotations, with_bandwidth
+from timing import copy_times, graph_times, kept_bytes, rotations, with_bandwidth
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -344,23 +345,6 @@ def train_once(run: Callable[..., Any], inputs: BlockInputs) -> list[Tensor]:
     return list(torch.autograd.grad(outputs, inputs.args[:2], inputs.upstream))
 
 
-def kept_bytes(run: Callable[..., Any], inputs: BlockInputs, parameters: list[Tensor]) -> int:
-    """Bytes of the storages that a forward pass saves for backward, weights left out."""
-    known = {t.untyped_storage().data_ptr() for t in parameters}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would keep its graph alive, and itself with it
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = run(*inputs.args)  # alive while counting: a freed storage's address could come again
-    del outputs
-    return sum(storages.values())
-
-
 def contenders(
     kind: str, size: Size, dtype: torch.dtype, device: str
 ) -> tuple[nn.Module, dict[str, Callable[..., Any]]]:
@@ -409,7 +393,7 @@ def measure_block(kind: str, size: Size, dtype: torch.dtype, device: str) -> Res
             "training": graph_times([training] * 2, cuda),
         }
         if "compiled" not in name:
-            rows[name]["kept_bytes"] = kept_bytes(run, inputs, weights)
+            rows[name]["kept_bytes"] = kept_bytes(partial(run, *inputs.args), weights)
         for phase in ("inference", "training"):
             rows[name][f"{phase}_times_eager"] = rows["eager"][phase]["p50_us"] / rows[name][phase]["p50_us"]
     return rows
@@ -430,7 +414,9 @@ def test_block(benchmark: Any, kind: str, form: str) -> None:
     assert_correct({"eager": forms["eager"], form: forms[form]}, inputs)
     benchmark.group = f"{kind} block, forward + backward, {size} {dtype} {DEVICE}"
     if form != "compiled":
-        benchmark.extra_info["kept_bytes"] = kept_bytes(forms[form], inputs, [*block.parameters(), *inputs.args[3]])
+        benchmark.extra_info["kept_bytes"] = kept_bytes(
+            partial(forms[form], *inputs.args), [*block.parameters(), *inputs.args[3]]
+        )
 
     def run() -> None:
         train_once(forms[form], inputs)

@@ -6,8 +6,8 @@ Each stage is a program of its own in this folder, which saves what it has measu
 benchmarks/results/<gpu>/<date>_<commit>.json. Nothing is timed while a test is red. With --minutes it ends after about
 that time, and what takes minutes is broken off; with --resume it goes on where it stopped, for the same commit and
 device. Last come the numbers to reach beside those measured; `python benchmarks/plot.py` then puts everything into
-README.md and docs/hopper.md. Needs the `dev` extra, and 80 GB for the training steps. `--dry-run` walks
-the whole path on a CPU at toy sizes and saves nothing.
+README.md and docs/hopper.md. Needs the `dev` extra, and 80 GB for the training steps. `--dry-run` walks the whole path
+on a CPU at toy sizes and saves nothing.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from typing import Any
 import results
 import torch
 
+from fastguard.cli import terminations_as_interrupts
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 10.0
 """in which a process may end by itself"""
@@ -89,11 +91,9 @@ def chosen(names: Iterable[str], patterns: Sequence[str], option: str) -> list[s
 
 def run(main: Callable[[], str | None]) -> None:
     """Run a program to its exit status: None is success. SIGTERM and SIGHUP stop it as Ctrl-C does, tidily."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup, for one, has its own idea
-            signal.signal(number, signal.default_int_handler)
     try:
-        sys.exit(main())
+        with terminations_as_interrupts():
+            sys.exit(main())
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name} was stopped; --resume goes on with what it has saved", file=sys.stderr)
         sys.exit(130)
@@ -116,9 +116,7 @@ def child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[s
 
     It has a session of its own, so that Ctrl-C reaches it, and what it has started, by way of this process alone.
     """
-    with subprocess.Popen(
-        command, text=True, start_new_session=True, preexec_fn=end_with_parent, **options
-    ) as process:  # fmt: skip
+    with subprocess.Popen(command, text=True, start_new_session=True, preexec_fn=end_with_parent, **options) as process:
         try:
             yield process
         finally:

@@ -174,7 +174,7 @@ def flux_bytes_table(run: dict[str, Any]) -> str:
     ]
     return (
         "Bytes that each Flux kernel moves, counted from its launches at 4,608 tokens of 3,072 channels in bfloat16, "
-        f"beside the least that any method could (`python benchmarks/bench_flux_block.py --bytes`, "
+        "beside the least that any method could (`python benchmarks/bench_flux_block.py --bytes`, "
         f"{when([env])}):\n\n{markdown(['kernel', 'moved', 'least', 'ratio'], rows)}"
     )
 
@@ -204,7 +204,7 @@ def train_step_table(device: str, cases: Rows) -> str:
     for row in cases.values():
         planned = {phase: gib(n) for phase, n in row["planned"]["peak_bytes"].items()}
         said = [
-            f"{goal['what']}: {'' if goal['measured'] is None else goal['measured'] + ', '}{words[goal['reached']]}"
+            f"{goal['what']}: {', '.join(filter(None, (goal['measured'], words[goal['reached']])))}"
             for goal in row["goals"]
         ]
         if "error" in row:

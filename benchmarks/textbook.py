@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import timing
 import torch
 from torch import Tensor
 
@@ -114,20 +115,5 @@ def fused_guard_loss(inputs: Inputs) -> Tensor:
 
 def kept_bytes(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> int:
     """Bytes that the autograd graph keeps for backward beyond the tensors that the caller holds anyway."""
-    held = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in (*vars(inputs).values(), *vars(inputs.step).values())
-        if isinstance(tensor, Tensor)
-    }
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would keep its graph alive, and itself with it
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = loss(inputs)
-    del result
-    return sum(kept.values())
+    held = (*vars(inputs).values(), *vars(inputs.step).values())
+    return timing.kept_bytes(lambda: loss(inputs), [tensor for tensor in held if isinstance(tensor, Tensor)])

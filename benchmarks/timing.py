@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,6 +87,23 @@ def copy_times(sources: Sequence[torch.Tensor], cuda: bool) -> dict[str, float]:
         graph_times([partial(torch.neg, source, out=target) for source, target in pairs], cuda),
     ]
     return with_bandwidth(min(ways, key=lambda times: times["p50_us"]), 2 * sources[0].nbytes)
+
+
+def kept_bytes(run: Callable[[], Any], held: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages that a forward pass saves for backward, beyond those of the tensors `held` anyway."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would keep its graph alive, and itself with it
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = run()  # alive while counting: a freed storage's address could come again
+    del outputs
+    return sum(kept.values())
 
 
 def peak_bytes(run: Callable[[], Any], cuda: bool) -> int:

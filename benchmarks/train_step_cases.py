@@ -139,5 +139,5 @@ DRY_CASES = ("full-512-block",)
 
 def chosen_cases(patterns: Sequence[str] | None, dry: bool) -> list[Case]:
     """Cases whose names match one of the patterns. Raises ValueError for a pattern that matches none."""
-    names = program.chosen(CASES, patterns or (DRY_CASES if dry else "*"), "--cases")
+    names = program.chosen(CASES, patterns or (DRY_CASES if dry else ("*",)), "--cases")
     return [CASES[name] for name in names]

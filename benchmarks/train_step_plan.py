@@ -179,6 +179,5 @@ def describe(name: str, row: dict[str, Any]) -> str:
         lines.append(f"  {row['error']}: {row['message']} (planner: {planner} in {MEMORY_GB:g} GB)")
     words = {True: "reached", False: "MISSED", None: "not measured"}
     for goal in row["goals"]:
-        measured = "" if goal["measured"] is None else f"{goal['measured']}: "
-        lines.append(f"  goal {goal['what']}: {measured}{words[goal['reached']]}")
+        lines.append(f"  goal {': '.join(filter(None, (goal['what'], goal['measured'], words[goal['reached']])))}")
     return "\n".join(lines)

@@ -104,7 +104,7 @@ def shown(command: list[str]) -> str:
 def main() -> str | None:
     parser = program.parser(__doc__)
     parser.add_argument(
-        "--only", nargs="+", choices=["tests", "sanitizer"], default=["tests", "sanitizer"], help="one of both"
+        "--only", nargs="+", choices=["tests", "sanitizer"], default=["tests", "sanitizer"], help="not both"
     )
     program.add_arguments(parser)
     args = parser.parse_args()

@@ -218,7 +218,7 @@ def parse_recipe_command(args: Sequence[str]) -> Callable[[], int] | None:
 
 
 @contextmanager
-def _terminations_as_interrupts() -> Iterator[None]:
+def terminations_as_interrupts() -> Iterator[None]:
     """SIGTERM (kill, timeout, docker stop) and SIGHUP (a closed terminal) end a command as Ctrl-C does: tidily."""
     changed = {}
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -243,7 +243,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     _quiet()
     try:
-        with _terminations_as_interrupts():
+        with terminations_as_interrupts():
             command = parse_recipe_command(args)
             return command() if command is not None else app.cli(prog="fastguard", description=__doc__, args=args)
     except ValueError as error:  # a setting out of range; the message names it
