@@ -15,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
@@ -670,11 +670,12 @@ class ScriptedServer(ThreadingHTTPServer):
                 if status == 0:  # drop the connection
                     handler.close_connection = True
                     return
-                handler.send_response(status)
-                handler.send_header("Content-Length", str(len(body)))
-                handler.send_header("Location", "http://127.0.0.1:9/")
-                handler.end_headers()
-                handler.wfile.write(body)
+                with suppress(ConnectionError):  # of a client that has given up
+                    handler.send_response(status)
+                    handler.send_header("Content-Length", str(len(body)))
+                    handler.send_header("Location", "http://127.0.0.1:9/")
+                    handler.end_headers()
+                    handler.wfile.write(body)
 
             def log_message(handler, format: str, *args: object) -> None:
                 pass
