@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastguard.config import Recompute
 from fastguard.flux import torch_backend
-from fastguard.flux.blocks import FORWARDS, Fusion, class_of
+from fastguard.flux.blocks import Fusion, fuse_block
 from fastguard.kernels import adaln, gated_residual, gelu, qk_norm_rope
 
 KERNELS = (adaln, gated_residual, qk_norm_rope, gelu)
@@ -312,12 +312,11 @@ def make_block(kind: str, size: Size, dtype: torch.dtype, device: str) -> nn.Mod
     return block.to(dtype)
 
 
-def fused(block: nn.Module, recompute: Recompute) -> Callable[..., Any]:
-    """The block's fused forward; the block itself stays as it is."""
+def fused(block: nn.Module, recompute: Recompute) -> nn.Module:
+    """A fused block with the same weights; the block itself stays as it is."""
     other = copy.copy(block)
-    other.fusion = Fusion(recompute, "auto", rotated=True)  # type: ignore[assignment]
-    forward = FORWARDS[class_of(block)]
-    return lambda *args: forward(other, *args)
+    fuse_block(other, Fusion(recompute, "auto", rotated=True))
+    return other
 
 
 @dataclass(frozen=True)

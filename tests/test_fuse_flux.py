@@ -11,12 +11,26 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxControlNetModel, FluxPipeline, SD3Transformer2DModel
 from diffusers.models.transformers.transformer_flux import (
     FluxIPAdapterAttnProcessor,
     FluxPosEmbed,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
+)
+from flux_models import (
+    CONFIG,
+    FLOAT32,
+    LEVELS,
+    LORA_TARGETS,
+    ONE_OF_EACH,
+    REPEATED,
+    add_adapters,
+    assert_agree,
+    distance,
+    make_inputs,
+    make_transformer,
+    run,
 )
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from peft import LoraConfig, get_peft_model
@@ -27,95 +41,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastguard as fg
-from fastguard.backbones.flux import add_lora
 from fastguard.backbones.tiny import make_tiny_flux
-from fastguard.config import LoraConfig as OurLoraConfig
 from fastguard.flux import blocks, linear, reference
-
-LEVELS = ["none", "pointwise", "mlp", "block"]
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out"]
-LORA_TARGETS = [*ATTENTION, "net.0.proj", "net.2", "proj_mlp", "proj_out"]
-CONFIG: dict[str, Any] = {
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 32,
-    "guidance_embeds": True,
-    "axes_dims_rope": (4, 6, 6),
-}
-ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1}  # blocks, where each takes seconds
-Result = tuple[Tensor, dict[str, Tensor]]
-
-
-def make_transformer(train: str = "full", **config: Any) -> Any:
-    """A tiny transformer whose weights are all random: a fresh one has norms of 1 and adapters that do nothing."""
-    torch.manual_seed(0)
-    model: Any = FluxTransformer2DModel(**{**CONFIG, **config})
-    for parameter in model.parameters():
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
-    if train == "lora":
-        add_lora(model, OurLoraConfig(rank=4, alpha=6.0))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.1)
-    return model
-
-
-def make_inputs(
-    dtype: torch.dtype = torch.float32, batch: int = 2, device: str = "cpu", tokens: int = 9, text: int = 5
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    return {
-        "hidden_states": randn(batch, tokens, 16),
-        "encoder_hidden_states": randn(batch, text, 32),
-        "pooled_projections": randn(batch, 32),
-        "timestep": torch.rand(batch, generator=generator).to(device, dtype),
-        "guidance": torch.full((batch,), 3.5, device=device, dtype=dtype),
-        "img_ids": torch.randint(0, 3, (tokens, 3), generator=generator).float().to(device),
-        "txt_ids": torch.zeros(text, 3, device=device),
-        "return_dict": False,
-    }
-
-
-def run(model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False, **extra: Any) -> Result:
-    """The output and the gradients of every trained parameter, for a random upstream gradient."""
-    parameter = next(model.parameters())
-    inputs = inputs or make_inputs(parameter.dtype, device=str(parameter.device))
-    model.zero_grad()
-    # On a GPU float32 attention would go through tf32, three times each, and be a part of the difference.
-    exact_attention = sdpa_kernel(SDPBackend.MATH) if parameter.is_cuda else nullcontext()
-    with exact_attention, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = model(**inputs, **extra)[0]
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))
-    # Wrappers put their name before the parameters'.
-    gradients = {n.split("module.")[-1].split("_orig_mod.")[-1]: p.grad for n, p in model.named_parameters()}
-    return out.detach(), {name: grad.clone() for name, grad in gradients.items() if grad is not None}
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
-
-
-def assert_agree(got: Result, want: Result, tolerance: float) -> None:
-    assert distance(got[0], want[0]) <= tolerance
-    assert got[1].keys() == want[1].keys()
-    for name, gradient in want[1].items():
-        assert got[1][name].dtype == gradient.dtype
-        assert distance(got[1][name], gradient) <= tolerance, name
-
-
-# Sums of some hundred float32 terms in another order; diffusers' rotary embedding is float32 whatever the dtype.
-FLOAT32 = 3e-6
-# The same computation twice: matmuls on a CPU may depend on where their inputs lie in memory.
-REPEATED = 1e-6
-
 
 # --- the reference is what diffusers computes -----------------------------------------------------------------------
 
@@ -239,8 +166,7 @@ def test_a_block_is_as_exact_as_diffusers(
         truth = block_results(copy.deepcopy(block).double(), inputs, torch.float64, "cpu")
         block = block.to(kernel_device, dtype)
         plain = block_results(block, inputs, dtype, kernel_device)
-        block.fusion = blocks.Fusion("pointwise", backend, blocks.recoverable(block.attn))
-        block.forward = functools.partial(blocks.FORWARDS[type(block)], block)
+        blocks.fuse_block(block, blocks.Fusion("pointwise", backend, blocks.recoverable(block.attn)))
         fused = block_results(block, inputs, dtype, kernel_device)
         assert fused.keys() == truth.keys()
         assert any(not torch.equal(fused[name], plain[name]) for name in truth)  # it did run fused
@@ -252,6 +178,72 @@ def test_a_block_is_as_exact_as_diffusers(
         ours, theirs, exact = (torch.cat([t.flatten() for t in parts]) for parts in zip(*results, strict=True))
         floor = torch.finfo(dtype).eps / 4  # diffusers may be lucky, with a single rounding
         assert distance(ours, exact) <= factor * max(distance(theirs, exact), floor), name
+
+
+ADAPTERS: dict[str, Callable[[], Any]] = {
+    "full": lambda: make_transformer("full"),
+    "lora": lambda: make_transformer("lora"),
+    "peft": lambda: with_adapters(),
+    "dora": lambda: with_adapters(use_dora=True),
+}
+
+
+@pytest.mark.parametrize("recompute", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_a_batch_gives_the_bits_of_its_samples(adapters: str, dtype: torch.dtype, recompute: Any) -> None:
+    """A rollout of six images without gradients, then updates of one with them: the first ratio is 1, to the bit."""
+    model = ADAPTERS[adapters]().to(dtype)
+    fg.fuse_flux(model, recompute)
+    old, new = batch_and_its_samples(model)
+    assert torch.equal(new, old)
+    step = fg.flow_sde(0.7, 0.6)
+    for objective in ("grpo_guard", "flow_grpo"):
+        result = fg.guard_loss(new, old, torch.randn_like(old), torch.ones(6), step, objective=objective)
+        assert not result.log_ratio.any()
+
+
+def test_a_batch_in_float32_is_as_near_to_its_samples_as_with_diffusers() -> None:
+    """There a matrix product itself rounds by its number of rows, on a CPU."""
+    model = make_transformer("lora")
+    own = distance(*batch_and_its_samples(model))
+    fg.fuse_flux(model)
+    assert distance(*batch_and_its_samples(model)) <= 2 * own
+
+
+def test_kernels_give_a_batch_the_bits_of_its_samples(kernel_device: str) -> None:
+    model = make_transformer("lora", **ONE_OF_EACH).bfloat16().to(kernel_device)
+    fg.fuse_flux(model, backend="triton")
+    old, new = batch_and_its_samples(model, batch=2, tokens=5, text=3)
+    if kernel_device == "cuda":  # cuBLAS chooses an algorithm by the number of rows
+        assert distance(new, old) < 1e-2
+    else:
+        assert torch.equal(new, old)
+
+
+def batch_and_its_samples(model: Any, batch: int = 6, tokens: int = 16, text: int = 8) -> tuple[Tensor, Tensor]:
+    """The outputs for a batch without gradients, and for its samples one by one with them."""
+    parameter = next(model.parameters())
+    inputs = make_inputs(parameter.dtype, batch, str(parameter.device), tokens, text)
+    with torch.no_grad():
+        old = model(**inputs)[0]
+    return old, torch.cat([model(**sample_of(inputs, i))[0] for i in range(batch)]).detach()
+
+
+def sample_of(inputs: dict[str, Any], i: int) -> dict[str, Any]:
+    """One sample of a batch of inputs."""
+    shared = ("img_ids", "txt_ids", "return_dict")
+    return {name: value if name in shared or len(value) == 1 else value[i : i + 1] for name, value in inputs.items()}
+
+
+def test_an_embedding_for_the_whole_batch_gives_the_same_bits() -> None:
+    """diffusers broadcasts it; for one sample there is nothing to broadcast."""
+    model = make_transformer().bfloat16()
+    fg.fuse_flux(model)
+    inputs = make_inputs(torch.bfloat16, batch=6)
+    inputs |= {name: inputs[name][:1] for name in ("pooled_projections", "timestep", "guidance")}
+    want = model(**inputs)[0]
+    assert torch.equal(torch.cat([model(**sample_of(inputs, i))[0] for i in range(6)]), want)
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -361,7 +353,7 @@ def test_captured_in_a_cuda_graph(kind: str, train: str, recompute: Any) -> None
     """Forward and backward of a block: a replay gives the eager bits."""
     block, inputs = one_block(kind, train)
     block = block.cuda()
-    block.fusion = blocks.Fusion(recompute, "auto", blocks.recoverable(block.attn))
+    blocks.fuse_block(block, blocks.Fusion(recompute, "auto", blocks.recoverable(block.attn)))
     *leaves, cos, sin = [t.cuda() for t in inputs]
     leaves = [t.requires_grad_() for t in leaves]
     trained = [*leaves, *(p for p in block.parameters() if p.requires_grad)]
@@ -369,7 +361,7 @@ def test_captured_in_a_cuda_graph(kind: str, train: str, recompute: Any) -> None
 
     def update() -> list[Tensor]:
         with sdpa_kernel(SDPBackend.MATH):  # the backward pass of flash attention adds in any order
-            outputs = blocks.FORWARDS[type(block)](block, *leaves, (cos, sin))
+            outputs = block(*leaves, (cos, sin))
         gradients = torch.autograd.grad(outputs, trained, upstream)
         return [t.detach() for t in (*outputs, *gradients)]
 
@@ -534,13 +526,6 @@ def test_wrappers_are_opened() -> None:
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 
-def add_adapters(model: Any, **options: Any) -> Any:
-    model.requires_grad_(False)
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=LORA_TARGETS, init_lora_weights=False, **options)
-    model.add_adapter(config, adapter_name="first")
-    return model
-
-
 def with_adapters(**options: Any) -> Any:
     return add_adapters(make_transformer(), **options)
 
@@ -697,7 +682,7 @@ def test_blocks_that_are_left_as_they_are(change: Callable[[Any], None], reason:
 def test_a_forward_that_was_replaced() -> None:
     model = make_transformer()
     block = model.transformer_blocks[0]
-    block.forward = block.forward
+    block.forward = lambda *args: None
     report = fg.fuse_flux(model)
     assert "forward was replaced" in report.left["transformer_blocks.0"]
     other = model.transformer_blocks[1]

@@ -19,11 +19,11 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastguard.backbones import to_pixels
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
 from fastguard.flux import FuseReport, fuse_flux
+from fastguard.flux.linear import LowPrecisionLinear
 from fastguard.prompts import EncodedPrompts, Prompt
 
 ADAPTER = "default"
@@ -69,16 +69,6 @@ class FluxPolicy(nn.Module):
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=latents.dtype),
             return_dict=False,
         )[0]
-
-
-class LowPrecisionLinear(nn.Linear):
-    """A float32 linear layer that computes in its input's dtype.
-
-    peft would cast the input to the adapter's float32 instead: a copy of every activation, and slow matmuls.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 def add_lora(transformer: Any, config: LoraConfig) -> None:

@@ -1,26 +1,37 @@
 """The forward passes of fused Flux blocks; they read as diffusers' do, with its modules and parameters.
 
+A fused block is of a class derived from its own, as with FSDP2, so that copies of it compute with their own weights.
+
 Axes: B sample, S image token, T text token, C channel, H head, D head channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.activations import GELU
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
+from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 
 from fastguard.config import Recompute
 from fastguard.flux.linear import (
@@ -32,7 +43,13 @@ from fastguard.flux.linear import (
     linear_weights,
     project,
 )
-from fastguard.flux.ops import AdaLNFunction, BiasGeluFunction, GatedResidualFunction, QKNormRopeFunction
+from fastguard.flux.ops import (
+    AdaLNFunction,
+    BiasGeluFunction,
+    GatedResidualFunction,
+    QKNormRopeFunction,
+    autocast_to,
+)
 
 MAX_WIDTH = 16384
 """channels of a token: a row of them lies in the registers of one program"""
@@ -52,12 +69,24 @@ class Fusion:
     backend: str
     rotated: bool
     """recover the normalized query and key from the rotated ones; decided by the norms' weights"""
+    checkpointing: bool = False
+    """whether `fuse_flux` switched gradient checkpointing on"""
 
 
 def norms_of(attn: Any) -> list[nn.RMSNorm]:
     """RMSNorms of query, key and, in a double block, of the text's query and key."""
     text = [attn.norm_added_q, attn.norm_added_k] if attn.added_kv_proj_dim is not None else []
     return [attn.norm_q, attn.norm_k, *text]
+
+
+def has_values(norm: nn.RMSNorm) -> bool:
+    """Whether the whole weight is there: FSDP1 has a shard of it, or a view of freed memory, until the block runs."""
+    weight = norm.weight
+    return weight.numel() == norm.normalized_shape[0] and (weight.is_meta or _in_memory(weight))
+
+
+def _in_memory(weight: Tensor) -> bool:
+    return isinstance(weight, FakeTensor | DTensor) or weight.untyped_storage().nbytes() > 0
 
 
 def recoverable(attn: Any) -> bool:
@@ -68,6 +97,8 @@ def recoverable(attn: Any) -> bool:
             continue  # there are no values
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
+        if not has_values(norm):
+            return False
         pairs = weight.float().abs().unflatten(0, (-1, 2))
         smallest, largest = pairs.amin(1), pairs.amax(1)
         if bool((smallest < MIN_NORM_WEIGHT).any() | (largest > MAX_PAIR_RATIO * smallest).any()):
@@ -78,35 +109,133 @@ def recoverable(attn: Any) -> bool:
 # --- what is fit ----------------------------------------------------------------------------------------------------
 
 
+def _own(owner: Any, name: str) -> Callable[..., Any] | None:
+    """A function of a class or module, or None where somebody has replaced it already."""
+    function = getattr(owner, name)
+    if isinstance(function, BuiltinFunctionType):
+        return function
+    package = (owner.__name__ if isinstance(owner, ModuleType) else owner.__module__).split(".")[0]
+    home = getattr(function, "__globals__", {}).get("__name__", "")  # a decorator can copy all but this
+    return function if home.split(".")[0] == package else None
+
+
+BYPASSED_FUNCTIONS = tuple(
+    (owner, name, _own(owner, name))
+    for owner, name in (
+        (FluxTransformerBlock, "forward"),
+        (FluxSingleTransformerBlock, "forward"),
+        (FluxAttention, "forward"),
+        (FluxAttnProcessor, "__call__"),
+        (transformer_flux, "_get_qkv_projections"),
+        (transformer_flux, "apply_rotary_emb"),
+        (AdaLayerNormZero, "forward"),
+        (AdaLayerNormZeroSingle, "forward"),
+        (FeedForward, "forward"),
+        (GELU, "forward"),
+        (GELU, "gelu"),
+        (LoraLinear, "forward"),
+        (nn.Module, "__call__"),
+        (nn.Linear, "forward"),
+        (nn.LayerNorm, "forward"),
+        (nn.RMSNorm, "forward"),
+        (nn.GELU, "forward"),
+        (nn.Dropout, "forward"),
+        (F, "linear"),
+        (F, "layer_norm"),
+        (F, "rms_norm"),
+        (F, "gelu"),
+    )
+)
+"""What a fused block does itself: owner, name and function, None if it was replaced before this import."""
+
+
+@torch.compiler.assume_constant_result
+def _patched() -> str | None:
+    """What was done to all blocks at once, by replacing a function or by global hooks, as a reason; or None."""
+    for owner, name, function in BYPASSED_FUNCTIONS:
+        if getattr(owner, name) is not function:
+            return f"{owner.__name__}.{name} was replaced"
+    if torch_module._has_any_global_hook():
+        hooks = (
+            *torch_module._global_forward_pre_hooks.values(),
+            *torch_module._global_forward_hooks.values(),
+            *torch_module._global_backward_pre_hooks.values(),
+            *torch_module._global_backward_hooks.values(),
+        )
+        # That of FlopCounterMode only looks on; leaving blocks to it would count what does not run otherwise.
+        if not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks):
+            return "there are global module hooks"
+    return None
+
+
 def unfit(block: Any) -> str | None:
     """Why this block runs as diffusers wrote it, or None. Cheap: asked at every call, since models change."""
-    attn = block.attn
-    if type(block).forward is not class_of(block).forward or type(attn) is not FluxAttention:
+    if reason := _patched():
+        return reason
+    cls = class_of(block)
+    if type(block).forward not in (cls.forward, FORWARDS[cls]) or unfused_class(block).forward is not cls.forward:
         return "it is of a class of its own"
-    if type(attn.processor) is not FluxAttnProcessor:
-        return f"its attention processor is a {type(attn.processor).__name__}, not FluxAttnProcessor"
+    for name, part, expected in _parts(block):
+        if type(part) is not expected:
+            return f"its {name} is a {type(part).__name__}, not a {expected.__name__}"
+        if isinstance(part, nn.Module) and not is_bare(part):
+            return f"its {name} has hooks"
+        if isinstance(part, nn.Dropout) and part.p > 0 and part.training:
+            return f"its {name} has dropout"
+    attn, norms = block.attn, norms_of(block.attn)
     if attn.fused_projections:
         return "its query, key and value projections are fused by diffusers"
-    norms = norms_of(attn)
-    if any(type(norm) is not nn.RMSNorm or norm.weight is None for norm in norms):
-        return "its query and key norms are not RMSNorms with weights"
+    if any(norm.weight is None for norm in norms):
+        return "its query and key norms have no weights"
     if any(norm.eps is None or norm.eps != norms[0].eps for norm in norms):
         return "its query and key norms have different eps"
-    if any(type(norm) is not nn.LayerNorm or norm.elementwise_affine for norm in norms_before(block)):
+    if any(norm.elementwise_affine for norm in norms_before(block)):
         return "its norms are not LayerNorms without weights"
-    if not all(_is_tanh_gelu(activation) for activation in _activations(block)):
+    if isinstance(block, FluxSingleTransformerBlock):
+        activations = [block.act_mlp]
+    else:
+        activations = [block.ff.net[0], block.ff_context.net[0]]
+        if block.norm1.emb is not None or block.norm1_context.emb is not None:
+            return "its norms embed the timestep themselves"
+        for name, net in (("ff.net", block.ff.net), ("ff_context.net", block.ff_context.net)):
+            if len(net) != 3:
+                return f"its {name} has {len(net)} layers, not 3"
+    if any(activation.approximate != "tanh" for activation in activations):
         return "its activation is not the GELU with tanh"
     if attn.head_dim > MAX_HEAD_DIM or attn.head_dim % 2:
         return f"its head size is {attn.head_dim}, not an even number up to {MAX_HEAD_DIM}"
     width = norms_before(block)[0].normalized_shape[0]
     if width > MAX_WIDTH:
         return f"its width is {width}, more than {MAX_WIDTH}"
-    dropouts = _dropouts(block)
-    if any(type(layer) is not nn.Dropout or (layer.p > 0 and layer.training) for layer in dropouts):
-        return "it has dropout"
-    if not all(is_bare(module) for module in _bypassed(block)):
-        return "one of its parts has hooks"
     return None
+
+
+def _parts(block: Any) -> Iterator[tuple[str, Any, type]]:
+    """What the fused forward does the work of, as (name, part, class); linear layers, which are asked one by one, left
+    out. A part of a part comes after it: take it once the first is known to be of its class."""
+    attn = block.attn
+    yield "attn", attn, FluxAttention
+    yield "attn.processor", attn.processor, FluxAttnProcessor
+    yield "attn.norm_q", attn.norm_q, nn.RMSNorm
+    yield "attn.norm_k", attn.norm_k, nn.RMSNorm
+    if isinstance(block, FluxSingleTransformerBlock):
+        yield "norm", block.norm, AdaLayerNormZeroSingle
+        yield "norm.norm", block.norm.norm, nn.LayerNorm
+        yield "act_mlp", block.act_mlp, nn.GELU
+        return
+    yield "attn.norm_added_q", attn.norm_added_q, nn.RMSNorm
+    yield "attn.norm_added_k", attn.norm_added_k, nn.RMSNorm
+    yield "attn.to_out.1", attn.to_out[1], nn.Dropout
+    for name, norm in (("norm1", block.norm1), ("norm1_context", block.norm1_context)):
+        yield name, norm, AdaLayerNormZero
+        yield f"{name}.norm", norm.norm, nn.LayerNorm
+    yield "norm2", block.norm2, nn.LayerNorm
+    yield "norm2_context", block.norm2_context, nn.LayerNorm
+    for name, ff in (("ff", block.ff), ("ff_context", block.ff_context)):
+        yield name, ff, FeedForward
+        yield f"{name}.net", ff.net, nn.ModuleList
+        yield f"{name}.net.0", ff.net[0], GELU
+        yield f"{name}.net.1", ff.net[1], nn.Dropout
 
 
 def norms_before(block: Any) -> list[nn.LayerNorm]:
@@ -117,25 +246,9 @@ def norms_before(block: Any) -> list[nn.LayerNorm]:
 
 
 def class_of(block: Any) -> Any:
-    """diffusers' class of a block, which FSDP derives from."""
-    return FluxSingleTransformerBlock if isinstance(block, FluxSingleTransformerBlock) else FluxTransformerBlock
-
-
-def _activations(block: Any) -> list[nn.Module]:
-    """What stands for the GELU: the module itself, or diffusers' layer and GELU in one."""
-    if isinstance(block, FluxSingleTransformerBlock):
-        return [block.act_mlp]
-    return [block.ff.net[0], block.ff_context.net[0]]
-
-
-def _is_tanh_gelu(activation: nn.Module) -> bool:
-    return type(activation) in (nn.GELU, GELU) and activation.approximate == "tanh"
-
-
-def _dropouts(block: Any) -> list[nn.Module]:
-    if isinstance(block, FluxSingleTransformerBlock):
-        return []
-    return [block.attn.to_out[1], *block.ff.net[1:-1], *block.ff_context.net[1:-1]]
+    """diffusers' class of a block (or of its class), from which those of FSDP2 and of fused blocks derive."""
+    cls = block if isinstance(block, type) else type(block)
+    return FluxSingleTransformerBlock if issubclass(cls, FluxSingleTransformerBlock) else FluxTransformerBlock
 
 
 def linear_layers(block: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -150,26 +263,15 @@ def linear_layers(block: Any) -> Iterator[tuple[str, nn.Module]]:
         yield name, block.get_submodule(name)
 
 
-def _bypassed(block: Any) -> Iterator[nn.Module]:
-    """Modules whose work the fused forward does itself, linear layers (which are asked one by one) left out."""
-    yield block.attn
-    yield from norms_of(block.attn)
-    yield from norms_before(block)
-    yield from _activations(block)
-    yield from _dropouts(block)
-    if isinstance(block, FluxSingleTransformerBlock):
-        yield block.norm
-    else:
-        yield from (block.norm1, block.norm1_context, block.ff, block.ff_context)
-
-
 def _plain(block: Any, image: Tensor, text: Tensor, temb: Tensor, rope: Any, kwargs: dict[str, Any]) -> bool:
     """Whether this call has to run as diffusers wrote it, with its broadcasting and its errors.
 
     A kernel trusts the shapes it is given, so all of them are compared here.
     """
-    if unfit(block) or set(kwargs) - {"attention_mask"} or not isinstance(rope, tuple):
+    if "fusion" not in vars(block) or unfit(block) or set(kwargs) - {"attention_mask"} or not isinstance(rope, tuple):
         return True
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True  # torch.func differentiates and maps what it can look into
     tables = (text.shape[1] + image.shape[1], block.attn.head_dim)
     if any(table.shape != tables or table.requires_grad for table in rope):
         return True
@@ -177,13 +279,7 @@ def _plain(block: Any, image: Tensor, text: Tensor, temb: Tensor, rope: Any, kwa
     if any(t.shape[0] != image.shape[0] or t.shape[-1] != width for t in (image, text, temb)):
         return True
     same = all(t.dtype == image.dtype and t.device == image.device for t in (text, temb))
-    norms_fit = all(norm.weight.dtype == image.dtype for norm in norms_of(block.attn))
-    return not (_autocast(image) or (same and norms_fit))
-
-
-def _autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)  # autocast does not know that device, and raises
+    return not same and autocast_to(image.device) is None
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -207,9 +303,8 @@ def _modulate(
 
 def _dtype(x: Tensor) -> tuple[torch.dtype, bool]:
     """The dtype in which layers compute, and whether autocast says so."""
-    if _autocast(x):
-        return torch.get_autocast_dtype(x.device.type), True
-    return x.dtype, False
+    narrow = autocast_to(x.device)
+    return narrow or x.dtype, narrow is not None
 
 
 def _fit_weights(modules: Sequence[nn.Module], x: Tensor) -> list[LinearWeights] | None:
@@ -254,7 +349,7 @@ def _output(x: Tensor, module: nn.Module, fusion: Fusion) -> Tensor:
     """A layer whose input is kept anyway."""
     linears = _fit_weights([module], x)
     if linears is None:
-        return module(x)
+        return module(x.contiguous())  # as diffusers does; F.linear rounds twice where it is not
     return project(Normed(x.to(linears[0].weight.dtype), None), linears, fusion.backend)[0][0]
 
 
@@ -278,7 +373,7 @@ def _attention(
     if text is None:
         v = value.unflatten(-1, (-1, attn.head_dim))
     processor = attn.processor
-    out = dispatch_attention_fn(
+    out = transformer_flux.dispatch_attention_fn(  # looked up there, where others replace it
         q, k, v, attn_mask=mask, backend=processor._attention_backend, parallel_config=processor._parallel_config
     )
     return out.flatten(2, 3).to(q.dtype)
@@ -294,6 +389,12 @@ def _within_float16(x: Tensor) -> Tensor:
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def _per_sample(temb: Tensor, image: Tensor) -> Tensor:
+    """One temb for the whole batch, which diffusers broadcasts, as one for each sample: a batch of any size then runs
+    the same way, and gives the same bits."""
+    return temb.expand(len(image), -1) if temb.ndim == 2 and len(temb) == 1 else temb
 
 
 def _into_attention(
@@ -326,8 +427,9 @@ def double_forward(
     """The forward of `FluxTransformerBlock`: hidden_states (B, S, C), encoder_hidden_states (B, T, C), temb (B, C);
     returns the new encoder_hidden_states and hidden_states."""
     image, text, rope, kwargs = hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs or {}
+    temb = _per_sample(temb, image)
     if rope is None or _plain(self, image, text, temb, rope, kwargs):
-        return type(self).forward(self, image, text, temb, rope, joint_attention_kwargs)
+        return unfused_class(self).forward(self, image, text, temb, rope, joint_attention_kwargs)
     fusion: Fusion = self.fusion
     attn = self.attn
     qkv, later = _into_attention(image, self.norm1, temb, [attn.to_q, attn.to_k, attn.to_v], fusion)
@@ -351,8 +453,9 @@ def single_forward(
 ) -> tuple[Tensor, Tensor]:
     """The forward of `FluxSingleTransformerBlock`; arguments and results as in `double_forward`."""
     image, text, rope, kwargs = hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs or {}
+    temb = _per_sample(temb, image)
     if rope is None or _plain(self, image, text, temb, rope, kwargs):
-        return type(self).forward(self, image, text, temb, rope, joint_attention_kwargs)
+        return unfused_class(self).forward(self, image, text, temb, rope, joint_attention_kwargs)
     fusion: Fusion = self.fusion
     attn = self.attn
     joined = torch.cat([text, image], dim=1)
@@ -367,3 +470,55 @@ def single_forward(
 
 
 FORWARDS = {FluxTransformerBlock: double_forward, FluxSingleTransformerBlock: single_forward}
+
+
+# --- classes of fused blocks ----------------------------------------------------------------------------------------
+
+
+class FusedBlock:
+    """What the classes of fused blocks share; each derives from the class that its blocks had."""
+
+    unfused_class: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles: a class that was made here cannot be found by its name."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new_fused, (self.unfused_class,), *reduced[2:])
+
+
+@cache
+def _fused_class(cls: Any) -> Any:
+    """The class of fused blocks that were of the class `cls`; its name is the same, as some look for that."""
+    fields = {"forward": FORWARDS[class_of(cls)], "unfused_class": cls, "__module__": cls.__module__}
+    fused = type(cls.__name__, (FusedBlock, cls), {**fields, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__})
+    known = TransformerBlockRegistry._registry
+    TransformerBlockRegistry._register()
+    if cls in known:  # for diffusers' caching hooks, which look for the class
+        TransformerBlockRegistry.register(fused, replace(known[cls]))
+    return fused
+
+
+def _new_fused(cls: type) -> Any:
+    return object.__new__(_fused_class(cls))
+
+
+def unfused_class(block: Any) -> Any:
+    """The class whose forward a block runs where it does not run fused."""
+    return block.unfused_class if isinstance(block, FusedBlock) else type(block)
+
+
+def fuse_block(block: Any, fusion: Fusion) -> None:
+    """Let a block that is fit run fused."""
+    vars(block).pop("forward", None)  # its class's own, left by a hook that was removed
+    block.fusion = fusion
+    cls: Any = type(block)
+    if not isinstance(block, FusedBlock):
+        block.__class__ = _fused_class(cls)
+
+
+def unfuse_block(block: Any) -> None:
+    """Undo `fuse_block`."""
+    vars(block).pop("forward", None)
+    del block.fusion
+    if type(block) is _fused_class(unfused_class(block)):  # else FSDP2 has derived from it; without fusion it is as cls
+        block.__class__ = unfused_class(block)

@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, get_args
 
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from torch.distributed.tensor import DTensor
 
 from fastguard.config import Recompute
-from fastguard.flux.blocks import FORWARDS, Fusion, class_of, linear_layers, recoverable, unfit
-from fastguard.flux.linear import linear_weights
+from fastguard.flux.blocks import (
+    FORWARDS,
+    Fusion,
+    fuse_block,
+    has_values,
+    linear_layers,
+    norms_of,
+    recoverable,
+    unfit,
+    unfuse_block,
+)
+from fastguard.flux.linear import has_own_forward, linear_weights
 from fastguard.ops import BACKENDS
 
 MODELS = (FluxTransformer2DModel, FluxControlNetModel)
+WRAPPED = ("module", "_orig_mod", "base_model", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names by which wrappers hold a model: DDP, `torch.compile`, peft (two), FSDP1, PyTorch's checkpoint wrapper."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ def fuse_flux(transformer: Any, recompute: Recompute = "pointwise", backend: str
             `none`: nothing that a linear layer reads.
             `pointwise`: LayerNorm + modulate, GELU and normalized query and key: no extra matmul.
             `mlp`: also the first feed-forward layer: one extra matmul of each feed-forward.
-            `block`: everything (gradient checkpointing of whole blocks, switched on here): a whole extra forward pass.
+            `block`: everything (gradient checkpointing of whole blocks, switched on here if it is off): a whole
+            extra forward pass.
         backend: `auto` (Triton on CUDA, plain torch elsewhere), `triton` or `torch`.
 
     Raises:
@@ -76,29 +88,26 @@ def fuse_flux(transformer: Any, recompute: Recompute = "pointwise", backend: str
         raise ValueError(
             "this transformer is fused already; to fuse it differently, call unfuse_flux(transformer) first"
         )
+    checkpointing = recompute == "block" and not model.is_gradient_checkpointing
     fused: list[str] = []
     left: dict[str, str] = {}
     kept: dict[str, str] = {}
     for name, block in blocks.items():
-        reason = unfit(block) if "forward" not in vars(block) else "its forward was replaced (by an offloading hook?)"
+        reason = unfit(block) if has_own_forward(block) else "its forward was replaced (by an offloading hook?)"
         if reason is not None:
             left[name] = reason
             continue
-        block.fusion = Fusion(recompute, backend, recoverable(block.attn))
-        block.forward = partial(FORWARDS[class_of(block)], block)  # unlike a method, it can be pickled
+        fuse_block(block, Fusion(recompute, backend, recoverable(block.attn), checkpointing))
         block.register_load_state_dict_post_hook(_decide_again)
         fused.append(name)
         kept |= {f"{name}.{part}": why for part, why in _keeps_more(block)}
-    if recompute == "block":
+    if checkpointing:
         model.enable_gradient_checkpointing()
     return FuseReport(tuple(fused), left, kept)
 
 
 def unfuse_flux(transformer: Any) -> None:
-    """Undo `fuse_flux`, in place. With recompute `block`, gradient checkpointing is switched off as well.
-
-    A fused block refers to itself: a model that is dropped while fused is freed by Python's garbage collector
-    (`gc.collect()`), not at once.
+    """Undo `fuse_flux`, in place. If that switched gradient checkpointing on, it is switched off.
 
     Raises:
         TypeError: not a Flux transformer.
@@ -109,25 +118,25 @@ def unfuse_flux(transformer: Any) -> None:
     if not fused:
         raise ValueError("this transformer is not fused: fuse_flux was not called, or could fuse none of its blocks")
     for name, block in fused.items():
-        if getattr(vars(block).get("forward"), "func", None) is not FORWARDS[class_of(block)]:
+        if not has_own_forward(block):
             raise ValueError(
                 f"the forward of {name} was replaced after fuse_flux (by an offloading hook?); remove that first"
             )
-    if any(block.fusion.recompute == "block" for block in fused.values()):
+    if any(block.fusion.checkpointing for block in fused.values()):
         model.disable_gradient_checkpointing()
     for block in fused.values():
         hooks = block._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is _decide_again]:
             del hooks[key]
-        del block.forward, block.fusion
+        unfuse_block(block)
 
 
 def _unwrapped(model: Any) -> Any:
-    """The Flux model inside DDP, `torch.compile` or peft's wrapper."""
+    """The Flux model inside the wrappers of others."""
     inner = model
     while not isinstance(inner, MODELS):
         children = vars(inner).get("_modules", {})
-        wrapped = [children[key] for key in ("module", "_orig_mod", "base_model", "model") if key in children]
+        wrapped = [children[key] for key in WRAPPED if key in children]
         if not wrapped:
             names = " or ".join(cls.__name__ for cls in MODELS)
             hint = "; pass its transformer: pipeline.transformer" if hasattr(model, "transformer") else ""
@@ -148,11 +157,16 @@ def _decide_again(block: Any, _: Any) -> None:
 
 
 def _keeps_more(block: Any) -> Iterator[tuple[str, str]]:
-    if not block.fusion.rotated:
+    norms = norms_of(block.attn)
+    if not all(has_values(norm) for norm in norms):
+        yield "attn", "keeps query and key: the weights of their norms are sharded; fuse before FSDP wraps the model"
+    elif not block.fusion.rotated:
         yield "attn", "keeps query and key: a weight of their norms is too small, beside its partner's, to divide by"
+    # FSDP1 can leave a block without parameters.
+    dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), norms[0].weight.dtype)
     for name, module in linear_layers(block):
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             continue  # FSDP gives whole weights to a running block
-        found = linear_weights(module, next(block.parameters()).dtype, autocast=False)
+        found = linear_weights(module, dtype, autocast=False)
         if isinstance(found, str):
             yield name, f"keeps its input: it {found}"

@@ -17,10 +17,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from fastguard.flux.ops import adaln_apply, bias_gelu_bwd_, bias_gelu_fwd
-from fastguard.ops import refuse_double_backward
+from fastguard.flux.ops import adaln_apply, backward_of_blocks, bias_gelu_bwd_, bias_gelu_fwd
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+
+
+class LowPrecisionLinear(nn.Linear):
+    """A float32 linear layer that computes in its input's dtype.
+
+    peft would cast the input to the adapter's float32 instead: a copy of every activation, and slow matmuls.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+ADAPTER_LAYERS = (nn.Linear, LowPrecisionLinear)
 
 
 class LinearWeights(NamedTuple):
@@ -64,7 +76,15 @@ class Hidden(NamedTuple):
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else: no hooks, no replaced forward."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return not any(hooks) and "forward" not in module.__dict__
+    return not any(hooks) and has_own_forward(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether nobody has replaced the forward of this one module; hooks that were removed leave the class's, bound."""
+    forward = module.__dict__.get("forward")
+    return forward is None or (
+        getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    )
 
 
 def linear_weights(module: nn.Module, dtype: torch.dtype, autocast: bool) -> LinearWeights | str:
@@ -102,8 +122,10 @@ def linear_weights(module: nn.Module, dtype: torch.dtype, autocast: bool) -> Lin
             type(dropout) is not nn.Dropout or (dropout.p > 0 and dropout.training)
         ):
             return "has an adapter with dropout"
-        if not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear) and b.bias is None):
-            return "has an adapter with a bias, or of other layers"
+        if type(a) not in ADAPTER_LAYERS or type(b) not in ADAPTER_LAYERS:
+            return "has an adapter of other layers"
+        if b.bias is not None:
+            return "has an adapter with a bias"
         if not (is_bare(a) and is_bare(b) and is_bare(dropout)):
             return "has an adapter with hooks"
         if a.weight.dtype != dtype and not autocast and module.cast_input_dtype_enabled:
@@ -144,20 +166,28 @@ def project(normed: Normed, linears: Sequence[LinearWeights], backend: str) -> t
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None) -> Tensor:
-    """`x W^T + b + low up^T`."""
+    """`x W^T + b + low up^T`, all of them matrices.
+
+    Matrices, since F.linear computes by its input's layout otherwise: where a batch's rows are not contiguous it adds
+    the bias in a second rounding, so that a batch and its samples one by one would not give the same bits.
+    """
     out = F.linear(x, weight, bias)
     if low is None or up is None:
         return out
-    flat = out.view(-1, out.shape[-1])
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         # Somebody watches, who may have kept the first result: selective checkpointing does.
-        return torch.addmm(flat, _rows(low), up.T).view(out.shape)
-    flat.addmm_(_rows(low), up.T)
-    return out
+        return torch.addmm(out, low, up.T)
+    return out.addmm_(low, up.T)
 
 
 def _rows(tensor: Tensor) -> Tensor:
+    """(..., C) as a matrix; a copy where its rows are not evenly spaced."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _like_rows_of(matrix: Tensor, tensor: Tensor) -> Tensor:
+    """A matrix with a row for each of tensor (..., C), as (..., its columns)."""
+    return matrix.view(*tensor.shape[:-1], matrix.shape[-1])
 
 
 def _slices(ups: Sequence[Tensor | None]) -> list[slice]:
@@ -191,19 +221,21 @@ class ProjectionsFunction(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights, biases, ups = flat[:count], flat[count : 2 * count], flat[2 * count :]
-        low = n.new_empty(0) if down is None else F.linear(n, down)
+        rows = _rows(n)
+        low = n.new_empty(0) if down is None else _like_rows_of(F.linear(rows, down), n)
         outputs = []
         for weight, bias, up, part in zip(weights, biases, ups, _slices(ups), strict=True):
             assert weight is not None
-            outputs.append(_linear(n, weight, bias, None if up is None else low[..., part], up))
+            out = _linear(rows, weight, bias, None if up is None else _rows(low)[:, part], up)
+            outputs.append(_like_rows_of(out, n))
         ctx.mark_non_differentiable(low)
         ctx.save_for_backward(n if keep else None, x, mean, rstd, scale, shift, down, low, *weights, *ups)
         ctx.count, ctx.backend = count, backend
         return (*outputs, low)
 
     @staticmethod
+    @backward_of_blocks
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("a fused Flux block")
         n, x, mean, rstd, scale, shift, down, low, *flat = ctx.saved_tensors
         weights, ups = flat[: ctx.count], flat[ctx.count :]
         if x is not None:
@@ -232,7 +264,7 @@ class ProjectionsFunction(torch.autograd.Function):
             if grad_n is not None:
                 grad_n.addmm_(_rows(grad_low), down)
         if grad_n is not None:
-            grad_n = grad_n.view(*grads[0].shape[:-1], grad_n.shape[-1])
+            grad_n = _like_rows_of(grad_n, grads[0])
         return (grad_n, *(None,) * 6, grad_down, None, None, *grad_flat)
 
 
@@ -274,23 +306,24 @@ class GeluLinearFunction(torch.autograd.Function):
         *sources: Tensor | None,
     ) -> Tensor:
         joined = bias_gelu_fwd(hidden, bias, prefix, backend)
-        low = None if down is None else F.linear(joined, down)
+        low = None if down is None else F.linear(_rows(joined), down)
         kept_joined = joined if needs_input and keep_activation else None
         kept_prefix = prefix if needs_input and not keep_activation else None
         kept_hidden = None if sources else hidden
         ctx.save_for_backward(kept_hidden, bias, kept_prefix, kept_joined, weight, down, up, low, *sources)
         ctx.n_prefix = 0 if prefix is None else prefix.shape[-1]
         ctx.needs_input, ctx.backend = needs_input, backend
-        return _linear(joined, weight, out_bias, low, up)
+        return _like_rows_of(_linear(_rows(joined), weight, out_bias, low, up), joined)
 
     @staticmethod
+    @backward_of_blocks
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("a fused Flux block")
         hidden, bias, prefix, joined, weight, down, up, low, *sources = ctx.saved_tensors
         if sources:
             *of_input, source_weight, source_low, source_up = sources
             n = adaln_apply(*of_input, ctx.backend).to(source_weight.dtype)
-            hidden = _linear(n, source_weight, None, source_low, source_up)
+            low_rows = None if source_low is None else _rows(source_low)
+            hidden = _like_rows_of(_linear(_rows(n), source_weight, None, low_rows, source_up), n)
         need_bias, need_prefix, need_weight, need_out_bias, need_down, need_up = ctx.needs_input_grad[1:7]
         dy, p = _rows(grad), ctx.n_prefix
         grad_low = None if down is None else dy @ up
@@ -299,7 +332,7 @@ class GeluLinearFunction(torch.autograd.Function):
             part = dy @ weight[:, columns]
             if grad_low is not None:
                 part.addmm_(grad_low, down[:, columns])
-            return part.view(*grad.shape[:-1], part.shape[-1])
+            return _like_rows_of(part, grad)
 
         grad_hidden = of_input_part(slice(p, None))
         # In place: nobody else has seen this gradient.
@@ -317,6 +350,6 @@ class GeluLinearFunction(torch.autograd.Function):
             of_weight(dy) if need_weight else None,
             dy.sum(0) if need_out_bias else None,
             of_weight(grad_low) if need_down and grad_low is not None else None,
-            dy.T @ _rows(low) if need_up else None,
+            dy.T @ low if need_up else None,
             *(None,) * (3 + len(sources)),
         )

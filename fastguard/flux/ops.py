@@ -7,6 +7,8 @@ in `fastguard.flux.blocks` see to it that inputs fit.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -26,6 +28,29 @@ def _module(kernel: str, backend: str, tensor: Tensor) -> Any:
 
 def _wide(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=compute_dtype(like.dtype))
+
+
+def autocast_to(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives matmuls now, or None where it is off."""
+    kind = device.type
+    # Autocast does not know the meta device, and raises.
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def backward_of_blocks(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward of a Function: it runs in the dtypes of its forward, whatever autocast says by then, and
+    once."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        refuse_double_backward("a fused Flux block")
+        device = next(grad.device for grad in grads if grad is not None)
+        if autocast_to(device) is None:
+            return backward(ctx, *grads)
+        with torch.autocast(device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
 
 
 # --- LayerNorm + modulate, after a gated residual or without one ----------------------------------------------------
@@ -132,8 +157,8 @@ class AdaLNFunction(torch.autograd.Function):
         return normed, summed, mean, rstd
 
     @staticmethod
+    @backward_of_blocks
     def backward(ctx: Any, grad: Tensor | None, grad_summed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("a fused Flux block")
         x, mean, rstd, scale, residual, gate = ctx.saved_tensors
         if gate is None:
             grad_summed = None
@@ -198,8 +223,8 @@ class GatedResidualFunction(torch.autograd.Function):
         return gated_residual_fwd(x, y, gate, backend)
 
     @staticmethod
+    @backward_of_blocks
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("a fused Flux block")
         y, gate = ctx.saved_tensors
         grad_y, grad_gate = gated_residual_bwd(grad, y, gate, ctx.backend)
         return grad, grad_y, grad_gate.to(gate.dtype) if y is not None else None, None
@@ -339,8 +364,8 @@ class QKNormRopeFunction(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @backward_of_blocks
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("a fused Flux block")
         query, key, text_query, text_key, rstd, cos, sin, *norms = ctx.saved_tensors
         if ctx.rotated and ctx.n_text is not None:
             text_query, text_key = query[:, : ctx.n_text], key[:, : ctx.n_text]
@@ -417,8 +442,8 @@ class BiasGeluFunction(torch.autograd.Function):
         return bias_gelu_fwd(x, bias, prefix, backend)
 
     @staticmethod
+    @backward_of_blocks
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("a fused Flux block")
         x, bias = ctx.saved_tensors
         grad_prefix, grad_x = grad.split_with_sizes([ctx.n_prefix, x.shape[-1]], dim=-1)
         grad_x = grad_x.clone(memory_format=torch.contiguous_format)  # the caller's gradient stays as it is

@@ -1,0 +1,107 @@
+"""Tiny Flux transformers with random weights, and what they compute, for the tests of fused blocks."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastguard.backbones.flux import add_lora
+from fastguard.config import LoraConfig as OurLoraConfig
+
+LEVELS = ["none", "pointwise", "mlp", "block"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out"]
+LORA_TARGETS = [*ATTENTION, "net.0.proj", "net.2", "proj_mlp", "proj_out"]
+CONFIG: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1}  # blocks, where each takes seconds
+Result = tuple[Tensor, dict[str, Tensor]]
+
+
+def make_transformer(train: str = "full", **config: Any) -> Any:
+    """A tiny transformer whose weights are all random: a fresh one has norms of 1 and adapters that do nothing."""
+    torch.manual_seed(0)
+    model: Any = FluxTransformer2DModel(**{**CONFIG, **config})
+    for parameter in model.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    if train == "lora":
+        add_lora(model, OurLoraConfig(rank=4, alpha=6.0))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1)
+    return model
+
+
+def make_inputs(
+    dtype: torch.dtype = torch.float32, batch: int = 2, device: str = "cpu", tokens: int = 9, text: int = 5
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return {
+        "hidden_states": randn(batch, tokens, 16),
+        "encoder_hidden_states": randn(batch, text, 32),
+        "pooled_projections": randn(batch, 32),
+        "timestep": torch.rand(batch, generator=generator).to(device, dtype),
+        "guidance": torch.full((batch,), 3.5, device=device, dtype=dtype),
+        "img_ids": torch.randint(0, 3, (tokens, 3), generator=generator).float().to(device),
+        "txt_ids": torch.zeros(text, 3, device=device),
+        "return_dict": False,
+    }
+
+
+def run(model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False, **extra: Any) -> Result:
+    """The output and the gradients of every trained parameter, for a random upstream gradient."""
+    parameter = next(model.parameters())
+    inputs = inputs or make_inputs(parameter.dtype, device=str(parameter.device))
+    model.zero_grad()
+    # On a GPU float32 attention would go through tf32, three times each, and be a part of the difference.
+    exact_attention = sdpa_kernel(SDPBackend.MATH) if parameter.is_cuda else nullcontext()
+    with exact_attention, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(**inputs, **extra)[0]
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))
+    # Wrappers put their name before the parameters'.
+    gradients = {n.split("module.")[-1].split("_orig_mod.")[-1]: p.grad for n, p in model.named_parameters()}
+    return out.detach(), {name: grad.clone() for name, grad in gradients.items() if grad is not None}
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach(), want.detach()
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+def assert_agree(got: Result, want: Result, tolerance: float) -> None:
+    assert distance(got[0], want[0]) <= tolerance
+    assert got[1].keys() == want[1].keys()
+    for name, gradient in want[1].items():
+        assert got[1][name].dtype == gradient.dtype
+        assert distance(got[1][name], gradient) <= tolerance, name
+
+
+# Sums of some hundred float32 terms in another order; diffusers' rotary embedding is float32 whatever the dtype.
+FLOAT32 = 3e-6
+# The same computation twice: matmuls on a CPU may depend on where their inputs lie in memory.
+REPEATED = 1e-6
+
+
+def add_adapters(model: Any, **options: Any) -> Any:
+    model.requires_grad_(False)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=LORA_TARGETS, init_lora_weights=False, **options)
+    model.add_adapter(config, adapter_name="first")
+    return model
