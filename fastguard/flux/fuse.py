@@ -55,17 +55,19 @@ def fuse_flux(transformer: Any, recompute: Recompute = "pointwise", backend: str
     """Run a Flux transformer's blocks with fused kernels, in place; results agree up to rounding.
 
     Parameters, their names and the `state_dict` stay as they are; nothing outside this model changes. Works before or
-    after peft's adapters are added, with gradient checkpointing, `torch.compile`, DDP and FSDP, and every attention
-    backend of diffusers, for training and inference. Layers with hooks, quantized weights, DoRA or dropout are called
-    as they are and keep their input; a block with another attention processor (IP-adapter), with hooks inside or with
-    parts of other classes runs as diffusers wrote it, even if it changes after this call.
+    after peft's adapters are added, with gradient checkpointing, `torch.compile`, DDP, FSDP1 and FSDP2, and every
+    attention backend of diffusers, for training and inference. Layers with hooks, quantized weights, DoRA or dropout
+    run unchanged, and their inputs are saved for backward. A block with another attention processor (IP-Adapter), with
+    hooks inside or with parts of other classes runs as diffusers wrote it, also if it changes after this call. So do
+    all blocks under `torch.func` transforms, under global module hooks, and while a class or function that they bypass
+    is patched.
 
     Load the weights first: small weights of the query and key norms decide what can be recovered in backward. They are
     looked at again by the `load_state_dict` of the model or of a block; after other changes to them, fuse anew.
 
     Args:
         transformer: a diffusers `FluxTransformer2DModel` or `FluxControlNetModel`, bfloat16, float16 or float32; in a
-            wrapper (DDP, `torch.compile`, peft's `PeftModel`) or not.
+            wrapper (DDP, FSDP1, `torch.compile`, peft's `PeftModel`) or not.
         recompute: what the backward pass computes again instead of keeping it.
             `none`: nothing that a linear layer reads.
             `pointwise`: LayerNorm + modulate, GELU and normalized query and key: no extra matmul.
