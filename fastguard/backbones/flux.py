@@ -242,7 +242,10 @@ class FluxBackbone:
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """LoRA: a file for `pipe.load_lora_weights(folder)`; full: a folder for
-        `FluxTransformer2DModel.from_pretrained(folder)`."""
+        `FluxTransformer2DModel.from_pretrained(folder)`.
+
+        The file's alpha is its rank, and alpha / rank of the training is multiplied into B.
+        """
         ours = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
         if self._recipe.model.train == "full":
             folder.mkdir(parents=True)
@@ -251,8 +254,14 @@ class FluxBackbone:
             # Not save_pretrained: it writes the model's own tensors, neither the average nor whole when sharded.
             save_torch_state_dict(ours, folder, filename_pattern=WEIGHTS)
             return
+        config = self._transformer.peft_config[ADAPTER]
+        scale = config.lora_alpha / config.r
+        layers = get_peft_model_state_dict(self._transformer, ours, adapter_name=ADAPTER)
+        # Only the file's header holds alpha, and tools that do not read it multiply by 1. All of the scale goes into B:
+        # a power of two, as in the recipes, is then exact, and any other costs one rounding.
+        layers = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in layers.items()}
         FluxPipeline.save_lora_weights(
             folder,
-            transformer_lora_layers=get_peft_model_state_dict(self._transformer, ours, adapter_name=ADAPTER),
-            transformer_lora_adapter_metadata=self._transformer.peft_config[ADAPTER].to_dict(),
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata={**config.to_dict(), "lora_alpha": config.r},
         )
