@@ -25,6 +25,7 @@ from fastguard.backbones import to_pixels
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
 from fastguard.flux import FuseReport, fuse_flux
 from fastguard.prompts import EncodedPrompts, Prompt
+from fastguard.weights import require_finite
 
 ADAPTER = "default"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
@@ -207,12 +208,17 @@ class FluxBackbone:
         device: torch.device,
         recompute: Recompute,
     ) -> FluxBackbone:
-        """Load the transformer, VAE and scheduler (not the text encoders) from `recipe.model.path`."""
+        """Load the transformer, VAE and scheduler (not the text encoders) from `recipe.model.path`.
+
+        Raises ValueError for weights that are not finite.
+        """
         path, dtype = recipe.model.path, getattr(torch, recipe.model.dtype)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")
         vae = AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype).requires_grad_(False).to(device)
         transformer = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype)
         transformer.to(device)
+        require_finite(vae, "vae", path)
+        require_finite(transformer, "transformer", path)
         fused = prepare_transformer(transformer, recipe.model, recipe.lora, recompute)
         return cls(transformer, vae, scheduler, encoded, num_trained_prompts, recipe, device, fused)
 
