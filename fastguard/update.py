@@ -97,7 +97,7 @@ def check_parity(transitions: Sequence[Transitions], state: TrainState) -> None:
 def _why_not_finite(state: TrainState) -> str:
     """Weights that are not finite on any process, in words; or where else to look."""
     if names := sorted(set(gather_object(not_finite(state.policy)))):
-        return f"{len(names)} weights of the policy hold NaN or infinity ({a_few(names)}): start from other weights"
+        return f"weights of the policy hold NaN or infinity ({a_few(names)}): start from other weights"
     model = state.recipe.model
     return (
         f"the policy's weights are finite, so that a value overflows on the way: look at model.dtype = {model.dtype}, "

@@ -71,8 +71,7 @@ def require_finite(module: nn.Module, part: str, path: str) -> None:
     """Raise ValueError, naming the weights, if a freshly loaded part of the pipeline at `path` holds NaN or Inf."""
     if names := not_finite(module):
         raise ValueError(
-            f"model.path = {path!r}: {len(names)} weights of {part} hold NaN or infinity ({a_few(names)}): download "
-            "them again"
+            f"model.path = {path!r}: weights of {part} hold NaN or infinity ({a_few(names)}): download them again"
         )
 
 

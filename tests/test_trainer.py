@@ -289,9 +289,7 @@ def test_parity_preflight_tells_weights_that_are_not_finite_from_values_that_ove
         backbone = ToyBackbone()
         with torch.no_grad():
             backbone.policy.image[0, 0, 0] = value
-        with pytest.raises(
-            ValueError, match=r"parity preflight.*1 weights of the policy hold NaN or infinity \(image\)"
-        ):
+        with pytest.raises(ValueError, match=r"parity preflight.*weights of the policy hold NaN or infinity \(image\)"):
             run(RECIPE, backbone)
     with pytest.raises(ValueError, match=r"parity preflight.*weights are finite.*model\.dtype = bfloat16"):
         run(RECIPE, ToyBackbone(OverflowingPolicy()))

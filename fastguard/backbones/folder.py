@@ -133,17 +133,15 @@ def _module_problems(folder: Path, part: str) -> Iterator[str]:
     )  # fmt: skip
     shapes = [f"{key} {tuple(came)} instead of {tuple(wanted)}" for key, came, wanted in info["mismatched_keys"]]
     told = _told(
-        ("are missing", info["missing_keys"]),
-        ("are unknown to it", info["unexpected_keys"]),
-        ("have another shape", shapes),
+        ("missing", info["missing_keys"]), ("unexpected", info["unexpected_keys"]), ("of another shape", shapes)
     )
     if told:
-        yield f"the weights in {folder / part} do not fit its config.json ({told}): download both again"
+        yield f"the weights in {folder / part} do not fit its config.json: {told}; download both again"
 
 
 def _told(*found: tuple[str, Iterable[str]]) -> str:
     """(what is wrong, keys that it is wrong with) in words; nothing where there are no keys."""
-    return "; ".join(f"{len(keys)} {what}: {a_few(keys)}" for what, some in found if (keys := sorted(some)))
+    return "; ".join(f"{len(keys)} {what} ({a_few(keys)})" for what, some in found if (keys := sorted(some)))
 
 
 def _stored_dtype(folder: Path, name: str) -> torch.dtype | None:
@@ -176,9 +174,9 @@ def _shard_problems(folder: Path, name: str) -> Iterator[str]:
             continue
         with safe_open(folder / file, "pt") as content:
             there = set(content.keys())
-        told = _told(("are missing", keys - there), ("are not listed", there - keys))
+        told = _told(("missing", keys - there), ("unexpected", there - keys))
         if told:
-            yield f"the weights in {folder / file} are not those that {index.name} lists ({told}): download both again"
+            yield f"the weights in {folder / file} are not those that {index.name} lists: {told}; download both again"
 
 
 def _damaged_weights(folder: Path, name: str) -> Iterator[str]:
@@ -223,7 +221,7 @@ def _tokenizer_problems(folder: Path, part: str) -> Iterator[str]:
         made = {"".join(pair) for pair in model["merges"]} | set(tokenizer.all_special_tokens)
         never = [t for t in model["vocab"] if len(t.removesuffix("</w>")) > 1 and t not in made]
         if never:
-            yield f"{own} lacks the merges of {len(never)} tokens of its vocabulary: {a_few(never)}; {AGAIN}"
+            yield f"{own} lacks merges for tokens of its vocabulary ({a_few(never)}): {AGAIN}"
     if not list(_unreadable(folder / encoder, SETTINGS[encoder])):
         embedded = read_json(folder / encoder / SETTINGS[encoder]).get("vocab_size")
         known = max(tokenizer.get_vocab().values()) + 1
