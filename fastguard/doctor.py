@@ -5,7 +5,6 @@ A check is a generator of findings; what it raises becomes a FAIL of that check,
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import shutil
@@ -22,7 +21,6 @@ from typing import Literal
 
 import torch
 from packaging.requirements import Requirement
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastguard import guard_loss, reference, sde_step
@@ -44,17 +42,6 @@ OPTIONAL = {
     "pytesseract": 'the reward "ocr"',
     "sklearn": "the digit model and `fastguard demo` (scikit-learn)",
 }
-PARTS = {
-    "transformer": "config.json",
-    "vae": "config.json",
-    "scheduler": "scheduler_config.json",
-    "text_encoder": "config.json",
-    "text_encoder_2": "config.json",
-    "tokenizer": "tokenizer_config.json",
-    "tokenizer_2": "tokenizer_config.json",
-}
-"""Folders of a Flux pipeline, and a file that each has."""
-WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 TOLERANCE = 1e-4
 """Relative to the largest value; float32 sums over 4,096 elements differ from float64 by about 1e-6."""
 
@@ -165,7 +152,7 @@ def _gpus() -> Iterator[Finding]:
             f"{total / GIB:.1f} GiB free, driver {_driver()}, CUDA {torch.version.cuda}"
         )
         if properties.major < 8:
-            yield Finding("FAIL", f'{text}: no bfloat16 before capability 8.0; set model.dtype = "float16"')
+            yield Finding("FAIL", f'{text}: no bfloat16 before capability 8.0; set model.dtype = "float32"')
         elif free < 0.9 * total:
             yield Finding("warn", f"{text}: another process holds memory; `nvidia-smi` shows which")
         else:
@@ -270,6 +257,8 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
+    from fastguard.backbones.folder import pipeline_problems
+
     path = recipe.model.path
     if recipe.model.kind == "digits":
         there = find_spec("sklearn") is not None
@@ -280,8 +269,8 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     elif path == TINY:
         yield Finding("ok", "the tiny random pipeline is made on first use")
     elif Path(path).is_dir():
-        problems = list(_pipeline_problems(Path(path)))
-        yield from (Finding("FAIL", f"{path}: {problem}; download it again") for problem in problems)
+        problems = list(pipeline_problems(Path(path)))
+        yield from (Finding("FAIL", problem) for problem in problems)
         if not problems:
             yield Finding("ok", f"{path} holds all parts of a pipeline")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
@@ -294,6 +283,8 @@ def _hub_model(name: str) -> Iterator[Finding]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    from fastguard.backbones.folder import pipeline_problems
+
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
@@ -303,37 +294,13 @@ def _hub_model(name: str) -> Iterator[Finding]:
             "its licence is accepted on its page and `hf auth login`)",
         )
         return
-    problems = list(_pipeline_problems(folder))
+    problems = list(pipeline_problems(folder))
     if problems:
         yield Finding(
             "warn", f"{name} in the hub's cache lacks parts ({problems[0]}): the rest is downloaded at the start"
         )
     else:
         yield Finding("ok", f"{name} is in the hub's cache: {folder}")
-
-
-def _pipeline_problems(folder: Path) -> Iterator[str]:
-    """What a pipeline lacks, or what is cut short in it; only the headers of weights are read."""
-    for part, file in PARTS.items():
-        if not (folder / part / file).is_file():
-            yield f"there is no {part}/{file}"
-        elif part in WITH_WEIGHTS:
-            yield from _weight_problems(folder / part)
-
-
-def _weight_problems(folder: Path) -> Iterator[str]:
-    there = sorted(folder.glob("*.safetensors"))
-    if not there and not any(folder.glob("*.bin")):
-        yield f"there are no weights (*.safetensors) in {folder.name}"
-    for index in folder.glob("*.safetensors.index.json"):
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        yield from (f"there is no {folder.name}/{name}" for name in sorted(files) if not (folder / name).is_file())
-    for file in there:
-        try:
-            with safe_open(file, "pt"):  # checks the file's length against its header
-                pass
-        except (OSError, SafetensorError) as error:
-            yield f"{folder.name}/{file.name} is cut short or damaged ({error})"
 
 
 def _attention(recipe: Recipe) -> Iterator[Finding]:

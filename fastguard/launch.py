@@ -20,7 +20,7 @@ from fastguard.config import Recipe, Recompute
 from fastguard.flux import FuseReport
 from fastguard.memory import MemoryPlan, compare_kept, plan
 from fastguard.monitor import Monitor
-from fastguard.prompts import Prompt, cache_folder, encode_prompts, read_prompts
+from fastguard.prompts import Prompt, cache_folder, encode_prompts, pipeline_folder, read_prompts
 from fastguard.recipe import totals
 from fastguard.rewards import RewardPool, build_reward
 from fastguard.run import RunFolder
@@ -156,15 +156,17 @@ def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
 
 
 def load_backbone(recipe: Recipe, prompts: Prompts, accelerator: Accelerator, recompute: Recompute) -> Backbone:
-    """Encode the prompts, free the encoders, then load what is trained."""
+    """Check the pipeline's files, encode the prompts, free the encoders, then load what is trained."""
     if recipe.model.kind == "digits":
         from fastguard.demo.backbone import DigitBackbone
 
         return DigitBackbone.load(accelerator.device, recipe.model.fuse)
     from fastguard.backbones.flux import FluxBackbone
+    from fastguard.backbones.folder import check_pipeline
 
     dtype = getattr(torch, recipe.model.dtype)
     with accelerator.main_process_first():
+        check_pipeline(pipeline_folder(recipe.model.path))
         encoded = encode_prompts(
             prompts.all, recipe.model.path, recipe.prompts.max_tokens, recipe.prompts.cache, dtype, accelerator.device
         )

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from fastguard.weights import is_finite, require_finite
+
 ENCODE_BATCH = 16
 
 
@@ -75,12 +77,17 @@ class EncodedPrompts:
     """(P,): where the embeddings of each prompt are"""
 
     def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Embeddings (P, T, C) of T5 and (P, C) of CLIP, in the encoders' dtype on the host."""
+        """Embeddings (P, T, C) of T5 and (P, C) of CLIP, in the encoders' dtype on the host.
+
+        Raises ValueError, naming the file, for what is not finite.
+        """
         embeds, pooled = [], []
         for index in indices:
             with safe_open(self.files[index], "pt") as file:
                 embeds.append(file.get_tensor("embeds"))
                 pooled.append(file.get_tensor("pooled"))
+            if not (is_finite(embeds[-1]) & is_finite(pooled[-1])):
+                raise ValueError(f"{self.files[index]} holds NaN or infinity: delete it, and it is encoded anew")
         return torch.stack(embeds), torch.stack(pooled)
 
 
@@ -98,6 +105,8 @@ def encode_prompts(
         path: the pipeline whose text encoders are used; they are loaded only if something is missing.
         max_tokens: T5 tokens per prompt.
         cache: as in `cache_folder`; files are keyed by the encoders, their dtype, `max_tokens` and the text.
+
+    Raises ValueError for encoders with weights, and prompts with embeddings, that are not finite; those are not cached.
     """
     folder = cache_folder(cache) / "prompts" / _encoder_key(path, max_tokens, dtype)
     files = [folder / f"{hashlib.sha256(p.text.encode()).hexdigest()[:32]}.safetensors" for p in prompts]
@@ -125,10 +134,18 @@ def _encode(
 
     pipe: Any = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype)
     pipe.to(device)
+    require_finite(pipe.text_encoder, "text_encoder", path)
+    require_finite(pipe.text_encoder_2, "text_encoder_2", path)
     for start in tqdm(range(0, len(missing), ENCODE_BATCH), desc="encoding prompts", unit="batch"):
         part = missing[start : start + ENCODE_BATCH]
         embeds, pooled, _ = pipe.encode_prompt([text for _, text in part], max_sequence_length=max_tokens)
-        for i, (file, _) in enumerate(part):
+        for i, (file, text) in enumerate(part):
+            for name, encoding in (("text_encoder_2", embeds[i]), ("text_encoder", pooled[i])):
+                if not is_finite(encoding):
+                    raise ValueError(
+                        f"{name} makes NaN or infinity of the prompt {text[:60]!r}, though its weights are finite: set "
+                        f'model.dtype = "float32" (it is {str(dtype).removeprefix("torch.")}), or take another encoder'
+                    )
             # Aside and renamed: a killed run leaves no half file.
             aside = file.with_suffix(f".{os.getpid()}.part")
             save_file({"embeds": embeds[i].cpu().contiguous(), "pooled": pooled[i].cpu().contiguous()}, aside)

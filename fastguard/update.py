@@ -5,6 +5,7 @@ Axes: N transition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -19,7 +20,7 @@ from fastguard.loss import GuardLoss, guard_loss
 from fastguard.metrics import Update
 from fastguard.sampler import Policy, Transitions, predict_velocity
 from fastguard.state import Run, TrainState
-from fastguard.weights import local, whole
+from fastguard.weights import a_few, local, not_finite, whole
 
 
 def minibatches(state: TrainState) -> Iterator[Tensor]:
@@ -65,7 +66,7 @@ def check_parity(transitions: Sequence[Transitions], state: TrainState) -> None:
     """Score rollout steps again in training mode, once before a process's first update.
 
     Nothing has changed since the rollout, so that every ratio should be 1. Raises ValueError on all processes if one
-    is further away than `update.parity` times the clip range.
+    is further away than `update.parity` times the clip range, or not finite.
     """
     recipe, accelerator = state.recipe, state.accelerator
     if state.checked or recipe.update.parity == 0:
@@ -79,6 +80,8 @@ def check_parity(transitions: Sequence[Transitions], state: TrainState) -> None:
     else:
         name, limit, moved = "objective.clip_range", recipe.objective.clip_range, result.log_ratio.detach().abs()
     worst = accelerator.gather(moved.max()[None]).max().item()
+    if not math.isfinite(worst):
+        raise ValueError(f"parity preflight: a rollout step scored again is {worst}: {_why_not_finite(state)}")
     if not worst <= recipe.update.parity * limit:
         raise ValueError(
             f"parity preflight: a rollout step scored again in training mode is off by {worst:.2e}, more than "
@@ -89,6 +92,17 @@ def check_parity(transitions: Sequence[Transitions], state: TrainState) -> None:
             "differently in training. update.parity = 0 skips this check"
         )
     state.checked = True
+
+
+def _why_not_finite(state: TrainState) -> str:
+    """Weights that are not finite on any process, in words; or where else to look."""
+    if names := sorted(set(gather_object(not_finite(state.policy)))):
+        return f"weights of the policy hold NaN or infinity ({a_few(names)}): start from other weights"
+    model = state.recipe.model
+    return (
+        f"the policy's weights are finite, so that a value overflows on the way: look at model.dtype = {model.dtype}, "
+        f"model.attention = {model.attention} and model.fuse = {model.fuse}. update.parity = 0 skips this check"
+    )
 
 
 def update_weights(

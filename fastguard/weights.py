@@ -6,7 +6,7 @@ file knows the difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 def trained_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of everything that is trained; names without the wrappers of DDP and checkpointing."""
-    return {
-        name.removeprefix("module.").replace("_checkpoint_wrapped_module.", ""): parameter
-        for name, parameter in policy.named_parameters()
-        if parameter.requires_grad
-    }
+    return {_plain(name): parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -44,6 +44,41 @@ def put(target: Tensor, value: Tensor) -> None:
     if isinstance(target, DTensor):
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether a tensor holds neither NaN nor Inf, as a tensor on its device; one reading, and no copy."""
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()
+
+
+@torch.no_grad()
+def not_finite(module: nn.Module) -> list[str]:
+    """Names of the weights and buffers with NaN or Inf in this process's part of them; waits once for the device."""
+    parts = {
+        name: local(part)
+        for owner, tensor in (*module.named_parameters(), *module.named_buffers())
+        for name, part in unpacked(_plain(owner), tensor)
+    }
+    # A shard may be empty, and float8 cannot be compared.
+    parts = {n: t for n, t in parts.items() if t.is_floating_point() and t.itemsize > 1 and t.numel()}
+    if not parts:
+        return []
+    finite = torch.stack([is_finite(part) for part in parts.values()]).tolist()
+    return [name for name, good in zip(parts, finite, strict=True) if not good]
+
+
+def require_finite(module: nn.Module, part: str, path: str) -> None:
+    """Raise ValueError, naming the weights, if a freshly loaded part of the pipeline at `path` holds NaN or Inf."""
+    if names := not_finite(module):
+        raise ValueError(
+            f"model.path = {path!r}: weights of {part} hold NaN or infinity ({a_few(names)}): download them again"
+        )
+
+
+def a_few(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def unpacked(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

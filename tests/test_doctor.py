@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import fastguard.memory
 from fastguard import doctor
+from fastguard.backbones.tiny import make_tiny_flux
 from fastguard.config import (
     HardwareConfig,
     LoraConfig,
@@ -29,7 +29,7 @@ from fastguard.config import (
     SamplerConfig,
     UpdateConfig,
 )
-from fastguard.doctor import PARTS, WITH_WEIGHTS, Finding, checkpoint_bytes, examine
+from fastguard.doctor import Finding, checkpoint_bytes, examine
 
 SEEN: list[tuple[tuple[int, ...], list[str], list[dict[str, Any]]]] = []
 
@@ -183,35 +183,24 @@ def test_packages_are_held_against_the_requirements(monkeypatch: pytest.MonkeyPa
     assert "torch " not in found[-1].text
 
 
-def fake_pipeline(folder: Path) -> Path:
-    for part, file in PARTS.items():
-        (folder / part).mkdir(parents=True)
-        (folder / part / file).write_text("{}")
-        if part in WITH_WEIGHTS:
-            save_file({"w": torch.ones(4)}, folder / part / "model.safetensors")
-    return folder
-
-
 def test_a_pipeline_on_disk_is_complete_or_its_gaps_are_named(recipe: Recipe, tmp_path: Path) -> None:
-    folder = fake_pipeline(tmp_path / "flux")
+    """tests/test_folder.py has every kind of gap; here are several at once."""
+    folder = make_tiny_flux(tmp_path / "flux")
 
     def look(path: Path | str) -> list[str]:
         model = replace(recipe.model, path=str(path))
         return [f"{f.level} {f.text}" for f in doctor._model(replace(recipe, model=model))]
 
     assert look(folder) == [f"ok {folder} holds all parts of a pipeline"]
-    whole = (folder / "vae" / "model.safetensors").read_bytes()
-    (folder / "vae" / "model.safetensors").write_bytes(whole[:-4])
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
     shutil.rmtree(folder / "tokenizer_2")
     (folder / "text_encoder" / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "one-of-two.safetensors", "b": "model.safetensors"}}
-    (folder / "transformer" / "x.safetensors.index.json").write_text(json.dumps(index))
     found = look(folder)
-    assert len(found) == 4
-    assert "there is no transformer/one-of-two.safetensors" in found[0]
-    assert "vae/model.safetensors is cut short or damaged" in found[1]
-    assert "no weights (*.safetensors) in text_encoder;" in found[2]
-    assert "there is no tokenizer_2/tokenizer_config.json" in found[3]
+    assert len(found) == 3
+    assert f"FAIL {weights} is cut short or damaged" in found[0]
+    assert f"no weights (*.safetensors) in {folder}/text_encoder:" in found[1]
+    assert f"there is no {folder}/tokenizer_2/tokenizer_config.json" in found[2]
     assert all(line.startswith("FAIL") for line in found)
 
     assert look("/no/such/folder")[0].startswith("FAIL model.path = '/no/such/folder'")
@@ -223,7 +212,7 @@ def test_a_hub_name_is_looked_for_in_the_local_cache_only(
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    folder = fake_pipeline(tmp_path / "snapshot")
+    folder = make_tiny_flux(tmp_path / "snapshot")
     there = True
 
     def download(name: str, local_files_only: bool) -> str:
@@ -236,7 +225,7 @@ def test_a_hub_name_is_looked_for_in_the_local_cache_only(
     recipe = replace(recipe, model=replace(recipe.model, path="someone/flux"))
     assert one(doctor._model, recipe).level == "ok"
     shutil.rmtree(folder / "vae")
-    assert "lacks parts (there is no vae/config.json)" in one(doctor._model, recipe).text
+    assert f"lacks parts (there is no {folder}/vae/config.json:" in one(doctor._model, recipe).text
     there = False
     finding = one(doctor._model, recipe)
     assert finding.level == "warn"

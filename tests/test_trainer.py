@@ -277,6 +277,24 @@ def test_parity_preflight_stops_before_the_first_update() -> None:
     assert (backbone.policy.image != 0).any()
 
 
+class OverflowingPolicy(ToyPolicy):
+    """Finite weights, and a velocity that is not."""
+
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_indices: Tensor) -> Tensor:
+        return super().forward(latents, sigma, prompt_indices) * torch.inf
+
+
+def test_parity_preflight_tells_weights_that_are_not_finite_from_values_that_overflow() -> None:
+    for value in (torch.nan, torch.inf):
+        backbone = ToyBackbone()
+        with torch.no_grad():
+            backbone.policy.image[0, 0, 0] = value
+        with pytest.raises(ValueError, match=r"parity preflight.*weights of the policy hold NaN or infinity \(image\)"):
+            run(RECIPE, backbone)
+    with pytest.raises(ValueError, match=r"parity preflight.*weights are finite.*model\.dtype = bfloat16"):
+        run(RECIPE, ToyBackbone(OverflowingPolicy()))
+
+
 def nan_for_the_last(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
     scores = towards(images, prompts, metadata)
     scores[-1] = torch.nan

@@ -25,6 +25,7 @@ from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompu
 from fastguard.flux import FuseReport, fuse_flux
 from fastguard.flux.linear import LowPrecisionLinear
 from fastguard.prompts import EncodedPrompts, Prompt
+from fastguard.weights import require_finite
 
 ADAPTER = "default"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
@@ -197,12 +198,17 @@ class FluxBackbone:
         device: torch.device,
         recompute: Recompute,
     ) -> FluxBackbone:
-        """Load the transformer, VAE and scheduler (not the text encoders) from `recipe.model.path`."""
+        """Load the transformer, VAE and scheduler (not the text encoders) from `recipe.model.path`.
+
+        Raises ValueError for weights that are not finite.
+        """
         path, dtype = recipe.model.path, getattr(torch, recipe.model.dtype)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")
         vae = AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype).requires_grad_(False).to(device)
         transformer = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype)
         transformer.to(device)
+        require_finite(vae, "vae", path)
+        require_finite(transformer, "transformer", path)
         fused = prepare_transformer(transformer, recipe.model, recipe.lora, recompute)
         return cls(transformer, vae, scheduler, encoded, num_trained_prompts, recipe, device, fused)
 
@@ -232,7 +238,10 @@ class FluxBackbone:
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """LoRA: a file for `pipe.load_lora_weights(folder)`; full: a folder for
-        `FluxTransformer2DModel.from_pretrained(folder)`."""
+        `FluxTransformer2DModel.from_pretrained(folder)`.
+
+        The file's alpha is its rank, and alpha / rank of the training is multiplied into B.
+        """
         ours = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
         if self._recipe.model.train == "full":
             folder.mkdir(parents=True)
@@ -241,8 +250,14 @@ class FluxBackbone:
             # Not save_pretrained: it writes the model's own tensors, neither the average nor whole when sharded.
             save_torch_state_dict(ours, folder, filename_pattern=WEIGHTS)
             return
+        config = self._transformer.peft_config[ADAPTER]
+        scale = config.lora_alpha / config.r
+        layers = get_peft_model_state_dict(self._transformer, ours, adapter_name=ADAPTER)
+        # Only the file's header holds alpha, and tools that do not read it multiply by 1. All of the scale goes into B:
+        # a power of two, as in the recipes, is then exact, and any other costs one rounding.
+        layers = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in layers.items()}
         FluxPipeline.save_lora_weights(
             folder,
-            transformer_lora_layers=get_peft_model_state_dict(self._transformer, ours, adapter_name=ADAPTER),
-            transformer_lora_adapter_metadata=self._transformer.peft_config[ADAPTER].to_dict(),
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata={**config.to_dict(), "lora_alpha": config.r},
         )

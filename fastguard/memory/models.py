@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from fastguard.backbones.folder import read_json
 from fastguard.backbones.tiny import _pipeline
 
 FLUX_TRANSFORMER = {
@@ -80,7 +80,7 @@ KNOWN = {
 def pipeline_configs(path: str) -> PipelineConfigs:
     """Configurations of `model.path`: a local folder in diffusers' layout, "tiny", or a name in `KNOWN`.
 
-    Raises ValueError for any other name: the planner downloads nothing.
+    Raises ValueError for any other name, for the planner downloads nothing, and for a configuration that is damaged.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -88,7 +88,7 @@ def pipeline_configs(path: str) -> PipelineConfigs:
         missing = [name for name in names if not (folder / name / "config.json").is_file()]
         if missing:
             raise ValueError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')
-        read = [json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in names]
+        read = [read_json(folder / name / "config.json") for name in names]
         return PipelineConfigs(*read)
     if path == "tiny":
         return _tiny_configs()

@@ -1,0 +1,248 @@
+"""Whether the folder of a pipeline is whole: its files, and the weights that its modules expect.
+
+diffusers and transformers decide: they load each module onto the meta device, by their own rules for names, shards and
+tied weights. This takes about a second for Flux.1-dev and no memory, as it needs the headers of the files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from fastguard.weights import a_few
+
+MODULES: dict[str, tuple[Any, str]] = {
+    "transformer": (FluxTransformer2DModel, "diffusion_pytorch_model"),
+    "vae": (AutoencoderKL, "diffusion_pytorch_model"),
+    "text_encoder": (CLIPTextModel, "model"),
+    "text_encoder_2": (T5EncoderModel, "model"),
+}
+"""Parts with weights: their class, and the name of its files."""
+TOKENIZERS: dict[str, tuple[Any, str]] = {
+    "tokenizer": (CLIPTokenizer, "text_encoder"),
+    "tokenizer_2": (T5Tokenizer, "text_encoder_2"),
+}
+"""Tokenizers: their class, and the encoder that embeds their tokens."""
+SETTINGS = {
+    ".": "model_index.json",
+    "scheduler": "scheduler_config.json",
+    **dict.fromkeys(MODULES, "config.json"),
+    **dict.fromkeys(TOKENIZERS, "tokenizer_config.json"),
+}
+"""Parts of a Flux pipeline, and the file of settings that each has."""
+AGAIN = "download it again"
+LFS_POINTER = b"version https://git-lfs"
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raise ValueError, with the first of the `pipeline_problems`, unless the folder has none."""
+    problems = list(pipeline_problems(folder))
+    if problems:
+        others = f" (and {len(problems) - 1} more, which `fastguard doctor` lists)" if len(problems) > 1 else ""
+        raise ValueError(f"model.path: {problems[0]}{others}")
+
+
+def pipeline_problems(folder: Path) -> Iterator[str]:
+    """What is missing, damaged or does not fit in a pipeline's folder: a sentence each, that names the file or part."""
+    for part, settings in SETTINGS.items():
+        found = list(_unreadable(folder / part, settings))
+        if not found:
+            try:
+                with _quiet():
+                    found = list(_part_problems(folder, part))
+            except Exception as error:  # there is no telling what a library raises about a damaged file
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                found = list(_damaged_weights(folder / part, MODULES[part][1])) if part in MODULES else []
+                found = found or [f"{folder / part} cannot be loaded ({reason}): {AGAIN}"]
+        yield from found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of a pipeline. Raises ValueError, naming the file, if it holds no JSON object."""
+    content = file.read_bytes()
+    if content.startswith(LFS_POINTER):
+        raise ValueError(_pointer(file))
+    try:
+        values = json.loads(content)
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{file} is cut short or no JSON ({error}): {AGAIN}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a JSON {type(values).__name__}, expected an object: {AGAIN}")
+    return values
+
+
+def _pointer(file: Path) -> str:
+    return f"{file} is git-lfs's pointer to the file, not the file itself: run `git lfs pull` there, or {AGAIN}"
+
+
+def _unreadable(folder: Path, settings: str) -> Iterator[str]:
+    """Settings that are not there, for some loaders then take defaults, and JSON files that cannot be read."""
+    files = sorted(folder.glob("*.json")) if settings != SETTINGS["."] else []  # beside the index, files are the user's
+    for file in dict.fromkeys([folder / settings, *files]):
+        if not file.is_file():
+            yield f"there is no {file}: {AGAIN}"
+            continue
+        try:
+            if not read_json(file) and file.name == settings:
+                yield f"{file} is empty: {AGAIN}"
+        except ValueError as error:
+            yield str(error)
+
+
+def _part_problems(folder: Path, part: str) -> Iterator[str]:
+    if part in MODULES:
+        yield from _module_problems(folder, part)
+    elif part in TOKENIZERS:
+        yield from _tokenizer_problems(folder, part)
+    elif part == "scheduler":
+        FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=part, local_files_only=True)
+    else:
+        yield from _index_problems(folder)
+
+
+def _index_problems(folder: Path) -> Iterator[str]:
+    index = read_json(folder / "model_index.json")
+    for part in (*MODULES, *TOKENIZERS, "scheduler"):
+        if None in (index.get(part) or [None]):
+            yield f"{folder / 'model_index.json'} names no class for {part}: {AGAIN}"
+
+
+def _module_problems(folder: Path, part: str) -> Iterator[str]:
+    kind, name = MODULES[part]
+    if "quantization_config" in read_json(folder / part / "config.json"):
+        return  # its weights have other names and shapes until they are on a GPU
+    lacking = list(_shard_problems(folder / part, name))
+    if lacking:
+        yield from lacking
+        return
+    info: dict[str, Any]
+    _, info = kind.from_pretrained(
+        folder, subfolder=part, device_map="meta", dtype=_stored_dtype(folder / part, name),
+        output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
+    )  # fmt: skip
+    shapes = [f"{key} {tuple(came)} instead of {tuple(wanted)}" for key, came, wanted in info["mismatched_keys"]]
+    told = _told(
+        ("missing", info["missing_keys"]), ("unexpected", info["unexpected_keys"]), ("of another shape", shapes)
+    )
+    if told:
+        yield f"the weights in {folder / part} do not fit its config.json: {told}; download both again"
+
+
+def _told(*found: tuple[str, Iterable[str]]) -> str:
+    """(what is wrong, keys that it is wrong with) in words; nothing where there are no keys."""
+    return "; ".join(f"{len(keys)} {what} ({a_few(keys)})" for what, some in found if (keys := sorted(some)))
+
+
+def _stored_dtype(folder: Path, name: str) -> torch.dtype | None:
+    """Of the first weight: diffusers would read all of them to convert them to another."""
+    for file in _files(folder, name):
+        with safe_open(file, "pt") as content:
+            dtype = next((content.get_tensor(key).dtype for key in content.keys()), None)  # noqa: SIM118  no dict
+        return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+    return None
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """The file of weights or its shards, without variants (`model.fp16.safetensors`), which are not loaded."""
+    return sorted((*folder.glob(f"{name}.safetensors"), *folder.glob(f"{name}-*.safetensors")))
+
+
+def _shard_problems(folder: Path, name: str) -> Iterator[str]:
+    """Shards that do not hold what their index says: diffusers believes the index."""
+    index = folder / f"{name}.safetensors.index.json"
+    if not index.is_file():
+        return
+    listed: dict[str, set[str]] = {}
+    for key, file in read_json(index).get("weight_map", {}).items():
+        listed.setdefault(file, set()).add(key)
+    if not listed:
+        yield f"{index} lists no weights: {AGAIN}"
+    for file, keys in sorted(listed.items()):
+        if not (folder / file).is_file():
+            yield f"there is no {folder / file}: {AGAIN}"
+            continue
+        with safe_open(folder / file, "pt") as content:
+            there = set(content.keys())
+        told = _told(("missing", keys - there), ("unexpected", there - keys))
+        if told:
+            yield f"the weights in {folder / file} are not those that {index.name} lists: {told}; download both again"
+
+
+def _damaged_weights(folder: Path, name: str) -> Iterator[str]:
+    """Files of weights that are absent, cut short, or not there but for git-lfs's pointers."""
+    files = _files(folder, name) or sorted(folder.glob("*.bin"))
+    if not files:
+        yield f"there are no weights (*.safetensors) in {folder}: {AGAIN}"
+    for file in files:
+        with file.open("rb") as content:
+            if content.read(len(LFS_POINTER)) == LFS_POINTER:
+                yield _pointer(file)
+                continue
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):  # holds the file's length against its header
+                    pass
+            except (OSError, SafetensorError) as error:
+                yield f"{file} is cut short or damaged ({error}): {AGAIN}"
+
+
+def _tokenizer_problems(folder: Path, part: str) -> Iterator[str]:
+    """transformers makes a tokenizer without a vocabulary if it finds none, and every text becomes unknown tokens."""
+    kind, encoder = TOKENIZERS[part]
+    own = folder / part
+    whole = kind.vocab_files_names["tokenizer_file"]
+    parts = [file for file in kind.vocab_files_names.values() if file != whole]
+    absent = [file for file in parts if not (own / file).is_file()]
+    if absent and not (own / whole).is_file():
+        yield f"there is no {own / absent[0]} (nor {whole}): {AGAIN}"
+        return
+    for file in parts:
+        if file not in absent and (own / file).read_bytes().startswith(LFS_POINTER):
+            yield _pointer(own / file)
+            return
+    tokenizer = kind.from_pretrained(folder, subfolder=part, local_files_only=True)
+    # Twice each: with no merges at all, as in the tiny pipeline, CLIP knows no token that ends a word.
+    letters = {tuple(tokenizer(2 * letter).input_ids) for letter in ascii_lowercase}
+    if len(letters) < len(ascii_lowercase):
+        yield f"the vocabulary in {own} tells only {len(letters)} of {len(ascii_lowercase)} letters apart: {AGAIN}"
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] == "BPE":
+        made = {"".join(pair) for pair in model["merges"]} | set(tokenizer.all_special_tokens)
+        never = [t for t in model["vocab"] if len(t.removesuffix("</w>")) > 1 and t not in made]
+        if never:
+            yield f"{own} lacks merges for tokens of its vocabulary ({a_few(never)}): {AGAIN}"
+    if not list(_unreadable(folder / encoder, SETTINGS[encoder])):
+        embedded = read_json(folder / encoder / SETTINGS[encoder]).get("vocab_size")
+        known = max(tokenizer.get_vocab().values()) + 1
+        if embedded is not None and known > embedded:
+            yield f"{own} knows {known} tokens, but {encoder} embeds {embedded}: they are of different models"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' own words on what does not fit; and what an exception leaves changed is put back."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    dtype = torch.get_default_dtype()
+    try:
+        for library in libraries:
+            library.set_verbosity(library.CRITICAL)
+            library.disable_progress_bar()
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        for library, verbosity, bars in before:
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
