@@ -1,7 +1,7 @@
 """Whether the folder of a pipeline is whole: its files, and the weights that its modules expect.
 
 diffusers and transformers decide: they load each module onto the meta device, by their own rules for names, shards and
-tied weights. This takes about a second for Flux.1-dev and no memory, as it needs the headers of the files alone.
+tied weights. Only the headers of the files are asked for, which takes seconds for Flux.1-dev.
 """
 
 from __future__ import annotations
