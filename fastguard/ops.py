@@ -94,6 +94,27 @@ def refuse_double_backward(what: str) -> None:
         raise RuntimeError(f"{what} can be differentiated once; its backward pass does not support create_graph=True")
 
 
+def savable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as `save_for_backward` takes them: one made under `torch.inference_mode` becomes an ordinary tensor.
+
+    A rollout under `inference_mode` makes tensors that autograd refuses to save. The ordinary tensor shares their
+    memory, so nothing is copied, and hooks of saved tensors see it as they see any other. As for every tensor of
+    `inference_mode`, autograd cannot notice that its values were changed before the backward pass.
+
+    Compiled code has to go without: dynamo cannot ask whether a tensor was made under `inference_mode`.
+    """
+    return tuple(_ordinary(tensor) for tensor in tensors)
+
+
+def _ordinary(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return tensor  # a subclass may keep its values elsewhere than in its own storage
+    layout = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*layout)
+
+
 def operator(function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> torch._ops.OpOverload:
     """Register a function as `fastguard::<its name>`. `torch.library.custom_op` does the same at 5 us more a call."""
     name = f"fastguard::{function.__name__}"
@@ -125,7 +146,7 @@ class TransitionSumsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, backend: str) -> Tensor:
-        ctx.save_for_backward(velocity, old, noise, ref)
+        ctx.save_for_backward(*savable(velocity, old, noise, ref))
         ctx.backend = backend
         return transition_sums(velocity, old, noise, ref, False, backend)
 
@@ -222,13 +243,9 @@ class GuardLossFunction(torch.autograd.Function):
         ctx.has_drift = options.objective != "grpo_guard"
         ctx.dtype, ctx.backend = velocity.dtype, options.backend
         ref = ref if options.kl_weight != 0 else None
-        ctx.save_for_backward(
-            coefs,
-            noise,
-            velocity if ctx.has_drift or ref is not None else None,
-            old if ctx.has_drift or ctx.from_means else None,
-            ref,
-        )
+        velocity_or_none = velocity if ctx.has_drift or ref is not None else None
+        old_or_none = old if ctx.has_drift or ctx.from_means else None
+        ctx.save_for_backward(*savable(coefs, noise, velocity_or_none, old_or_none, ref))
         return loss, stats, clipped
 
     @staticmethod

@@ -364,6 +364,57 @@ def test_low_matmul_precision_does_not_touch_the_loss() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo"])
+@pytest.mark.parametrize("entry", ["guard_loss", "guard_loss_from_means", "transition_moments"])
+def test_a_rollout_under_inference_mode_trains_as_one_under_no_grad(entry: str, objective: str) -> None:
+    """Autograd refuses to save such tensors; the loss saves ordinary tensors over the same memory instead."""
+
+    def rolled_out(mode: Any) -> dict[str, Any]:
+        with mode:
+            velocity, old, _, advantages, step = make_batch(size=999)
+            step = step[:1].to("cpu").expand(4)
+            latents = torch.linspace(-1.0, 1.0, old.numel()).view_as(old)
+            noise = fg.sde_step(latents, old, step, seeds=torch.arange(4)).noise
+            strided = noise.t().contiguous().t()
+            return {
+                "start": velocity.detach(), "old": old[:, :], "noise": strided, "advantages": advantages,
+                "step": step, "ref": old + 0.1, "reweight": torch.linspace(0.5, 2.0, 4),
+            }  # fmt: skip
+
+    def gradient(start: Tensor, old: Tensor, noise: Tensor, advantages: Tensor, step: Any, **more: Tensor) -> Tensor:
+        velocity = start.clone().requires_grad_()
+        options: Any = {"objective": objective, "reweight": more["reweight"], "kl_weight": 0.1, "clip_range": 0.5}
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            if entry == "guard_loss":
+                loss = fg.guard_loss(velocity, old, noise, advantages, step, ref_velocity=more["ref"], **options).loss
+            elif entry == "guard_loss_from_means":
+                loss = fg.guard_loss_from_means(
+                    noise, velocity, old, step.std, step.dt, advantages, ref_prev_sample_mean=more["ref"], **options
+                ).loss
+            else:
+                moments = fg.transition_moments(velocity, old, noise, step, more["ref"])
+                loss = (moments.cross.exp() + moments.drift + moments.ref_drift).sum()
+        rollouts = {tensor.untyped_storage().data_ptr() for tensor in (velocity, old, noise, more["ref"])}
+        assert all(t.untyped_storage().data_ptr() in rollouts for t in saved if t.numel() >= velocity.numel())
+        (grad,) = torch.autograd.grad(loss, velocity)
+        return grad
+
+    stored = rolled_out(torch.inference_mode())
+    assert stored["noise"].is_inference()
+    assert torch.equal(gradient(**stored), gradient(**rolled_out(torch.no_grad())))
+
+
+def test_a_loss_under_inference_mode_is_the_same_without_a_gradient() -> None:
+    batch = make_batch()
+    with torch.inference_mode():
+        result = fg.guard_loss(*batch, objective="flow_grpo")
+        moments = fg.transition_moments(*batch[:3], batch[4])
+    assert torch.equal(result.loss, fg.guard_loss(*batch, objective="flow_grpo").loss)
+    assert torch.equal(moments.drift, fg.transition_moments(*batch[:3], batch[4]).drift)
+    assert not result.loss.requires_grad
+
+
 def test_inside_gradient_checkpointing() -> None:
     batch = make_batch()
     model = torch.nn.Linear(24, 24)
