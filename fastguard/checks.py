@@ -81,8 +81,12 @@ def per_sample(name: str, value: Tensor | float, latents: Tensor, check_values: 
     """
     n_samples = latents.shape[0]
     if isinstance(value, numbers.Real):
-        _check_step_value(name, torch.tensor([float(value)]))
-        return torch.full((n_samples,), float(value), dtype=torch.float32, device=latents.device)
+        dtype = ops.compute_dtype(latents.dtype)
+        if torch.compiler.is_compiling():
+            # torch.compile makes one graph for all factors of a product, but one for each value that fills a tensor.
+            return torch.ones(n_samples, dtype=dtype, device=latents.device) * float(value)
+        _check_step_value(name, torch.tensor([float(value)], dtype=dtype, device="cpu"))
+        return torch.full((n_samples,), float(value), dtype=dtype, device=latents.device)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a float or a floating point tensor; got {came}")

@@ -34,7 +34,7 @@ class Transition:
 
     Fields:
         kind: the sampler's name.
-        latents_coef, velocity_coef, std, dt: (B,) float32 (float64 if sigma was float64). `std` includes
+        latents_coef, velocity_coef, std, dt: (B,) float32 (float64 if sigma was a float64 tensor). `std` includes
             sqrt(|dt|); `dt` is negative. A leading size of 1 broadcasts over any batch.
         std_range: smallest and largest std, known on the host so that nobody has to ask the GPU. None, for coefficients
             of your own, checks them and finds it (which synchronizes with a GPU).
@@ -139,13 +139,14 @@ def flow_sde(
 
     Args:
         sigma, sigma_next: float, or tensor 0-d or (B,); 0 <= sigma_next < sigma <= 1. A tensor on a GPU is read
-            back once, so hand over the schedule from the host.
+            back once, so hand over the schedule from the host. Floats (Python's or numpy's) count with all their
+            digits, and give float32 coefficients.
         noise_level: eta >= 0; 0 makes the step deterministic.
         sigma_max: the schedule's second sigma (`sigmas[1]`), which stands in for t where `1 - t` would vanish:
             needed when a sigma is above 0.999, that is, at the first step.
     """
     t, t_next, like = _schedule(sigma, sigma_next)
-    _check_noise_level(noise_level, upper=None)
+    noise_level = _check_noise_level(noise_level, upper=None)
     first = t > FIRST_STEP
     if sigma_max is None:
         if bool(first.any()):
@@ -172,7 +173,7 @@ def flow_sde(
 def dance_sde(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 0.7) -> Transition:
     """DanceGRPO's SDE (arXiv 2505.07818): constant diffusion `noise_level`. Arguments as for `flow_sde`."""
     t, t_next, like = _schedule(sigma, sigma_next)
-    _check_noise_level(noise_level, upper=None)
+    noise_level = _check_noise_level(noise_level, upper=None)
     return _euler_maruyama("dance_sde", t, t_next, torch.full_like(t, noise_level), like)
 
 
@@ -182,7 +183,7 @@ def cps(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 
     `noise_level` lies in [0, 1]. The last step (sigma_next == 0) is deterministic and has no density.
     """
     t, t_next, like = _schedule(sigma, sigma_next)
-    _check_noise_level(noise_level, upper=1.0)
+    noise_level = _check_noise_level(noise_level, upper=1.0)
     # t' cos(eta pi / 2) instead of sqrt(t'^2 - std^2), which loses all digits near eta = 1.
     kept = t_next * math.cos(noise_level * math.pi / 2)
     std = t_next * math.sin(noise_level * math.pi / 2)
@@ -216,7 +217,9 @@ def _transition(
 def _host(value: float | Tensor, name: str) -> Tensor:
     """A float64 vector on the host, of length 1 for scalars."""
     try:
-        tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        # Not left to the default dtype: dt = -0.001 from sigmas that were rounded to float32 is off by 1e-5.
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        tensor = tensor.detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a float or a tensor of shape () or (B,); got {value!r}") from None
     if tensor.ndim > 1:
@@ -249,10 +252,11 @@ def _schedule(sigma: float | Tensor, sigma_next: float | Tensor) -> tuple[Tensor
     return t, t_next, like
 
 
-def _check_noise_level(noise_level: float, upper: float | None) -> None:
+def _check_noise_level(noise_level: float, upper: float | None) -> float:
     if not isinstance(noise_level, numbers.Real):
         raise TypeError(f"noise_level must be a number; got {noise_level!r}")
     limit = math.inf if upper is None else upper
     if not (0 <= noise_level <= limit and math.isfinite(noise_level)):
         expected = "a finite number >= 0" if upper is None else f"between 0 and {upper:g}"
         raise ValueError(f"noise_level must be {expected}; got {noise_level}")
+    return float(noise_level)  # a numpy float32 would pull the arithmetic down to its own precision

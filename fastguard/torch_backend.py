@@ -201,6 +201,6 @@ def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor
     offset = (rest - ((rest & 0x80000000) << 1)).to(torch.float32) * (math.pi / 4 * 2.0**-31)
     sin, cos = torch.sin(offset), torch.cos(offset)
     turned = quadrant & 1 == 1
-    first = torch.where(turned, sin, cos) * torch.where(quadrant + 1 & 2 == 2, -1.0, 1.0)
-    second = torch.where(turned, cos, sin) * torch.where(quadrant & 2 == 2, -1.0, 1.0)
+    first = torch.where(turned, sin, cos) * (1 - (quadrant + 1 & 2))
+    second = torch.where(turned, cos, sin) * (1 - (quadrant & 2))
     return radius * first, radius * second

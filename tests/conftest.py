@@ -1,7 +1,8 @@
 """Where there is no GPU, kernels run through Triton's interpreter, which must be chosen before triton is imported."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -20,6 +21,29 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is there: the kernels run on it, under -m gpu")
     return "cpu"
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16, torch.device("meta")], ids=str)
+def other_defaults(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
+    """A context with another default dtype or device of torch, which some libraries set for the whole process.
+
+    Meta tensors have no values, so a tensor that is made on the default device cannot pass for one on the host.
+    """
+
+    @contextmanager
+    def changed() -> Iterator[None]:
+        if isinstance(request.param, torch.device):
+            with request.param:
+                yield
+            return
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(request.param)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    return changed
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -342,6 +343,39 @@ def test_compiled_and_in_a_cuda_graph(objective: str) -> None:
     torch.cuda.synchronize()
     assert torch.equal(captured[0], loss)
     assert torch.equal(captured[1], grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_defaults_of_torch_do_not_matter(dtype: torch.dtype, other_defaults) -> None:
+    velocity, old, noise, advantages, step = make_batch(dtype=dtype)
+    ref = old + 0.1
+
+    def results() -> list[Tensor]:
+        found = []
+        for objective in ("grpo_guard", "flow_grpo", "flow_dppo"):
+            options: Any = {"objective": objective, "clip_range": (0.001, 0.002), "kl_weight": 0.1}
+            found += fg.guard_loss(velocity, old, noise, advantages, step, ref_velocity=ref, **options)
+            found += fg.guard_loss_from_means(
+                noise, velocity, old, 0.123, -0.045, advantages, ref_prev_sample_mean=ref, **options
+            )
+        found += fg.transition_moments(velocity, old, noise, step, ref)
+        total = sum(value.double().sum() for value in found)
+        return [*found, *torch.autograd.grad(total, velocity)]
+
+    expected = results()
+    with other_defaults():
+        came = results()
+    for a, b in zip(came, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_std_and_dt_of_float64_latents_keep_their_digits() -> None:
+    velocity, old, noise, advantages, _ = make_batch(dtype=torch.float64)
+    std, dt = (torch.tensor(value, dtype=torch.float64) for value in (0.123, -0.045))
+    came = fg.guard_loss_from_means(noise, velocity, old, 0.123, np.float64(-0.045), advantages)
+    assert torch.equal(came.loss, fg.guard_loss_from_means(noise, velocity, old, std, dt, advantages).loss)
+    with pytest.raises(ValueError, match="std must be finite and positive .* got 0 at sample 0"):
+        fg.guard_loss_from_means(noise.float(), velocity.float(), old.float(), 1e-60, dt.float(), advantages)
 
 
 def test_under_autocast_the_loss_stays_exact() -> None:

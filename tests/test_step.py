@@ -154,6 +154,23 @@ def test_float64_and_an_empty_batch() -> None:
     assert empty.latents.shape == (0, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_defaults_of_torch_do_not_matter(dtype: torch.dtype, other_defaults) -> None:
+    latents, velocity, seeds = torch.randn(2, 50).to(dtype), torch.randn(2, 50).to(dtype), torch.arange(2)
+
+    def results() -> list[torch.Tensor]:
+        drawn = fg.sde_step(latents, velocity, fg.flow_sde(0.5, 0.3), seeds=seeds, return_log_prob=True)
+        assert drawn.noise is not None
+        assert drawn.log_prob is not None
+        return [drawn.latents, drawn.noise, drawn.log_prob, fg.sde_step(latents, velocity, fg.ode(0.5, 0.3)).latents]
+
+    expected = results()
+    with other_defaults():
+        came = results()
+    for a, b in zip(came, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_refusals() -> None:
     x, step = torch.randn(2, 8), fg.dance_sde(0.5, 0.3)
     seeds = torch.arange(2)
