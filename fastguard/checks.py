@@ -177,12 +177,14 @@ def build_options(
         raise ValueError(f"kl_weight must be finite and >= 0; got {kl_weight}")
     if kl_weight > 0 and not has_ref:
         raise ValueError(f"kl_weight = {kl_weight} needs a reference; pass {ref_name}, or kl_weight=0")
+    # A limit that the objective does not use is constant: torch.compile would make a graph for each of its values.
+    masks = objective == "flow_dppo"
     return ops.Options(
         objective=objective,
-        log_clip_low=math.log1p(-low) if low < 1 else -math.inf,
-        log_clip_high=math.log1p(high),
-        adv_clip=math.inf if adv_clip is None else float(adv_clip),
-        kl_threshold=float(kl_threshold),
+        clip_low=math.inf if masks else low,
+        clip_high=math.inf if masks else high,
+        adv_clip=math.inf if masks or adv_clip is None else float(adv_clip),
+        kl_threshold=float(kl_threshold) if masks else 0.0,
         kl_weight=float(kl_weight),
         velocity_kl=kl_type == "velocity",
         invert_weight=invert_weight,

@@ -7,6 +7,7 @@ The operators are registered with `torch.library`, so that `torch.compile(fullgr
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -28,8 +29,8 @@ class Options(NamedTuple):
     """Validated options of a loss; the floats are runtime arguments of the kernels, never compiled in."""
 
     objective: str
-    log_clip_low: float
-    log_clip_high: float
+    clip_low: float
+    clip_high: float
     adv_clip: float
     kl_threshold: float
     kl_weight: float
@@ -175,8 +176,8 @@ def guard_loss(
     std: Tensor,
     weight: Tensor | None,
     objective: str,
-    log_clip_low: float,
-    log_clip_high: float,
+    clip_low: float,
+    clip_high: float,
     adv_clip: float,
     kl_threshold: float,
     kl_weight: float,
@@ -202,7 +203,7 @@ def guard_loss(
             velocity[0].numel(),
             invert_weight=invert_weight,
             objective=objective,
-            log_clip=(log_clip_low, log_clip_high),
+            log_clip=(math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)),
             adv_clip=adv_clip,
             kl_threshold=kl_threshold,
             kl_weight=kl_weight,
@@ -217,6 +218,53 @@ def _(velocity: Tensor, old: Tensor, noise: Tensor, *rest: Any) -> tuple[Tensor,
     stats = velocity.new_empty((5, n_samples), dtype=compute_dtype(velocity.dtype))
     loss = stats.new_empty((n_samples,) if reduction == "none" else ())
     return loss, stats, stats.new_empty((3, n_samples)), velocity.new_empty((n_samples,), dtype=torch.bool)
+
+
+def _limits_change(options: Options) -> bool:
+    """Whether torch.compile has made a symbol of one of the floats, because their values change between calls."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    limits = (options.clip_low, options.clip_high, options.adv_clip, options.kl_threshold, options.kl_weight)
+    return not all(has_static_value(limit) for limit in limits)
+
+
+def _guard_loss_of_changing_limits(
+    velocity: Tensor,
+    old: Tensor,
+    noise: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    velocity_coef: Tensor | None,
+    std: Tensor,
+    weight: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`guard_loss` for a compiler, which would make a new graph for every value of an operator's float.
+
+    It makes one graph for all factors of a tensor. So the limits become 0-d tensors, and all that follows the pass over
+    the latents is left to the compiler.
+    """
+    one = torch.ones((), dtype=torch.float64, device=std.device)
+    log_clip = torch.log1p(-(options.clip_low * one).clamp(max=1)), torch.log1p(options.clip_high * one)
+    sums = transition_sums(velocity, old, noise, ref, velocity_coef is None, options.backend)
+    return torch_backend.guard_epilogue(
+        sums[..., None],
+        advantages,
+        velocity_coef,
+        std,
+        weight,
+        velocity[0].numel(),
+        invert_weight=options.invert_weight,
+        objective=options.objective,
+        log_clip=log_clip,
+        adv_clip=options.adv_clip * one,
+        kl_threshold=options.kl_threshold,
+        kl_weight=options.kl_weight,
+        velocity_kl=options.velocity_kl,
+        reduction=options.reduction,
+    )
 
 
 class GuardLossFunction(torch.autograd.Function):
@@ -235,9 +283,11 @@ class GuardLossFunction(torch.autograd.Function):
         weight: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, stats, coefs, clipped = guard_loss(
-            velocity, old, noise, ref, advantages, velocity_coef, std, weight, *options
-        )
+        inputs = (velocity, old, noise, ref, advantages, velocity_coef, std, weight)
+        if _limits_change(options):
+            loss, stats, coefs, clipped = _guard_loss_of_changing_limits(*inputs, options)
+        else:
+            loss, stats, coefs, clipped = guard_loss(*inputs, *options)
         ctx.mark_non_differentiable(stats, clipped)
         ctx.from_means = velocity_coef is None
         ctx.has_drift = options.objective != "grpo_guard"

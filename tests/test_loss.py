@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,72 @@ def test_compiled_without_graph_breaks(objective: str) -> None:
             grads.append((loss.detach(), log_ratio, clipped, model.weight.grad.clone()))
         for eager, fused in zip(*grads, strict=True):
             torch.testing.assert_close(eager, fused)
+
+
+EIGHT = [0.02 * i for i in range(1, 9)]
+SIZES = range(2, 10)
+
+
+def with_step(step: fg.Transition, count: int = 4) -> Any:
+    return [*make_batch(count)[:4], step]
+
+
+def means(std: float, dt: float, count: int = 4) -> Any:
+    velocity, old, noise, advantages, _ = make_batch(count)
+    return [velocity, old, noise, std, dt, advantages]
+
+
+def from_means(mean: Tensor, old: Tensor, sample: Tensor, *rest: Any) -> fg.GuardLoss:
+    return fg.guard_loss_from_means(sample, mean, old, *rest)
+
+
+def moments(velocity: Tensor, old: Tensor, noise: Tensor, _: Tensor, step: fg.Transition) -> fg.Moments:
+    return fg.transition_moments(velocity, old, noise, step)
+
+
+COMPILED: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
+    "loss, batch size": (fg.guard_loss, lambda: [make_batch(count) for count in SIZES]),
+    "loss, batch size of one step": (fg.guard_loss, lambda: [with_step(fg.dance_sde(0.5, 0.4), n) for n in SIZES]),
+    "loss, step": (fg.guard_loss, lambda: [with_step(fg.dance_sde(0.5, 0.4, x)) for x in EIGHT]),
+    "means, std": (from_means, lambda: [means(x, -0.1) for x in EIGHT]),
+    "means, dt": (from_means, lambda: [means(0.1, -x) for x in EIGHT]),
+    "means, batch size and std": (from_means, lambda: [means(0.1 * n, -0.1, n) for n in SIZES]),
+    "moments, batch size": (moments, lambda: [with_step(fg.dance_sde(0.5, 0.4), n) for n in SIZES]),
+    "moments, step": (moments, lambda: [with_step(fg.dance_sde(0.5, 0.4, x)) for x in EIGHT]),
+}
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_once_for_all_values(case: str, count_graphs) -> None:
+    """Like the textbook formula: the first graph takes the first value, the second all others."""
+    function, calls = COMPILED[case]
+    assert count_graphs(function, calls()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("option", "fixed"),
+    [
+        ("clip_range", {"objective": "grpo_guard"}),
+        ("clip_range", {"objective": "flow_grpo"}),
+        ("adv_clip", {"clip_range": (0.5, 1.5)}),
+        ("kl_weight", {"objective": "grpo_guard"}),
+        ("kl_threshold", {"objective": "flow_dppo"}),
+    ],
+)
+def test_compiled_once_for_all_limits(option: str, fixed: dict[str, Any], count_graphs) -> None:
+    """A limit may change in a run, as a weight of the KL that follows a target does."""
+    batch = make_batch(change=0.3)
+    ref = batch[1] + 0.1
+
+    def loss(*arguments: Any) -> fg.GuardLoss:
+        *inputs, limit = arguments
+        return fg.guard_loss(*inputs, ref_velocity=ref, **{option: limit}, **fixed)
+
+    assert count_graphs(loss, [(*batch, limit) for limit in EIGHT]) <= 2
+    outcomes = [loss(*batch, limit) for limit in EIGHT]
+    assert len({result.loss.item() for result in outcomes}) > 1
+    if option in ("clip_range", "kl_threshold"):
+        assert len({result.clipped.sum().item() for result in outcomes}) > 1
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -127,6 +127,8 @@ def test_expand_cat_and_index() -> None:
     assert torch.equal(both[[0, 2]].dt, torch.cat([a.dt, b.dt[:1]]))
     assert both.has_density
     assert not fg.Transition.cat([fg.cps(0.5, 0.2), fg.cps(0.5, 0.0)]).has_density
+    assert not fg.Transition.cat([fg.cps(0.5, 0.2), fg.cps(0.5, 0.0)]).is_deterministic
+    assert fg.Transition.cat([fg.ode(0.5, 0.2), fg.ode(torch.empty(0), 0.1)]).is_deterministic
     with pytest.raises(ValueError, match="has 2 entries, the batch 3 samples"):
         b.expand(3)
     with pytest.raises(ValueError, match=r"one sampler; got \['cps', 'dance_sde'\]"):

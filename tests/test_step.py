@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,19 @@ def test_the_defaults_of_torch_do_not_matter(dtype: torch.dtype, other_defaults)
         came = results()
     for a, b in zip(came, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("changing", ["batch size", "step"])
+def test_compiled_once_for_all_values(changing: str, count_graphs) -> None:
+    def batch(count: int, sigma: float) -> tuple[Any, ...]:
+        latents = torch.linspace(-1, 1, 8 * count).view(count, 8)
+        return latents, latents + 0.1, fg.flow_sde(sigma, 0.1), torch.arange(count)
+
+    def draw(latents: torch.Tensor, velocity: torch.Tensor, step: fg.Transition, seeds: torch.Tensor) -> Any:
+        return fg.sde_step(latents, velocity, step, seeds=seeds, return_log_prob=True)
+
+    calls = [batch(i, 0.5) if changing == "batch size" else batch(4, 0.1 * i) for i in range(2, 10)]
+    assert count_graphs(draw, calls) <= 2
 
 
 def test_refusals() -> None:
