@@ -83,7 +83,7 @@ def combine_rewards(
         whole = ~torch.isnan(scores).any(0)
         for row in scores:
             row[whole] = group_advantages(row[whole], prompt_indices.cpu()[whole]).values.double()
-    return torch.tensor(list(weights), dtype=torch.float64) @ scores
+    return torch.tensor(list(weights), dtype=torch.float64, device="cpu") @ scores
 
 
 def advantages_without_failures(
@@ -93,5 +93,5 @@ def advantages_without_failures(
     prompt_indices = prompt_indices.cpu()
     failed = torch.isin(prompt_indices, prompt_indices[torch.isnan(rewards)])
     kept = group_advantages(rewards[~failed], prompt_indices[~failed], std)
-    values = torch.zeros(len(rewards)).masked_scatter_(~failed, kept.values)
+    values = kept.values.new_zeros(len(rewards)).masked_scatter_(~failed, kept.values)
     return Advantages(values, kept.zero_spread_groups), ~failed

@@ -81,8 +81,12 @@ def per_sample(name: str, value: Tensor | float, latents: Tensor, check_values: 
     """
     n_samples = latents.shape[0]
     if isinstance(value, numbers.Real):
-        _check_step_value(name, torch.tensor([float(value)]))
-        return torch.full((n_samples,), float(value), dtype=torch.float32, device=latents.device)
+        dtype = ops.compute_dtype(latents.dtype)
+        if torch.compiler.is_compiling():
+            # torch.compile makes one graph for all factors of a product, but one for each value that fills a tensor.
+            return torch.ones(n_samples, dtype=dtype, device=latents.device) * float(value)
+        _check_step_value(name, torch.tensor([float(value)], dtype=dtype, device="cpu"))
+        return torch.full((n_samples,), float(value), dtype=dtype, device=latents.device)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a float or a floating point tensor; got {came}")
@@ -173,12 +177,14 @@ def build_options(
         raise ValueError(f"kl_weight must be finite and >= 0; got {kl_weight}")
     if kl_weight > 0 and not has_ref:
         raise ValueError(f"kl_weight = {kl_weight} needs a reference; pass {ref_name}, or kl_weight=0")
+    # A limit that the objective does not use is constant: torch.compile would make a graph for each of its values.
+    masks = objective == "flow_dppo"
     return ops.Options(
         objective=objective,
-        log_clip_low=math.log1p(-low) if low < 1 else -math.inf,
-        log_clip_high=math.log1p(high),
-        adv_clip=math.inf if adv_clip is None else float(adv_clip),
-        kl_threshold=float(kl_threshold),
+        clip_low=math.inf if masks else low,
+        clip_high=math.inf if masks else high,
+        adv_clip=math.inf if masks or adv_clip is None else float(adv_clip),
+        kl_threshold=float(kl_threshold) if masks else 0.0,
         kl_weight=float(kl_weight),
         velocity_kl=kl_type == "velocity",
         invert_weight=invert_weight,

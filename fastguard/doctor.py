@@ -185,15 +185,16 @@ def _kernels() -> Iterator[Finding]:
 def _kernel_errors(device: torch.device, backend: str) -> dict[str, float]:
     """Largest error of each output, as a share of the largest value of the reference."""
     generator = torch.Generator().manual_seed(0)
-    latents, velocity, old, noise = torch.randn(4, 3, 4096, generator=generator)
+    latents, velocity, old, noise = torch.randn(4, 3, 4096, generator=generator, dtype=torch.float32, device="cpu")
     old = velocity + 0.01 * old
-    advantages = torch.tensor([1.0, -1.0, 0.5])
-    step = flow_sde(torch.tensor([0.9, 0.6, 0.3]), torch.tensor([0.8, 0.5, 0.2]), 0.7)
-    exact = flow_sde(torch.tensor([0.9, 0.6, 0.3]).double(), torch.tensor([0.8, 0.5, 0.2]).double(), 0.7)
+    advantages, sigma, sigma_next = torch.tensor(
+        [[1.0, -1.0, 0.5], [0.9, 0.6, 0.3], [0.8, 0.5, 0.2]], dtype=torch.float32, device="cpu"
+    )
+    step, exact = flow_sde(sigma, sigma_next, 0.7), flow_sde(sigma.double(), sigma_next.double(), 0.7)
 
     ours = velocity.to(device, copy=True).requires_grad_()
     loss = guard_loss(
-        ours, old.to(device), noise.to(device), advantages.to(device), step, clip_range=1.0, backend=backend
+        ours, old.to(device), noise.to(device), advantages.to(device), step.to(device), clip_range=1.0, backend=backend
     ).loss
     loss.backward()
     truth = velocity.double().requires_grad_()
@@ -202,8 +203,8 @@ def _kernel_errors(device: torch.device, backend: str) -> dict[str, float]:
     expected = (reference.clipped_surrogate(log_ratio, advantages.double(), 1.0, 1.0) / exact.dt.abs()).mean()
     expected.backward()
 
-    seeds = torch.tensor([1, 2, 3])
-    drawn = sde_step(latents.to(device), velocity.to(device), step, seeds=seeds.to(device), backend=backend)
+    seeds = torch.tensor([1, 2, 3], device="cpu")
+    drawn = sde_step(latents.to(device), velocity.to(device), step.to(device), seeds=seeds.to(device), backend=backend)
     on_host = sde_step(latents, velocity, step, seeds=seeds, backend="torch")
     assert ours.grad is not None
     assert truth.grad is not None
@@ -404,9 +405,9 @@ def _reward(recipe: Recipe, config: RewardConfig, first: int | None) -> Iterator
     except (ValueError, OSError):  # a line of its own says so
         texts = [Prompt("a photo of a cat")]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (2, *_image_shape(recipe)), generator=generator, dtype=torch.uint8)
+    images = torch.randint(256, (2, *_image_shape(recipe)), generator=generator, dtype=torch.uint8, device="cpu")
     with RewardPool([(config, reward)], replace(recipe.scoring, on_failure="stop"), texts) as pool:
-        pool.submit(images, torch.arange(2) % len(texts))
+        pool.submit(images, torch.arange(2, device="cpu") % len(texts))
         scores = pool.collect().values[0].tolist()
     yield Finding(
         "ok",

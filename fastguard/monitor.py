@@ -99,7 +99,8 @@ class Monitor:
         total = len(prompts)
         # Whole batches for every process, as sharded weights need the same number of passes on all of them.
         padded = -(-total // (accelerator.num_processes * size)) * accelerator.num_processes * size
-        index = torch.arange(padded).clamp(max=total - 1).view(accelerator.num_processes, -1)[accelerator.process_index]
+        index = torch.arange(padded, device="cpu").clamp(max=total - 1)
+        index = index.view(accelerator.num_processes, -1)[accelerator.process_index]
         schedule = ode_schedule(config.num_steps, self._recipe.sampler.shift_for(backbone.shift))
         backbone.hold(prompts.tolist())
         first = None
@@ -116,7 +117,7 @@ class Monitor:
     def judge(self, scores: Tensor, epoch: int, images: Tensor) -> Verdict:
         """Compare (R, B) scores with the history: does the proxy rise while the gold score falls?"""
         config, trained = self._recipe.monitor, len(self._recipe.rewards)
-        groups = torch.zeros(scores.shape[1], dtype=torch.int64)
+        groups = torch.zeros(scores.shape[1], dtype=torch.int64, device="cpu")
         proxy = combine_rewards(scores[:trained], [r.weight for r in self._recipe.rewards], groups)
         gold = combine_rewards(scores[trained:], [r.weight for r in config.gold], groups)
         labels = [r.label for r in (*self._recipe.rewards, *config.gold)]
@@ -131,7 +132,7 @@ class Monitor:
         if is_best:
             self.best, self._best_scores, self._falling = log, gold.tolist(), 0
         elif self.best is not None and math.isfinite(log.gold):
-            change = _in_standard_errors(gold - torch.tensor(self._best_scores, dtype=gold.dtype))
+            change = _in_standard_errors(gold - gold.new_tensor(self._best_scores))
             fallen = change < -config.drop and log.proxy > self.best.proxy
             self._falling = self._falling + 1 if fallen else 0
             log = dataclasses.replace(log, gold_change_in_errors=change)

@@ -7,6 +7,7 @@ The operators are registered with `torch.library`, so that `torch.compile(fullgr
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -28,8 +29,8 @@ class Options(NamedTuple):
     """Validated options of a loss; the floats are runtime arguments of the kernels, never compiled in."""
 
     objective: str
-    log_clip_low: float
-    log_clip_high: float
+    clip_low: float
+    clip_high: float
     adv_clip: float
     kl_threshold: float
     kl_weight: float
@@ -94,6 +95,27 @@ def refuse_double_backward(what: str) -> None:
         raise RuntimeError(f"{what} can be differentiated once; its backward pass does not support create_graph=True")
 
 
+def savable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as `save_for_backward` takes them: one made under `torch.inference_mode` becomes an ordinary tensor.
+
+    A rollout under `inference_mode` makes tensors that autograd refuses to save. The ordinary tensor shares their
+    memory, so nothing is copied, and hooks of saved tensors see it as they see any other. As for every tensor of
+    `inference_mode`, autograd cannot notice that its values were changed before the backward pass.
+
+    Compiled code has to go without: dynamo cannot ask whether a tensor was made under `inference_mode`.
+    """
+    return tuple(_ordinary(tensor) for tensor in tensors)
+
+
+def _ordinary(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return tensor  # a subclass may keep its values elsewhere than in its own storage
+    layout = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*layout)
+
+
 def operator(function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> torch._ops.OpOverload:
     """Register a function as `fastguard::<its name>`. `torch.library.custom_op` does the same at 5 us more a call."""
     name = f"fastguard::{function.__name__}"
@@ -125,7 +147,7 @@ class TransitionSumsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, backend: str) -> Tensor:
-        ctx.save_for_backward(velocity, old, noise, ref)
+        ctx.save_for_backward(*savable(velocity, old, noise, ref))
         ctx.backend = backend
         return transition_sums(velocity, old, noise, ref, False, backend)
 
@@ -154,8 +176,8 @@ def guard_loss(
     std: Tensor,
     weight: Tensor | None,
     objective: str,
-    log_clip_low: float,
-    log_clip_high: float,
+    clip_low: float,
+    clip_high: float,
     adv_clip: float,
     kl_threshold: float,
     kl_weight: float,
@@ -181,7 +203,7 @@ def guard_loss(
             velocity[0].numel(),
             invert_weight=invert_weight,
             objective=objective,
-            log_clip=(log_clip_low, log_clip_high),
+            log_clip=(math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)),
             adv_clip=adv_clip,
             kl_threshold=kl_threshold,
             kl_weight=kl_weight,
@@ -196,6 +218,53 @@ def _(velocity: Tensor, old: Tensor, noise: Tensor, *rest: Any) -> tuple[Tensor,
     stats = velocity.new_empty((5, n_samples), dtype=compute_dtype(velocity.dtype))
     loss = stats.new_empty((n_samples,) if reduction == "none" else ())
     return loss, stats, stats.new_empty((3, n_samples)), velocity.new_empty((n_samples,), dtype=torch.bool)
+
+
+def _limits_change(options: Options) -> bool:
+    """Whether torch.compile has made a symbol of one of the floats, because their values change between calls."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    limits = (options.clip_low, options.clip_high, options.adv_clip, options.kl_threshold, options.kl_weight)
+    return not all(has_static_value(limit) for limit in limits)
+
+
+def _guard_loss_of_changing_limits(
+    velocity: Tensor,
+    old: Tensor,
+    noise: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    velocity_coef: Tensor | None,
+    std: Tensor,
+    weight: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`guard_loss` for a compiler, which would make a new graph for every value of an operator's float.
+
+    It makes one graph for all factors of a tensor. So the limits become 0-d tensors, and all that follows the pass over
+    the latents is left to the compiler.
+    """
+    one = torch.ones((), dtype=torch.float64, device=std.device)
+    log_clip = torch.log1p(-(options.clip_low * one).clamp(max=1)), torch.log1p(options.clip_high * one)
+    sums = transition_sums(velocity, old, noise, ref, velocity_coef is None, options.backend)
+    return torch_backend.guard_epilogue(
+        sums[..., None],
+        advantages,
+        velocity_coef,
+        std,
+        weight,
+        velocity[0].numel(),
+        invert_weight=options.invert_weight,
+        objective=options.objective,
+        log_clip=log_clip,
+        adv_clip=options.adv_clip * one,
+        kl_threshold=options.kl_threshold,
+        kl_weight=options.kl_weight,
+        velocity_kl=options.velocity_kl,
+        reduction=options.reduction,
+    )
 
 
 class GuardLossFunction(torch.autograd.Function):
@@ -214,21 +283,19 @@ class GuardLossFunction(torch.autograd.Function):
         weight: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, stats, coefs, clipped = guard_loss(
-            velocity, old, noise, ref, advantages, velocity_coef, std, weight, *options
-        )
+        inputs = (velocity, old, noise, ref, advantages, velocity_coef, std, weight)
+        if _limits_change(options):
+            loss, stats, coefs, clipped = _guard_loss_of_changing_limits(*inputs, options)
+        else:
+            loss, stats, coefs, clipped = guard_loss(*inputs, *options)
         ctx.mark_non_differentiable(stats, clipped)
         ctx.from_means = velocity_coef is None
         ctx.has_drift = options.objective != "grpo_guard"
         ctx.dtype, ctx.backend = velocity.dtype, options.backend
         ref = ref if options.kl_weight != 0 else None
-        ctx.save_for_backward(
-            coefs,
-            noise,
-            velocity if ctx.has_drift or ref is not None else None,
-            old if ctx.has_drift or ctx.from_means else None,
-            ref,
-        )
+        velocity_or_none = velocity if ctx.has_drift or ref is not None else None
+        old_or_none = old if ctx.has_drift or ctx.from_means else None
+        ctx.save_for_backward(*savable(coefs, noise, velocity_or_none, old_or_none, ref))
         return loss, stats, clipped
 
     @staticmethod

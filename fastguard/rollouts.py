@@ -72,10 +72,11 @@ def images_to_sample(state: TrainState) -> tuple[Tensor, Tensor]:
     """This process's share of the rollout: prompt indices (B,) and seeds (B, draws), on the host."""
     recipe, accelerator = state.recipe, state.accelerator
     chosen = torch.tensor(
-        epoch_prompts(state.backbone.num_trained_prompts, recipe.prompts.per_epoch, recipe.run.seed, state.epoch)
+        epoch_prompts(state.backbone.num_trained_prompts, recipe.prompts.per_epoch, recipe.run.seed, state.epoch),
+        device="cpu",
     )
     share = recipe.images_per_process
-    flat = torch.arange(share) + accelerator.process_index * share
+    flat = torch.arange(share, device="cpu") + accelerator.process_index * share
     prompt_indices, members = chosen[flat // recipe.sampler.group_size], flat % recipe.sampler.group_size
     seeds = sample_seeds(recipe.run.seed, state.epoch, prompt_indices, members, recipe.sampler.num_steps)
     return prompt_indices, seeds
@@ -124,7 +125,7 @@ def add_reference(transitions: tuple[Transitions, ...], state: TrainState) -> tu
         scored = []
         for part in transitions:
             velocities = []
-            for index in torch.arange(len(part)).split(size):
+            for index in torch.arange(len(part), device="cpu").split(size):
                 batch = part[index].to(device)
                 velocity = predict_velocity(state.policy, batch.latents, batch.sigma, batch.prompt_indices)
                 velocities.append(velocity.to(part.latents.device))

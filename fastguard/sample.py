@@ -46,11 +46,12 @@ def sample_recipe(
         for name, parameter in trained_parameters(backbone.policy).items():
             put(parameter, weights[name])
     schedule = ode_schedule(steps, recipe.sampler.shift_for(backbone.shift))
-    prompt_indices = torch.arange(count).repeat_interleave(images)
-    seeds = sample_seeds(seed, 0, prompt_indices, torch.arange(images).repeat(count), steps)
+    prompt_indices = torch.arange(count, device="cpu").repeat_interleave(images)
+    members = torch.arange(images, device="cpu").repeat(count)
+    seeds = sample_seeds(seed, 0, prompt_indices, members, steps)
     backbone.hold(range(count))
     drawn = []
-    for part in torch.arange(len(prompt_indices)).split(recipe.sampler.batch_size):
+    for part in torch.arange(len(prompt_indices), device="cpu").split(recipe.sampler.batch_size):
         on_device = prompt_indices[part].to(accelerator.device)
         rolled = rollout(backbone.policy, on_device, seeds[part], backbone.latent_shape, schedule, backbone.dtype)
         drawn.append(backbone.decode(rolled.latents))

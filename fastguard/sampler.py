@@ -191,7 +191,10 @@ def initial_latents(
     seeds: Tensor, latent_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Standard normal latents (B, *latent_shape), drawn in float32 on the host from one seed (B,) per image."""
-    draws = [torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
+    draws = [
+        torch.randn(latent_shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")
+        for seed in seeds.tolist()
+    ]
     return torch.stack(draws).to(device, dtype)
 
 
@@ -257,6 +260,6 @@ def rollout(
 
 def evaluation_images(prompts: int, per_prompt: int, num_steps: int) -> tuple[Tensor, Tensor]:
     """Prompt indices (B,) and seeds (B, num_steps + 1) of an evaluation: always the same, and used by no training."""
-    prompt_indices = torch.arange(prompts).repeat_interleave(per_prompt)
-    members = torch.arange(per_prompt).repeat(prompts)
+    prompt_indices = torch.arange(prompts, device="cpu").repeat_interleave(per_prompt)
+    members = torch.arange(per_prompt, device="cpu").repeat(prompts)
     return prompt_indices, sample_seeds(0, EVALUATION_EPOCH, prompt_indices, members, num_steps)

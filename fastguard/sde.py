@@ -34,10 +34,12 @@ class Transition:
 
     Fields:
         kind: the sampler's name.
-        latents_coef, velocity_coef, std, dt: (B,) float32 (float64 if sigma was float64). `std` includes
+        latents_coef, velocity_coef, std, dt: (B,) float32 (float64 if sigma was a float64 tensor). `std` includes
             sqrt(|dt|); `dt` is negative. A leading size of 1 broadcasts over any batch.
-        std_range: smallest and largest std, known on the host so that nobody has to ask the GPU. None, for coefficients
-            of your own, checks them and finds it (which synchronizes with a GPU).
+        has_density: whether every std is positive, so that a log-ratio exists.
+        is_deterministic: whether every std is zero, so that a step draws no noise. Both are known on the host, so that
+            nobody has to ask the GPU. None, for coefficients of your own, checks them and finds both (which
+            synchronizes with a GPU).
 
     Raises:
         ValueError: shapes that differ; coefficients that are not finite; std < 0 or dt >= 0.
@@ -48,13 +50,14 @@ class Transition:
     velocity_coef: Tensor
     std: Tensor
     dt: Tensor
-    std_range: tuple[float, float] | None = None
+    has_density: bool | None = None
+    is_deterministic: bool | None = None
 
     def __post_init__(self) -> None:
-        shapes = {tuple(coef.shape) for coef in self._coefs()}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-            raise ValueError(f"Transition coefficients must share one shape (B,); got {sorted(shapes)}")
-        if self.std_range is None:
+        if self.std.ndim != 1 or any(coef.shape != self.std.shape for coef in self._coefs()):
+            shapes = sorted({tuple(coef.shape) for coef in self._coefs()})
+            raise ValueError(f"Transition coefficients must share one shape (B,); got {shapes}")
+        if self.has_density is None or self.is_deterministic is None:
             for name, coef in zip(("latents_coef", "velocity_coef", "std", "dt"), self._coefs(), strict=True):
                 if not bool(torch.isfinite(coef).all()):
                     raise ValueError(f"{name} of a Transition must be finite; got {coef.tolist()}")
@@ -63,20 +66,8 @@ class Transition:
                     "a Transition needs std >= 0 and dt = sigma_next - sigma < 0; "
                     f"got std {self.std.tolist()}, dt {self.dt.tolist()}"
                 )
-            std_range = (self.std.min().item(), self.std.max().item()) if len(self) else (math.inf, math.inf)
-            object.__setattr__(self, "std_range", std_range)
-
-    @property
-    def has_density(self) -> bool:
-        """Whether every std is positive, so that a log-ratio exists."""
-        assert self.std_range is not None
-        return self.std_range[0] > 0
-
-    @property
-    def is_deterministic(self) -> bool:
-        """Whether every std is zero, so that a step draws no noise."""
-        assert self.std_range is not None
-        return self.std_range[1] == 0
+            object.__setattr__(self, "has_density", bool((self.std > 0).all()))
+            object.__setattr__(self, "is_deterministic", len(self) > 0 and not bool((self.std > 0).any()))
 
     def _coefs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.latents_coef, self.velocity_coef, self.std, self.dt
@@ -84,7 +75,7 @@ class Transition:
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Transition:
         """Apply a function that keeps the set of values."""
         latents_coef, velocity_coef, std, dt = (fn(coef) for coef in self._coefs())
-        return Transition(self.kind, latents_coef, velocity_coef, std, dt, self.std_range)
+        return Transition(self.kind, latents_coef, velocity_coef, std, dt, self.has_density, self.is_deterministic)
 
     def __len__(self) -> int:
         return self.std.shape[0]
@@ -113,7 +104,8 @@ class Transition:
                 f"index a Transition with a slice or a list, which keep the batch axis: [{index}:{index + 1}]"
             )
         picked = self._map(lambda coef: coef[index])
-        return picked if self.has_density or self.is_deterministic else replace(picked, std_range=None)
+        known = self.has_density or self.is_deterministic
+        return picked if known else replace(picked, has_density=None, is_deterministic=None)
 
     @classmethod
     def cat(cls, steps: Sequence[Transition]) -> Transition:
@@ -124,9 +116,9 @@ class Transition:
         latents_coef, velocity_coef, std, dt = (
             torch.cat(c) for c in zip(*(step._coefs() for step in steps), strict=True)
         )
-        ranges = [step.std_range for step in steps if step.std_range is not None]
-        std_range = min(low for low, _ in ranges), max(high for _, high in ranges)
-        return cls(steps[0].kind, latents_coef, velocity_coef, std, dt, std_range)
+        has_density = all(step.has_density for step in steps)
+        is_deterministic = all(step.is_deterministic or len(step) == 0 for step in steps) and len(std) > 0
+        return cls(steps[0].kind, latents_coef, velocity_coef, std, dt, has_density, is_deterministic)
 
 
 def flow_sde(
@@ -139,13 +131,14 @@ def flow_sde(
 
     Args:
         sigma, sigma_next: float, or tensor 0-d or (B,); 0 <= sigma_next < sigma <= 1. A tensor on a GPU is read
-            back once, so hand over the schedule from the host.
+            back once, so hand over the schedule from the host. Floats (Python's or numpy's) count with all their
+            digits, and give float32 coefficients.
         noise_level: eta >= 0; 0 makes the step deterministic.
         sigma_max: the schedule's second sigma (`sigmas[1]`), which stands in for t where `1 - t` would vanish:
             needed when a sigma is above 0.999, that is, at the first step.
     """
     t, t_next, like = _schedule(sigma, sigma_next)
-    _check_noise_level(noise_level, upper=None)
+    noise_level = _check_noise_level(noise_level, upper=None)
     first = t > FIRST_STEP
     if sigma_max is None:
         if bool(first.any()):
@@ -172,7 +165,7 @@ def flow_sde(
 def dance_sde(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 0.7) -> Transition:
     """DanceGRPO's SDE (arXiv 2505.07818): constant diffusion `noise_level`. Arguments as for `flow_sde`."""
     t, t_next, like = _schedule(sigma, sigma_next)
-    _check_noise_level(noise_level, upper=None)
+    noise_level = _check_noise_level(noise_level, upper=None)
     return _euler_maruyama("dance_sde", t, t_next, torch.full_like(t, noise_level), like)
 
 
@@ -182,7 +175,7 @@ def cps(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 
     `noise_level` lies in [0, 1]. The last step (sigma_next == 0) is deterministic and has no density.
     """
     t, t_next, like = _schedule(sigma, sigma_next)
-    _check_noise_level(noise_level, upper=1.0)
+    noise_level = _check_noise_level(noise_level, upper=1.0)
     # t' cos(eta pi / 2) instead of sqrt(t'^2 - std^2), which loses all digits near eta = 1.
     kept = t_next * math.cos(noise_level * math.pi / 2)
     std = t_next * math.sin(noise_level * math.pi / 2)
@@ -210,13 +203,15 @@ def _transition(
     dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
     device = torch.device("cpu") if like is None else like.device
     step = Transition(kind, latents_coef.to(dtype), velocity_coef.to(dtype), std.to(dtype), dt.to(dtype))
-    return step.to(device)  # built on the host, where its std_range is found
+    return step.to(device)  # built on the host, where its values are checked
 
 
 def _host(value: float | Tensor, name: str) -> Tensor:
     """A float64 vector on the host, of length 1 for scalars."""
     try:
-        tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        # Not left to the default dtype: dt = -0.001 from sigmas that were rounded to float32 is off by 1e-5.
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        tensor = tensor.detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a float or a tensor of shape () or (B,); got {value!r}") from None
     if tensor.ndim > 1:
@@ -249,10 +244,11 @@ def _schedule(sigma: float | Tensor, sigma_next: float | Tensor) -> tuple[Tensor
     return t, t_next, like
 
 
-def _check_noise_level(noise_level: float, upper: float | None) -> None:
+def _check_noise_level(noise_level: float, upper: float | None) -> float:
     if not isinstance(noise_level, numbers.Real):
         raise TypeError(f"noise_level must be a number; got {noise_level!r}")
     limit = math.inf if upper is None else upper
     if not (0 <= noise_level <= limit and math.isfinite(noise_level)):
         expected = "a finite number >= 0" if upper is None else f"between 0 and {upper:g}"
         raise ValueError(f"noise_level must be {expected}; got {noise_level}")
+    return float(noise_level)  # a numpy float32 would pull the arithmetic down to its own precision

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,14 +62,17 @@ def guard_epilogue(
     *,
     invert_weight: bool,
     objective: str,
-    log_clip: tuple[float, float],
-    adv_clip: float,
+    log_clip: tuple[Any, Any],
+    adv_clip: Any,
     kl_threshold: float,
     kl_weight: float,
     velocity_kl: bool,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss () or (B,), stats (5, B), coefs (3, B) and clipped (B,): see the kernel of this name for the equations."""
+    """Loss () or (B,), stats (5, B), coefs (3, B) and clipped (B,): see the kernel of this name for the equations.
+
+    The clips are floats or 0-d tensors.
+    """
     # On the host each operation on these few numbers costs more than its arithmetic, so they are kept few.
     sums = partials.sum(-1)
     whiten = 1 / std if velocity_coef is None else velocity_coef / std
@@ -107,7 +111,7 @@ def guard_epilogue(
     if objective != "grpo_guard":
         beta = -slope * drift_scale
     if len(sums) == 3:
-        kl_scale = torch.full_like(ratio, 1 / n_elements) if velocity_kl else drift_scale / 2
+        kl_scale = torch.ones_like(ratio) / n_elements if velocity_kl else drift_scale / 2
         kl = kl_scale * sums[2]
         if kl_weight != 0:  # a KL that is only reported may be NaN
             loss = loss + kl_weight * kl
@@ -201,6 +205,6 @@ def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor
     offset = (rest - ((rest & 0x80000000) << 1)).to(torch.float32) * (math.pi / 4 * 2.0**-31)
     sin, cos = torch.sin(offset), torch.cos(offset)
     turned = quadrant & 1 == 1
-    first = torch.where(turned, sin, cos) * torch.where(quadrant + 1 & 2 == 2, -1.0, 1.0)
-    second = torch.where(turned, cos, sin) * torch.where(quadrant & 2 == 2, -1.0, 1.0)
+    first = torch.where(turned, sin, cos) * (1 - (quadrant + 1 & 2))
+    second = torch.where(turned, cos, sin) * (1 - (quadrant & 2))
     return radius * first, radius * second

@@ -73,7 +73,7 @@ def check_parity(transitions: Sequence[Transitions], state: TrainState) -> None:
         return
     first = next(minibatches(state))
     batch = Transitions.select(transitions, first[: recipe.micro_batch]).to(accelerator.device)
-    ones = torch.ones(len(batch), device=accelerator.device)
+    ones = torch.ones(len(batch), dtype=torch.float32, device=accelerator.device)
     result = policy_loss(state.policy, batch, ones, recipe.objective)
     if recipe.objective.name == "flow_dppo":
         name, limit, moved = "objective.kl_threshold", recipe.objective.kl_threshold, result.drift.detach() / 2
@@ -169,7 +169,7 @@ def blame(state: TrainState, transitions: Sequence[Transitions], index: Tensor, 
     accelerator, objective = state.accelerator, state.recipe.objective
     guilty = []
     for i in index.tolist():
-        one = Transitions.select(transitions, torch.tensor([i])).to(accelerator.device)
+        one = Transitions.select(transitions, torch.tensor([i], device="cpu")).to(accelerator.device)
         weight = advantages[one.sample.cpu()].to(accelerator.device)
         with nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(state.policy):
             loss = policy_loss(state.policy, one, weight, objective).loss

@@ -1,7 +1,9 @@
 """Where there is no GPU, kernels run through Triton's interpreter, which must be chosen before triton is imported."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,54 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is there: the kernels run on it, under -m gpu")
     return "cpu"
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16, torch.device("meta")], ids=str)
+def other_defaults(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
+    """A context with another default dtype or device of torch, which some libraries set for the whole process.
+
+    Meta tensors have no values, so a tensor that is made on the default device cannot pass for one on the host.
+    """
+
+    @contextmanager
+    def changed() -> Iterator[None]:
+        if isinstance(request.param, torch.device):
+            with request.param:
+                yield
+            return
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(request.param)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    return changed
+
+
+@pytest.fixture
+def count_graphs() -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], int]:
+    """How many graphs torch.compile makes of a function over several calls, whose results must be the eager ones.
+
+    So must the gradients of the results' sum with respect to the first argument.
+    """
+
+    from torch._dynamo.testing import CompileCounterWithBackend  # imports triton, so not before the lines above
+
+    def outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        results = function(*arguments)
+        differentiable = [value.sum() for value in results if value is not None and value.requires_grad]
+        return results, torch.autograd.grad(sum(differentiable), arguments[0]) if differentiable else None
+
+    def count(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> int:
+        torch._dynamo.reset()
+        backend = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend=backend)
+        for arguments in calls:
+            torch.testing.assert_close(outcome(compiled, arguments), outcome(function, arguments))
+        return backend.frame_count
+
+    return count
 
 
 @pytest.fixture(autouse=True)

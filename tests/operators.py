@@ -103,7 +103,7 @@ def _of_the_loss(normal: Callable[..., Tensor], positive: Callable[..., Tensor],
                 kl_weight = 0.1 if ref_or_not is not None else 0.0
                 velocity_kl = ref_or_not is not None and objective == "flow_grpo" and not from_means
                 options = Options(
-                    objective, -0.02, 0.03, 5.0, 1e-3, kl_weight, velocity_kl, objective == "grpo_guard", "mean", ""
+                    objective, 0.02, 0.03, 5.0, 1e-3, kl_weight, velocity_kl, objective == "grpo_guard", "mean", ""
                 )
                 weight = None if objective == "flow_dppo" else dt
                 per_sample = (advantages, None if from_means else coef, std, weight)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from fastguard.advantages import group_advantages
+from fastguard.advantages import advantages_without_failures, combine_rewards, group_advantages
+from fastguard.rewards.base import call_reward
 
 
 def test_group_mean_and_population_std() -> None:
@@ -52,6 +54,27 @@ def test_large_rewards_keep_their_differences() -> None:
     rewards = torch.tensor([1e7, 1e7 + 1, 1e7 + 2])
     expected = torch.tensor([-1.0, 0.0, 1.0]) * math.sqrt(1.5)
     assert torch.allclose(group_advantages(rewards, torch.zeros(3, dtype=torch.long)).values, expected, rtol=1e-3)
+
+
+def test_the_defaults_of_torch_do_not_matter(other_defaults) -> None:
+    """From what rewards return to advantages."""
+    images, prompts = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
+    returned = ([0.1, 0.3, math.nan, 0.2], np.array([1 / 3, 0.1, 0.2, 0.3], np.float32), torch.rand(4))
+
+    def results() -> list[torch.Tensor]:
+        scores = torch.stack([call_reward(lambda *_, r=r: r, images, [""] * 4, [{}] * 4) for r in returned])
+        summed = combine_rewards(scores, [0.1, 0.2, 0.3], prompts)
+        standardized = combine_rewards(scores, [0.1, 0.2, 0.3], prompts, normalize_each=True)
+        advantages, counted = advantages_without_failures(summed, prompts, "group")
+        assert counted.tolist() == [True, True, False, False]
+        plain = group_advantages(scores[1].float(), prompts, "global")
+        return [scores, summed, standardized, advantages.values, plain.values, plain.zero_spread_groups]
+
+    expected = results()
+    with other_defaults():
+        came = results()
+    for a, b in zip(came, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

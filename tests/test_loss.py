@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -295,6 +297,72 @@ def test_compiled_without_graph_breaks(objective: str) -> None:
             torch.testing.assert_close(eager, fused)
 
 
+EIGHT = [0.02 * i for i in range(1, 9)]
+SIZES = range(2, 10)
+
+
+def with_step(step: fg.Transition, count: int = 4) -> Any:
+    return [*make_batch(count)[:4], step]
+
+
+def means(std: float, dt: float, count: int = 4) -> Any:
+    velocity, old, noise, advantages, _ = make_batch(count)
+    return [velocity, old, noise, std, dt, advantages]
+
+
+def from_means(mean: Tensor, old: Tensor, sample: Tensor, *rest: Any) -> fg.GuardLoss:
+    return fg.guard_loss_from_means(sample, mean, old, *rest)
+
+
+def moments(velocity: Tensor, old: Tensor, noise: Tensor, _: Tensor, step: fg.Transition) -> fg.Moments:
+    return fg.transition_moments(velocity, old, noise, step)
+
+
+COMPILED: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
+    "loss, batch size": (fg.guard_loss, lambda: [make_batch(count) for count in SIZES]),
+    "loss, batch size of one step": (fg.guard_loss, lambda: [with_step(fg.dance_sde(0.5, 0.4), n) for n in SIZES]),
+    "loss, step": (fg.guard_loss, lambda: [with_step(fg.dance_sde(0.5, 0.4, x)) for x in EIGHT]),
+    "means, std": (from_means, lambda: [means(x, -0.1) for x in EIGHT]),
+    "means, dt": (from_means, lambda: [means(0.1, -x) for x in EIGHT]),
+    "means, batch size and std": (from_means, lambda: [means(0.1 * n, -0.1, n) for n in SIZES]),
+    "moments, batch size": (moments, lambda: [with_step(fg.dance_sde(0.5, 0.4), n) for n in SIZES]),
+    "moments, step": (moments, lambda: [with_step(fg.dance_sde(0.5, 0.4, x)) for x in EIGHT]),
+}
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_once_for_all_values(case: str, count_graphs) -> None:
+    """Like the textbook formula: the first graph takes the first value, the second all others."""
+    function, calls = COMPILED[case]
+    assert count_graphs(function, calls()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("option", "fixed"),
+    [
+        ("clip_range", {"objective": "grpo_guard"}),
+        ("clip_range", {"objective": "flow_grpo"}),
+        ("adv_clip", {"clip_range": (0.5, 1.5)}),
+        ("kl_weight", {"objective": "grpo_guard"}),
+        ("kl_threshold", {"objective": "flow_dppo"}),
+    ],
+)
+def test_compiled_once_for_all_limits(option: str, fixed: dict[str, Any], count_graphs) -> None:
+    """A limit may change in a run, as a weight of the KL that follows a target does."""
+    batch = make_batch(change=0.3)
+    ref = batch[1] + 0.1
+
+    def loss(*arguments: Any) -> fg.GuardLoss:
+        *inputs, limit = arguments
+        return fg.guard_loss(*inputs, ref_velocity=ref, **{option: limit}, **fixed)
+
+    assert count_graphs(loss, [(*batch, limit) for limit in EIGHT]) <= 2
+    outcomes = [loss(*batch, limit) for limit in EIGHT]
+    assert len({result.loss.item() for result in outcomes}) > 1
+    if option in ("clip_range", "kl_threshold"):
+        assert len({result.clipped.sum().item() for result in outcomes}) > 1
+
+
 def test_a_second_derivative_is_refused() -> None:
     """The backward pass is not differentiable: its result must not enter a graph as if it were."""
     batch = make_batch()
@@ -344,6 +412,39 @@ def test_compiled_and_in_a_cuda_graph(objective: str) -> None:
     assert torch.equal(captured[1], grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_defaults_of_torch_do_not_matter(dtype: torch.dtype, other_defaults) -> None:
+    velocity, old, noise, advantages, step = make_batch(dtype=dtype)
+    ref = old + 0.1
+
+    def results() -> list[Tensor]:
+        found = []
+        for objective in ("grpo_guard", "flow_grpo", "flow_dppo"):
+            options: Any = {"objective": objective, "clip_range": (0.001, 0.002), "kl_weight": 0.1}
+            found += fg.guard_loss(velocity, old, noise, advantages, step, ref_velocity=ref, **options)
+            found += fg.guard_loss_from_means(
+                noise, velocity, old, 0.123, -0.045, advantages, ref_prev_sample_mean=ref, **options
+            )
+        found += fg.transition_moments(velocity, old, noise, step, ref)
+        total = sum(value.double().sum() for value in found)
+        return [*found, *torch.autograd.grad(total, velocity)]
+
+    expected = results()
+    with other_defaults():
+        came = results()
+    for a, b in zip(came, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_std_and_dt_of_float64_latents_keep_their_digits() -> None:
+    velocity, old, noise, advantages, _ = make_batch(dtype=torch.float64)
+    std, dt = (torch.tensor(value, dtype=torch.float64) for value in (0.123, -0.045))
+    came = fg.guard_loss_from_means(noise, velocity, old, 0.123, np.float64(-0.045), advantages)
+    assert torch.equal(came.loss, fg.guard_loss_from_means(noise, velocity, old, std, dt, advantages).loss)
+    with pytest.raises(ValueError, match="std must be finite and positive .* got 0 at sample 0"):
+        fg.guard_loss_from_means(noise.float(), velocity.float(), old.float(), 1e-60, dt.float(), advantages)
+
+
 def test_under_autocast_the_loss_stays_exact() -> None:
     batch = make_batch(size=300)
     plain, grad = loss_and_grad(batch, objective="flow_grpo")
@@ -362,6 +463,57 @@ def test_low_matmul_precision_does_not_touch_the_loss() -> None:
         assert torch.equal(fg.guard_loss(*batch).log_ratio, plain.log_ratio)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo"])
+@pytest.mark.parametrize("entry", ["guard_loss", "guard_loss_from_means", "transition_moments"])
+def test_a_rollout_under_inference_mode_trains_as_one_under_no_grad(entry: str, objective: str) -> None:
+    """Autograd refuses to save such tensors; the loss saves ordinary tensors over the same memory instead."""
+
+    def rolled_out(mode: Any) -> dict[str, Any]:
+        with mode:
+            velocity, old, _, advantages, step = make_batch(size=999)
+            step = step[:1].to("cpu").expand(4)
+            latents = torch.linspace(-1.0, 1.0, old.numel()).view_as(old)
+            noise = fg.sde_step(latents, old, step, seeds=torch.arange(4)).noise
+            strided = noise.t().contiguous().t()
+            return {
+                "start": velocity.detach(), "old": old[:, :], "noise": strided, "advantages": advantages,
+                "step": step, "ref": old + 0.1, "reweight": torch.linspace(0.5, 2.0, 4),
+            }  # fmt: skip
+
+    def gradient(start: Tensor, old: Tensor, noise: Tensor, advantages: Tensor, step: Any, **more: Tensor) -> Tensor:
+        velocity = start.clone().requires_grad_()
+        options: Any = {"objective": objective, "reweight": more["reweight"], "kl_weight": 0.1, "clip_range": 0.5}
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            if entry == "guard_loss":
+                loss = fg.guard_loss(velocity, old, noise, advantages, step, ref_velocity=more["ref"], **options).loss
+            elif entry == "guard_loss_from_means":
+                loss = fg.guard_loss_from_means(
+                    noise, velocity, old, step.std, step.dt, advantages, ref_prev_sample_mean=more["ref"], **options
+                ).loss
+            else:
+                moments = fg.transition_moments(velocity, old, noise, step, more["ref"])
+                loss = (moments.cross.exp() + moments.drift + moments.ref_drift).sum()
+        rollouts = {tensor.untyped_storage().data_ptr() for tensor in (velocity, old, noise, more["ref"])}
+        assert all(t.untyped_storage().data_ptr() in rollouts for t in saved if t.numel() >= velocity.numel())
+        (grad,) = torch.autograd.grad(loss, velocity)
+        return grad
+
+    stored = rolled_out(torch.inference_mode())
+    assert stored["noise"].is_inference()
+    assert torch.equal(gradient(**stored), gradient(**rolled_out(torch.no_grad())))
+
+
+def test_a_loss_under_inference_mode_is_the_same_without_a_gradient() -> None:
+    batch = make_batch()
+    with torch.inference_mode():
+        result = fg.guard_loss(*batch, objective="flow_grpo")
+        moments = fg.transition_moments(*batch[:3], batch[4])
+    assert torch.equal(result.loss, fg.guard_loss(*batch, objective="flow_grpo").loss)
+    assert torch.equal(moments.drift, fg.transition_moments(*batch[:3], batch[4]).drift)
+    assert not result.loss.requires_grad
 
 
 def test_inside_gradient_checkpointing() -> None:

@@ -17,6 +17,7 @@ from fastguard.sampler import (
     Schedule,
     Transitions,
     epoch_prompts,
+    evaluation_images,
     ode_schedule,
     predict_velocity,
     rollout,
@@ -167,6 +168,23 @@ def test_every_prompt_comes_once_before_any_comes_again(prompts: int, per_epoch:
         assert seen.max() - seen.min() <= 1
     if per_epoch < prompts:
         assert epochs[0] != epoch_prompts(prompts, per_epoch, seed=2, epoch=0) or prompts < 8
+
+
+def test_the_defaults_of_torch_do_not_matter(other_defaults) -> None:
+    prompts, members = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1])
+    scaled = lambda latents, sigma, prompt_indices: latents * sigma[:, None, None]  # noqa: E731
+
+    def results() -> list[Tensor]:
+        rolled = rollout(scaled, prompts, sample_seeds(11, 0, prompts, members, len(SCHEDULE)), SHAPE, SCHEDULE)
+        joined = Transitions.cat(rolled.transitions)
+        kept = [joined.latents, joined.velocity, joined.noise, joined.sigma, joined.step.std, joined.step.dt]
+        return [rolled.latents, *kept, *evaluation_images(2, 3, 4)]
+
+    expected = results()
+    with other_defaults():
+        came = results()
+    for a, b in zip(came, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +31,51 @@ def test_float64_stays_float64_and_float32_is_computed_in_float64() -> None:
     rounded = fg.dance_sde(sigma.float(), sigma.float() / 2, 0.3)
     again = fg.dance_sde(sigma.float().double(), sigma.float().double() / 2, 0.3)
     assert torch.equal(rounded.velocity_coef, again.velocity_coef.float())
+
+
+SAMPLERS: list[Callable[..., fg.Transition]] = [fg.flow_sde, fg.dance_sde, fg.cps, fg.ode]
+
+
+def coefficients(step: fg.Transition) -> torch.Tensor:
+    return torch.stack([step.latents_coef, step.velocity_coef, step.std, step.dt])
+
+
+def exactly(sampler: Callable[..., fg.Transition], sigma: Any, sigma_next: Any, *level: float) -> torch.Tensor:
+    """The coefficients from float64 tensors, rounded to float32 at the end."""
+    times = (torch.tensor(value, dtype=torch.float64) for value in (sigma, sigma_next))
+    return coefficients(sampler(*times, *level)).float()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_numbers_count_with_all_their_digits(sampler: Callable[..., fg.Transition]) -> None:
+    """A short step is the difference of two close numbers: rounded to float32 first, it would be off by 1e-5."""
+    level = () if sampler is fg.ode else (0.7,)
+    expected = exactly(sampler, 0.7, 0.699, *level)
+    assert expected[3].item() == pytest.approx(-0.001, rel=1e-7)
+    assert torch.equal(coefficients(sampler(0.7, 0.699, *level)), expected)
+    assert torch.equal(coefficients(sampler(np.float64(0.7), np.float64(0.699), *level)), expected)
+    assert torch.equal(coefficients(sampler(np.array([0.7]), [0.699], *level)), expected)
+    pair = exactly(sampler, [0.7, 1 / 3], [0.699, 0.0], *level)
+    assert torch.equal(coefficients(sampler([0.7, 1 / 3], [0.699, 0], *level)), pair)
+    single = np.float32(0.7), np.float32(0.699)
+    assert torch.equal(coefficients(sampler(*single, *level)), exactly(sampler, *map(float, single), *level))
+    if level:
+        rounded = np.float32(0.7)
+        assert torch.equal(coefficients(sampler(0.7, 0.699, rounded)), exactly(sampler, 0.7, 0.699, rounded.item()))
+        assert torch.equal(coefficients(sampler(0.7, 0.699, 1)), exactly(sampler, 0.7, 0.699, 1.0))
+
+
+def test_numbers_count_the_same_whatever_the_defaults_of_torch(other_defaults) -> None:
+    def results() -> list[torch.Tensor]:
+        first = (fg.flow_sde(1, 0.9, 0.7, sigma_max=value) for value in (0.9, np.float32(0.9), [0.9]))
+        steps = [*first, *(sampler(value, 0.699) for sampler in SAMPLERS for value in (0.7, np.float32(0.7), [0.7]))]
+        return [coefficients(step) for step in steps]
+
+    expected = results()
+    with other_defaults():
+        came = results()
+    assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+    assert all(a.dtype == torch.float32 for a in came)
 
 
 def test_a_batch_of_mixed_times_equals_its_samples() -> None:
@@ -79,6 +127,8 @@ def test_expand_cat_and_index() -> None:
     assert torch.equal(both[[0, 2]].dt, torch.cat([a.dt, b.dt[:1]]))
     assert both.has_density
     assert not fg.Transition.cat([fg.cps(0.5, 0.2), fg.cps(0.5, 0.0)]).has_density
+    assert not fg.Transition.cat([fg.cps(0.5, 0.2), fg.cps(0.5, 0.0)]).is_deterministic
+    assert fg.Transition.cat([fg.ode(0.5, 0.2), fg.ode(torch.empty(0), 0.1)]).is_deterministic
     with pytest.raises(ValueError, match="has 2 entries, the batch 3 samples"):
         b.expand(3)
     with pytest.raises(ValueError, match=r"one sampler; got \['cps', 'dance_sde'\]"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +153,36 @@ def test_float64_and_an_empty_batch() -> None:
     torch.testing.assert_close(out.latents, reference.sde_step(latents, latents, out.noise, step), rtol=1e-14, atol=0)
     empty = fg.sde_step(latents[:0], latents[:0], step[:0], seeds=torch.arange(0))
     assert empty.latents.shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_defaults_of_torch_do_not_matter(dtype: torch.dtype, other_defaults) -> None:
+    latents, velocity, seeds = torch.randn(2, 50).to(dtype), torch.randn(2, 50).to(dtype), torch.arange(2)
+
+    def results() -> list[torch.Tensor]:
+        drawn = fg.sde_step(latents, velocity, fg.flow_sde(0.5, 0.3), seeds=seeds, return_log_prob=True)
+        assert drawn.noise is not None
+        assert drawn.log_prob is not None
+        return [drawn.latents, drawn.noise, drawn.log_prob, fg.sde_step(latents, velocity, fg.ode(0.5, 0.3)).latents]
+
+    expected = results()
+    with other_defaults():
+        came = results()
+    for a, b in zip(came, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("changing", ["batch size", "step"])
+def test_compiled_once_for_all_values(changing: str, count_graphs) -> None:
+    def batch(count: int, sigma: float) -> tuple[Any, ...]:
+        latents = torch.linspace(-1, 1, 8 * count).view(count, 8)
+        return latents, latents + 0.1, fg.flow_sde(sigma, 0.1), torch.arange(count)
+
+    def draw(latents: torch.Tensor, velocity: torch.Tensor, step: fg.Transition, seeds: torch.Tensor) -> Any:
+        return fg.sde_step(latents, velocity, step, seeds=seeds, return_log_prob=True)
+
+    calls = [batch(i, 0.5) if changing == "batch size" else batch(4, 0.1 * i) for i in range(2, 10)]
+    assert count_graphs(draw, calls) <= 2
 
 
 def test_refusals() -> None:

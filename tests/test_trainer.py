@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from toys import RECIPE, MemoryRun, ToyBackbone, ToyPolicy, pool, towards
+from toys import RECIPE, MemoryRun, ToyBackbone, ToyPolicy, brightness, pool, towards
 
 from fastguard import trainer
 from fastguard.advantages import advantages_without_failures, combine_rewards
@@ -459,6 +459,27 @@ def test_a_gold_reward_that_fails_saves_first() -> None:
     ):
         train(backbone, recipe, rewards, where, cpu(), Monitor(recipe, judges, 0))
     assert where.saved == [0, 2]  # the best at the start, and the two epochs before the failure
+
+
+def test_the_defaults_of_torch_do_not_change_a_run(other_defaults) -> None:
+    """A reward's library may set them for the whole process."""
+    recipe = replace(WATCHED, run=replace(WATCHED.run, epochs=2))
+    recipe = with_(recipe, objective={"kl_weight": 0.01})
+
+    def results() -> tuple[list[dict[str, float]], list[float], Tensor]:
+        with pool(recipe, backbone, brightness) as rewards, pool(recipe, backbone, gold=[brightness]) as judges:
+            logs = train(backbone, recipe, rewards, where, cpu(), Monitor(recipe, judges, 0))
+        timed = ("seconds/", "speed/")
+        scalars = [{name: v for name, v in log.scalars().items() if not name.startswith(timed)} for log in logs]
+        return scalars, [verdict.log.gold for verdict in where.verdicts], backbone.policy.image.detach()
+
+    backbone, where = ToyBackbone(), MemoryRun()
+    expected = results()
+    backbone, where = ToyBackbone(), MemoryRun()
+    with other_defaults():
+        came = results()
+    assert came[:2] == expected[:2]
+    assert torch.equal(came[2], expected[2])
 
 
 def test_a_score_that_is_not_finite_is_never_the_best() -> None:

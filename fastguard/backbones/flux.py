@@ -42,14 +42,15 @@ class FluxPolicy(nn.Module):
         super().__init__()
         self.transformer: Any = transformer  # diffusers' mixins hide from mypy that it is a Module
         self.guidance = guidance
-        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        rows_and_columns = torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu")
+        y, x = torch.meshgrid(*rows_and_columns, indexing="ij")
         self.image_ids = torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float()
         self.row_of = self.embeds = self.pooled = torch.empty(0)
 
     def hold(self, indices: Sequence[int], embeds: Tensor, pooled: Tensor) -> None:
         """Keep the embeddings of these prompts: embeds (P, T, C) and pooled (P, C), on the policy's device."""
-        row_of = torch.zeros(max(indices) + 1, dtype=torch.int64)
-        row_of[torch.tensor(indices)] = torch.arange(len(indices))
+        row_of = torch.zeros(max(indices) + 1, dtype=torch.int64, device="cpu")
+        row_of[torch.tensor(indices, device="cpu")] = torch.arange(len(indices), device="cpu")
         # A table on the device: looking prompts up on the host would wait for the GPU at every step.
         self.row_of, self.embeds, self.pooled = row_of.to(embeds.device), embeds, pooled
 

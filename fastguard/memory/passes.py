@@ -216,7 +216,7 @@ def _transitions(backbone: FluxBackbone, n: int, with_reference: bool) -> Transi
 def _some_step(n: int) -> Transition:
     """Coefficients (N,) of a stochastic step, without values."""
     latents_coef, velocity_coef, std, dt = (torch.empty(n) for _ in range(4))
-    return Transition("flow_sde", latents_coef, velocity_coef, std, dt, std_range=(0.5, 0.5))
+    return Transition("flow_sde", latents_coef, velocity_coef, std, dt, has_density=True, is_deterministic=False)
 
 
 @lru_cache(maxsize=16)

@@ -35,7 +35,7 @@ def call_reward(
         scores = result.detach().to("cpu", torch.float64)
     else:
         try:
-            scores = torch.tensor(result, dtype=torch.float64)
+            scores = torch.tensor(result, dtype=torch.float64, device="cpu")
         except Exception as error:  # torch raises TypeError, ValueError or RuntimeError, by what it meets
             raise TypeError(
                 f"expected {len(images)} numbers (a tensor, an array or a list), got {type(result).__name__}: {error}"

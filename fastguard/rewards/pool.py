@@ -137,10 +137,11 @@ class RewardPool:
         wrong number of scores or one that is not finite; what is pending is then cancelled, as it is by Ctrl-C.
         """
         failures: list[RewardFailure] = []
-        columns = [torch.empty(len(self._rewards), 0, dtype=torch.float64)]
+        columns = [torch.empty(len(self._rewards), 0, dtype=torch.float64, device="cpu")]
         try:
             for batch in self._pending:
-                rows = torch.empty(len(self._rewards), len(batch.prompt_indices), dtype=torch.float64)
+                shape = (len(self._rewards), len(batch.prompt_indices))
+                rows = torch.empty(shape, dtype=torch.float64, device="cpu")
                 for row, (config, _) in enumerate(self._rewards):
                     rows[row] = self._finish(config.label, batch, batch.calls[row], failures)
                 columns.append(rows)
@@ -151,7 +152,7 @@ class RewardPool:
     def _finish(self, label: str, batch: _Batch, call: Future[Tensor], failures: list[RewardFailure]) -> Tensor:
         """(B,) scores of one reward for one batch; NaN, and an entry in `failures`, where there is none."""
         done, _ = wait([call], timeout=self._scoring.timeout_s)
-        scores = torch.full((len(batch.prompt_indices),), torch.nan, dtype=torch.float64)
+        scores = torch.full((len(batch.prompt_indices),), torch.nan, dtype=torch.float64, device="cpu")
         error: BaseException | None
         if not done:
             self._threads.abandon(call)
