@@ -144,8 +144,8 @@ def guard_loss_from_means(
     """The same loss for trainers that already have the means; the gradient flows to `prev_sample_mean` alone.
 
     Args:
-        prev_sample: (B, ...) what the rollout drew, not rounded after the draw (a rounded sample moves the first
-            ratio away from 1); any floating dtype.
+        prev_sample: (B, ...) what the rollout drew; any floating dtype. Rounding it after the draw changes the noise
+            that is recovered from it, by the rounding error over std. The first ratio stays 1.
         prev_sample_mean, old_prev_sample_mean, ref_prev_sample_mean: (B, ...) means of the step under the model now,
             the rollout policy, the reference; one dtype.
         std: standard deviation of the step *including* sqrt(|dt|), where flow_grpo's `std_dev_t` does not include
@@ -200,6 +200,7 @@ def transition_moments(
         tensors["ref_velocity"] = ref_velocity
     check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
     step = check_step(step, "velocity", velocity, needs_density=True)
+    ops.refuse_transforms("transition_moments")
     backend = ops.resolve_backend(backend, velocity)
     dtype = ops.compute_dtype(velocity.dtype)
     whiten = (step.velocity_coef / step.std).to(dtype)
@@ -225,6 +226,7 @@ def _apply(
     weight: Tensor | None,
     options: ops.Options,
 ) -> GuardLoss:
+    ops.refuse_transforms("the loss")
     dtype = ops.compute_dtype(velocity.dtype)
     if velocity.shape[0] == 0:
         empty = std.to(dtype)

@@ -95,6 +95,15 @@ def refuse_double_backward(what: str) -> None:
         raise RuntimeError(f"{what} can be differentiated once; its backward pass does not support create_graph=True")
 
 
+def refuse_transforms(what: str) -> None:
+    """PyTorch's own message would ask the user to write a `setup_context` for our Functions."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{what} cannot run inside a transform of torch.func (grad, vmap, jvp and the like); differentiate it with "
+            "loss.backward() or torch.autograd.grad"
+        )
+
+
 def savable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as `save_for_backward` takes them: one made under `torch.inference_mode` becomes an ordinary tensor.
 

@@ -709,3 +709,33 @@ def test_means_are_checked_as_well() -> None:
         loss(x, x, x.bfloat16(), std, dt, advantages)
     with pytest.raises(ValueError, match=r"prev_sample holds NaN or Inf at samples \[0\]"):
         loss(torch.full_like(x, math.nan)[:1], x[:1], x[:1], 0.1, -0.1, advantages[:1], check_values=True)
+
+
+def test_transforms_of_torch_func_are_refused() -> None:
+    velocity, old, noise = torch.randn(3, 2, 8)
+    advantages, step = torch.ones(2), fg.flow_sde(0.7, 0.6)
+
+    def loss(v: Tensor) -> Tensor:
+        return fg.guard_loss(v, old, noise, advantages, step).loss
+
+    def moments(v: Tensor) -> Tensor:
+        return fg.transition_moments(v, old, noise, step).cross.sum()
+
+    def from_means(v: Tensor) -> Tensor:
+        return fg.guard_loss_from_means(noise, v, old, 0.3, -0.1, advantages).loss
+
+    for function, name in ((loss, "the loss"), (moments, "transition_moments"), (from_means, "the loss")):
+        with pytest.raises(RuntimeError, match=f"{name} cannot run inside a transform of torch.func"):
+            torch.func.grad(function)(velocity)
+        with pytest.raises(RuntimeError, match="differentiate it with loss.backward"):
+            torch.func.jvp(function, (velocity,), (velocity,))
+
+
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo", "flow_dppo"])
+def test_a_rounded_sample_leaves_the_first_ratio_at_one(objective: str) -> None:
+    mean = torch.randn(2, 4096)
+    drawn = mean + 0.2 * torch.randn(2, 4096)
+    options = {"objective": objective, "clip_range": 2e-6}
+    for sample in (drawn, drawn.bfloat16().float()):
+        result = fg.guard_loss_from_means(sample, mean.clone(), mean, 0.2, -0.1, torch.ones(2), **options)
+        assert not result.log_ratio.any()
