@@ -86,7 +86,8 @@ class EncodedPrompts:
 
 def cache_folder(chosen: Path | None = None) -> Path:
     """The folder of everything that can be made again: as chosen, $FASTGUARD_CACHE, or ~/.cache/fastguard."""
-    return chosen or Path(os.environ.get("FASTGUARD_CACHE", Path.home() / ".cache" / "fastguard"))
+    folder = chosen or Path(os.environ.get("FASTGUARD_CACHE", Path.home() / ".cache" / "fastguard"))
+    return folder.absolute()  # a reward may change the working directory
 
 
 def encode_prompts(

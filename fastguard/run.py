@@ -55,7 +55,7 @@ class RunFolder:
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, resume: str = "never") -> None:
-        self.path = recipe.run.dir
+        self.path = recipe.run.dir.absolute()  # a reward may change the working directory
         self._recipe, self._accelerator = recipe, accelerator
         self._main = accelerator.is_main_process
         if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
@@ -75,14 +75,14 @@ class RunFolder:
         if resume == "never":
             if there:
                 raise ValueError(
-                    f"run.dir = {self.path} holds a run ({there[0].name}): go on with --resume auto, or choose another "
-                    "--run.dir"
+                    f"run.dir = {self._recipe.run.dir} holds a run ({there[0].name}): go on with --resume auto, or "
+                    "choose another --run.dir"
                 )
             return None
         if resume == "auto":
             newest = self.checkpoints.newest_whole()
             if not there and self._main:
-                print(f"nothing to resume in {self.path}: beginning anew")
+                print(f"nothing to resume in {self._recipe.run.dir}: beginning anew")
             if newest is None and there:
                 raise ValueError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is whole")
             return newest
@@ -90,7 +90,8 @@ class RunFolder:
         verify(chosen)
         if there and chosen.resolve().parent != self.checkpoints.folder.resolve():
             raise ValueError(
-                f"run.dir = {self.path} holds another run than {chosen}: choose another --run.dir to branch off from it"
+                f"run.dir = {self._recipe.run.dir} holds another run than {chosen}: choose another --run.dir to branch "
+                "off from it"
             )
         return chosen
 

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
+from toys import RECIPE, ToyBackbone, pool, towards
 
 from fastguard import checkpoint
 from fastguard.checkpoint import CheckpointError, CheckpointFolder, read_state, read_tensors, restore_rng, verify
-from fastguard.run import checkpoint_of, read_rows
+from fastguard.config import Recipe
+from fastguard.monitor import Monitor
+from fastguard.rewards.settings import SETTINGS
+from fastguard.run import RunFolder, checkpoint_of, read_rows
+from fastguard.trainer import train
 
 TESTS = Path(__file__).parent
 GROUPS = ("weights", "average", "optimizer")
@@ -215,6 +225,64 @@ def test_a_run_folder_is_not_overwritten_by_mistake(undisturbed: Path) -> None:
     assert "does not fit this recipe: its optimizer state is of another kind" in finish(
         undisturbed, 5, "--resume", "auto", "--optimizer", "adamw_cpu", "--dtype", "bfloat16", code=1
     )
+
+
+def in_process(recipe: Recipe, reward: Callable[..., Any] = towards, resume: str = "never") -> list[dict[str, Any]]:
+    """Train the toy in this process; returns the rows of its metrics without times."""
+    accelerator = Accelerator(cpu=True)
+    set_seed(recipe.run.seed)
+    backbone = ToyBackbone()
+    run = RunFolder(recipe, accelerator, resume)
+    gold = [towards] * len(recipe.monitor.gold)
+    with (
+        run.catching_signals(),
+        pool(recipe, backbone, reward) as rewards,
+        pool(recipe, backbone, reward, gold) as all_,
+    ):
+        monitor = Monitor(recipe, all_, 0) if recipe.monitor.every else None
+        train(backbone, recipe, rewards, run, accelerator, monitor)
+    run._lock.close()  # which a process does by its end
+    rows = read_rows(run.path / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
+
+
+def toy(folder: str | Path, **sections: dict[str, Any]) -> Recipe:
+    """The toy's recipe for a folder, with other values of some fields."""
+    recipe = replace(RECIPE, run=replace(RECIPE.run, dir=Path(folder), epochs=2, save_every=1))
+    return replace(recipe, **{name: replace(getattr(recipe, name), **values) for name, values in sections.items()})
+
+
+def test_a_reward_that_changes_the_process_leaves_the_run_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative folders, torch's defaults and the global generators: the run reads none of them when it needs them."""
+    monkeypatch.chdir(tmp_path)
+    expected = in_process(toy("kind"))
+    before = [get() for get, _ in SETTINGS]
+
+    def hostile(images: Tensor, *rest: Any) -> Tensor:
+        scores = towards(images, *rest)
+        os.chdir("/")
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True)
+        for seed in (torch.manual_seed, random.seed):
+            seed(0)
+        return scores
+
+    assert in_process(toy("hostile"), hostile) == expected
+    assert [get() for get, _ in SETTINGS] == before
+    assert json.loads((tmp_path / "hostile" / "recipe.json").read_text())["run"]["dir"] == "hostile"  # as it was said
+
+
+def test_a_run_keeps_its_folder_when_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(toy("run"), Accelerator(cpu=True))
+    monkeypatch.chdir("/")
+    run.skipped(3, "a message")
+    assert read_rows(tmp_path / "run" / "skipped.jsonl") == [{"epoch": 3, "message": "a message"}]
 
 
 def test_two_processes_cannot_share_a_run_folder(tmp_path: Path) -> None:

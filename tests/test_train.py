@@ -121,7 +121,9 @@ def test_a_run_goes_on(tiny: tuple[Path, str], cache: Path) -> None:
 def test_ones_own_reward_from_the_working_directory(cache: Path, tmp_path: Path) -> None:
     """The tutorial's way: a Python file beside the recipe, prompts with metadata, three lines of TOML."""
     (tmp_path / "my_reward.py").write_text(
+        "import os, tempfile\n"
         "def blue(images, prompts, metadata):\n"
+        "    os.chdir(tempfile.gettempdir())\n"  # as careless ones do: the run's own files are where they were
         "    assert all(p.startswith('a ') for p in prompts) and all(m['shade'] for m in metadata)\n"
         "    return images[:, 2].float().mean((1, 2)) - images[:, :2].float().mean((1, 2, 3))\n"
     )
