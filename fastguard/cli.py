@@ -22,6 +22,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from fastguard.config import Recipe, RewardConfig
+from fastguard.files import writing
 from fastguard.recipe import find_recipe, load_recipe, overridden
 
 app = SubcommandApp()
@@ -155,7 +156,9 @@ def report(run: tyro.conf.Positional[Path]) -> int:
     """
     from fastguard.run_report import write_run_report
 
-    print(write_run_report(run))
+    with writing(run):
+        page = write_run_report(run)
+    print(page)
     return 0
 
 

@@ -38,7 +38,7 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     """Train as the recipe says, in this process or in all processes of a launch. Returns the exit code."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        log_with=list(recipe.run.trackers),
+        log_with=list(recipe.run.trackers) or None,
         project_dir=recipe.run.dir.absolute(),  # a reward may change the working directory
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
@@ -68,7 +68,7 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
         newest = recipe.run.dir / "checkpoints" / run.checkpoints.all()[0].name
         print(f"{ended}; trained weights: {newest / 'diffusers'}")
         print(f"`fastguard report {recipe.run.dir}` draws the run")
-    accelerator.end_training()
+    run.end()
     return 0
 
 

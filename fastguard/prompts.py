@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from fastguard.files import read_text
+
 ENCODE_BATCH = 16
 
 
@@ -31,6 +33,13 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     """further keys of its JSON line, handed to the rewards (the text that an OCR reward looks for, say)"""
 
+    def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            lone = error.object[error.start]
+            raise ValueError(f"the prompt {self.text!r} holds {lone!r}, half of a character; remove it") from None
+
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a text file (a prompt per line) or a .jsonl file (`{"prompt": "...", ...}` per line), without blank lines.
@@ -40,10 +49,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"there is no prompt file {path}; set prompts.file (or monitor.file)")
     prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut inside JSON strings
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    lines = read_text(path).split("\n")  # splitlines() would also cut inside JSON strings
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -59,11 +65,14 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _from_json(line: str, where: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # besides its own: integers of thousands of digits, nesting
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ValueError(f'{where}: expected an object with a "prompt" string, got {line.strip()[:80]}')
-    return Prompt(entry["prompt"], {key: value for key, value in entry.items() if key != "prompt"})
+    try:
+        return Prompt(entry["prompt"], {key: value for key, value in entry.items() if key != "prompt"})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)

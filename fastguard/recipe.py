@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from fastguard.config import Recipe
+from fastguard.files import read_text
 
 
 def shipped_recipes() -> Path:
@@ -38,9 +39,10 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises ValueError that names every field that is unknown, of a wrong type, or at odds with another.
     """
+    text = read_text(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # besides its own: integers of thousands of digits, nesting
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for section, name in (("prompts", "file"), ("monitor", "file")):
         value = content.get(section, {}).get(name) if isinstance(content.get(section, {}), dict) else None

@@ -6,7 +6,7 @@ evaluations.jsonl    an `EvaluationLog` per line
 skipped.jsonl        updates that were not finite, and reward failures
 images/              grids: epoch_000010.png (training), evaluation_000010.png
 checkpoints/         see checkpoint.py; each holds diffusers/, for others to load
-tensorboard/         what accelerate's tracker writes
+fastguard/           what TensorBoard's tracker writes
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import os
 import signal
 import sys
 import time
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from fastguard.checkpoint import CheckpointFolder, checkpoint_name, read_state, read_tensors, restore_rng, verify
 from fastguard.config import Recipe
+from fastguard.files import write_text, writing
 from fastguard.metrics import EpochLog
 from fastguard.monitor import Verdict
 from fastguard.optim import load_state, state_tensors
@@ -40,6 +40,8 @@ from fastguard.state import TrainState
 from fastguard.weights import put
 
 GRID_IMAGES = 16
+TRACKED = "fastguard"
+"""Name of the run for trackers, and so TensorBoard's folder."""
 SAME_WISH_S = 3.0
 """Seconds after a signal within which another one counts as the same."""
 
@@ -143,7 +145,8 @@ class RunFolder:
             self._load(self._from, state)
             self.checkpoints.set_aside_after(state.epoch)
         if self._main:
-            _write(self.path / "recipe.json", json.dumps(recipe, indent=1))
+            with _writing(self.path / "recipe.json") as file:
+                write_text(file, json.dumps(recipe, indent=1))
             # What a killed run logged after its last save will be done, and logged, again.
             _keep(self.path / "metrics.jsonl", lambda row: row["epoch"] < state.epoch)
             _keep(self.path / "skipped.jsonl", lambda row: row["epoch"] < state.epoch)
@@ -152,7 +155,8 @@ class RunFolder:
                 _keep(self.path / "evaluations.jsonl", lambda row: row["epoch"] in evaluated)
             self._bar = tqdm(total=self._recipe.run.epochs, initial=state.epoch, desc="training", unit="epoch")
         if self._recipe.run.trackers:
-            self._accelerator.init_trackers("fastguard", config=_flat(recipe))
+            with _writing(self.path / TRACKED):
+                self._accelerator.init_trackers(TRACKED, config=_flat(recipe))
 
     def _load(self, path: Path, state: TrainState) -> None:
         content = read_state(path)
@@ -188,20 +192,33 @@ class RunFolder:
         if self._main:
             _append(self.path / "metrics.jsonl", dataclasses.asdict(log))
             if every and log.epoch % every == 0:
-                save_images(self.path / "images" / f"epoch_{log.epoch:06d}.png", images[:GRID_IMAGES])
+                self._save_images(f"epoch_{log.epoch:06d}.png", images)
             assert self._bar is not None
             self._bar.set_postfix_str(f"reward {log.reward_mean:.4g}", refresh=False)
             self._bar.update()
-        self._accelerator.log(log.scalars(), step=log.epoch)
+        self._track(log.scalars(), log.epoch)
 
     def evaluated(self, verdict: Verdict) -> None:
         log = verdict.log
         if self._main:
             _append(self.path / "evaluations.jsonl", dataclasses.asdict(log))
-            save_images(self.path / "images" / f"evaluation_{log.epoch:06d}.png", verdict.images[:GRID_IMAGES])
+            self._save_images(f"evaluation_{log.epoch:06d}.png", verdict.images)
             if log.warning:
                 _say(f"warning: {log.warning}")
-        self._accelerator.log({"gold/score": log.gold, "gold/proxy": log.proxy}, step=log.epoch)
+        self._track({"gold/score": log.gold, "gold/proxy": log.proxy}, log.epoch)
+
+    def end(self) -> None:
+        """Write what the trackers still hold; the last call of a run."""
+        with _writing(self.path / TRACKED):
+            self._accelerator.end_training()
+
+    def _save_images(self, name: str, images: Tensor) -> None:
+        with _writing(self.path / "images" / name) as file:
+            save_images(file, images[:GRID_IMAGES])
+
+    def _track(self, values: dict[str, float], epoch: int) -> None:
+        with _writing(self.path / TRACKED):
+            self._accelerator.log(values, step=epoch)
 
     def save(self, state: TrainState) -> None:
         if self._saved == state.epoch:
@@ -271,22 +288,23 @@ def _lock(folder: Path) -> Any:
     return handle
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """`files.writing`, in the words of a run."""
+    with writing(path, then="go on with --resume auto"):
+        yield path
+
+
 def _append(file: Path, row: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as lines:
+    with _writing(file), file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    aside = file.with_suffix(".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
 
 
 def _keep(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the rows that are not wanted, and a last line that was cut short."""
     if file.exists():
-        _write(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if wanted(row)))
+        with _writing(file):
+            write_text(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if wanted(row)))
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

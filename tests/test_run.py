@@ -6,12 +6,13 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from toys import RECIPE, ToyBackbone, pool, towards
 
 from fastguard import checkpoint
 from fastguard.checkpoint import CheckpointError, CheckpointFolder, read_state, read_tensors, restore_rng, verify
-from fastguard.config import Recipe
+from fastguard.config import MonitorConfig, Recipe, RewardConfig, ScoringConfig
 from fastguard.monitor import Monitor
 from fastguard.rewards.settings import SETTINGS
 from fastguard.run import RunFolder, checkpoint_of, read_rows
@@ -229,7 +230,7 @@ def test_a_run_folder_is_not_overwritten_by_mistake(undisturbed: Path) -> None:
 
 def in_process(recipe: Recipe, reward: Callable[..., Any] = towards, resume: str = "never") -> list[dict[str, Any]]:
     """Train the toy in this process; returns the rows of its metrics without times."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, log_with=list(recipe.run.trackers) or None, project_dir=recipe.run.dir)
     set_seed(recipe.run.seed)
     backbone = ToyBackbone()
     run = RunFolder(recipe, accelerator, resume)
@@ -250,6 +251,9 @@ def toy(folder: str | Path, **sections: dict[str, Any]) -> Recipe:
     """The toy's recipe for a folder, with other values of some fields."""
     recipe = replace(RECIPE, run=replace(RECIPE.run, dir=Path(folder), epochs=2, save_every=1))
     return replace(recipe, **{name: replace(getattr(recipe, name), **values) for name, values in sections.items()})
+
+
+MONITOR = MonitorConfig(every=1, prompts=2, images_per_prompt=3, num_steps=4, gold=(RewardConfig("g"),))
 
 
 def test_a_reward_that_changes_the_process_leaves_the_run_as_it_is(
@@ -328,6 +332,55 @@ def test_a_full_disk_keeps_the_old_checkpoint(
         save_once(folder, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["epoch_000001"]
     verify(tmp_path / "epoch_000001")
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_written_names_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    folder = CheckpointFolder(tmp_path, Accelerator(cpu=True))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    with pytest.raises(OSError, match=r"epoch_000002: .*: the checkpoint was not saved.*--resume auto") as caught:
+        save_once(folder, 2)
+    assert caught.value.errno == number
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "recipe.json.part", "metrics.jsonl", "evaluations.jsonl", "skipped.jsonl", "images/epoch_000000.png",
+        "images/evaluation_000000.png",
+    ],
+)  # fmt: skip
+def test_a_full_disk_names_the_file_and_what_to_do(tmp_path: Path, name: str) -> None:
+    """/dev/full lets itself be opened, and takes no byte."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    if name == "recipe.json.part":
+        file.symlink_to("/dev/full")
+    recipe = replace(
+        toy(tmp_path, run={"images_every": 1}), monitor=MONITOR, scoring=ScoringConfig(1, on_failure="drop_group")
+    )
+
+    def half(images: Tensor, prompts: Sequence[str], metadata: Any) -> Tensor:
+        if not file.is_symlink():  # once the run has read what is there
+            file.symlink_to("/dev/full")
+        return towards(images, prompts, metadata).where(torch.tensor([p == "light" for p in prompts]), torch.nan)
+
+    message = f"{name.removesuffix('.part')}: the disk is full. Make room, and go on with --resume auto"
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / message))) as caught:
+        in_process(recipe, half)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_folder_that_tensorboard_cannot_have_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fastguard").write_text("in the way")
+    with pytest.raises(OSError, match=r"/fastguard: .*\. Mend that, and go on with --resume auto"):
+        in_process(toy(tmp_path, run={"trackers": ("tensorboard",)}))
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:

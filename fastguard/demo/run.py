@@ -19,6 +19,7 @@ from fastguard.demo.config import DemoConfig
 from fastguard.demo.experiment import OBJECTIVES, Results, look, measure_reference
 from fastguard.demo.page import PICTURE_KINDS, write_demo_page
 from fastguard.demo.workers import Task, run_here, run_in_workers
+from fastguard.files import write_text, writing
 from fastguard.report import write_page
 
 INTERRUPTED = 130
@@ -37,8 +38,8 @@ def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if workers is None:
         workers = 1 if device.type == "cuda" else min(2, os.cpu_count() or 1)
-    if workers < 1 or (workers > 1 and device.type == "cuda"):
-        raise ValueError(f"workers must be 1 on a GPU and at least 1 elsewhere, got {workers}")
+    if not 1 <= workers <= (1 if device.type == "cuda" else 256):
+        raise ValueError(f"workers must be 1 on a GPU and lie in [1, 256] elsewhere, got {workers}")
     out.mkdir(parents=True, exist_ok=True)
     results: Results | None = None
     start = time.perf_counter()
@@ -55,13 +56,15 @@ def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
         train_all(results, models, workers)
         results.seconds["all"] = time.perf_counter() - start
     except KeyboardInterrupt:
-        report = write_partial(results, out)
+        with writing(out):
+            report = write_partial(results, out)
         finished = len(results.runs) if results is not None else 0
         print(f"\ninterrupted: {finished} of {2 * config.seeds} runs were finished, see {report}")
         return INTERRUPTED
-    clear(out)
-    write_numbers(results, out)
-    report = write_demo_page(results, out, partial=False)
+    with writing(out):
+        clear(out)
+        write_numbers(results, out)
+        report = write_demo_page(results, out, partial=False)
     for point in text.short_text(results):
         print(f"- {point}")
     print(f"{results.seconds['all']:.0f} s in all; report: {report.resolve()}")
@@ -133,4 +136,4 @@ def write_numbers(results: Results, out: Path) -> None:
         "runs": runs,
         "seconds": results.seconds,
     }
-    (out / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_text(out / "results.json", json.dumps(content, indent=1))
