@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from tyro.extras import SubcommandApp
 from fastguard.config import Recipe, RewardConfig
 from fastguard.files import writing
 from fastguard.recipe import find_recipe, load_recipe, overridden
+from fastguard.signals import ENDING, handled_by
 
 app = SubcommandApp()
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
@@ -220,18 +221,11 @@ def parse_recipe_command(args: Sequence[str]) -> Callable[[], int] | None:
     return command
 
 
-@contextmanager
-def terminations_as_interrupts() -> Iterator[None]:
-    """SIGTERM (kill, timeout, docker stop) and SIGHUP (a closed terminal) end a command as Ctrl-C does: tidily."""
-    changed = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup, for one, has its own idea
-            changed[number] = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, previous in changed.items():
-            signal.signal(number, previous)
+def terminations_as_interrupts() -> AbstractContextManager[None]:
+    """SIGTERM (kill, timeout, docker stop), SIGHUP (a closed terminal) and what schedulers send before the end of a
+    job end a command as Ctrl-C does: tidily. Handlers of the caller's own stay."""
+    unhandled = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    return handled_by(signal.default_int_handler, unhandled)
 
 
 def _quiet() -> None:

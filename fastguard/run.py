@@ -36,6 +36,7 @@ from fastguard.monitor import Verdict
 from fastguard.optim import load_state, state_tensors
 from fastguard.recipe import as_dict, differences
 from fastguard.report import save_images
+from fastguard.signals import handled_by
 from fastguard.state import TrainState
 from fastguard.weights import put
 
@@ -47,7 +48,7 @@ SAME_WISH_S = 3.0
 
 
 class RunFolder:
-    """Implements `state.Run`; a context manager that catches SIGTERM and Ctrl-C.
+    """Implements `state.Run`; `catching_signals` makes SIGTERM, Ctrl-C and their like save and stop the run.
 
     Args:
         resume: "never" refuses a folder that holds checkpoints, "auto" goes on from the newest whole one (or begins,
@@ -99,7 +100,7 @@ class RunFolder:
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Inside, SIGTERM, SIGHUP and Ctrl-C ask the run to save and stop; another Ctrl-C interrupts at once.
+        """Inside, the signals of `signals.ENDING` ask the run to save and stop; another Ctrl-C interrupts at once.
 
         A launcher forwards its signals, and the terminal or the scheduler sends them to every process as well: what
         comes again within seconds is the same wish.
@@ -115,14 +116,12 @@ class RunFolder:
                 name = signal.Signals(number).name
                 print(f"\n{name}: saving at the next safe point; Ctrl-C again stops at once", file=sys.stderr)
 
-        previous = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            if self._bar is not None:
-                self._bar.close()
+        with handled_by(ask):
+            try:
+                yield
+            finally:
+                if self._bar is not None:
+                    self._bar.close()
 
     def stop_requested(self) -> bool:
         if self._accelerator.num_processes == 1:

@@ -28,10 +28,12 @@ from toys import RECIPE, ToyBackbone, pool, towards
 
 from fastguard import checkpoint
 from fastguard.checkpoint import CheckpointError, CheckpointFolder, read_state, read_tensors, restore_rng, verify
+from fastguard.cli import terminations_as_interrupts
 from fastguard.config import MonitorConfig, Recipe, RewardConfig, ScoringConfig
 from fastguard.monitor import Monitor
 from fastguard.rewards.settings import SETTINGS
 from fastguard.run import RunFolder, checkpoint_of, read_rows
+from fastguard.signals import ENDING, handled_by
 from fastguard.trainer import train
 
 TESTS = Path(__file__).parent
@@ -124,7 +126,7 @@ def test_a_checkpoint_holds_no_pickle_and_a_run_folder_says_everything(undisturb
     assert not torch.equal(average["image.weight"], read_tensors(newest(undisturbed), "weights")["image.weight"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_exits_0_and_the_run_goes_on(tmp_path: Path, undisturbed: Path, number: int) -> None:
     folder = tmp_path / "run"
     process = start(folder, 4, "--slow", "0.15")  # eight batches an epoch, so that the signal falls inside one
@@ -137,6 +139,26 @@ def test_a_signal_saves_exits_0_and_the_run_goes_on(tmp_path: Path, undisturbed:
     assert read_state(newest(folder))["epoch"] < 4
     finish(folder, 4, "--resume", "auto")
     assert_same_end(folder, undisturbed)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_every_signal_that_asks_to_end_is_heard_unless_it_is_ignored(tmp_path: Path, number: signal.Signals) -> None:
+    """As SIGHUP is under nohup, and SIGINT in a shell's background job."""
+    run = RunFolder(toy(tmp_path), Accelerator(cpu=True))
+    with handled_by(signal.SIG_IGN, [number]), run.catching_signals():
+        signal.raise_signal(number)
+        assert not run.was_stopped
+    with run.catching_signals():
+        signal.raise_signal(number)
+        assert run.was_stopped
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_every_such_signal_ends_other_commands_as_ctrl_c_does(number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt), terminations_as_interrupts():
+        signal.raise_signal(number)
+    with handled_by(signal.SIG_IGN, [number]), terminations_as_interrupts():
+        signal.raise_signal(number)
 
 
 def kill_and_compare(folder: Path, reference: Path, epochs: int, kills: int, seed: int) -> None:
