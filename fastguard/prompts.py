@@ -41,6 +41,12 @@ class Prompt:
             raise ValueError(f"the prompt {self.text!r} holds {lone!r}, half of a character; remove it") from None
 
 
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Tells lists of prompts apart, by texts and metadata."""
+    content = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a text file (a prompt per line) or a .jsonl file (`{"prompt": "...", ...}` per line), without blank lines.
 

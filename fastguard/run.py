@@ -34,11 +34,12 @@ from fastguard.files import write_text, writing
 from fastguard.metrics import EpochLog
 from fastguard.monitor import Verdict
 from fastguard.optim import load_state, state_tensors
+from fastguard.prompts import fingerprint
 from fastguard.recipe import as_dict, differences
 from fastguard.report import save_images
 from fastguard.signals import handled_by
 from fastguard.state import TrainState
-from fastguard.weights import put
+from fastguard.weights import put_all
 
 GRID_IMAGES = 16
 TRACKED = "fastguard"
@@ -70,6 +71,7 @@ class RunFolder:
         self._from = self._choose(resume)
         self._saved: int | None = None
         self._best: str | None = None
+        self._idle_monitor: dict[str, Any] = {"monitor": None}
         self._asked_at: float | None = None
         self._bar: tqdm | None = None
 
@@ -143,6 +145,8 @@ class RunFolder:
                 print(f"resuming {self._from} after {content['epoch']} epochs" + "".join(f"\n  {c}" for c in changed))
             self._load(self._from, state)
             self.checkpoints.set_aside_after(state.epoch)
+            if self._main and state.epoch >= self._recipe.run.epochs:
+                print(f"run.epochs = {self._recipe.run.epochs}: all of them are done")
         if self._main:
             with _writing(self.path / "recipe.json") as file:
                 write_text(file, json.dumps(recipe, indent=1))
@@ -151,8 +155,12 @@ class RunFolder:
             _keep(self.path / "skipped.jsonl", lambda row: row["epoch"] < state.epoch)
             if state.monitor is not None:
                 evaluated = {log.epoch for log in state.monitor.history}
-                _keep(self.path / "evaluations.jsonl", lambda row: row["epoch"] in evaluated)
-            self._bar = tqdm(total=self._recipe.run.epochs, initial=state.epoch, desc="training", unit="epoch")
+                _keep(
+                    self.path / "evaluations.jsonl", lambda row: row["epoch"] < state.epoch or row["epoch"] in evaluated
+                )
+            self._bar = tqdm(
+                total=max(self._recipe.run.epochs, state.epoch), initial=state.epoch, desc="training", unit="epoch"
+            )
         if self._recipe.run.trackers:
             with _writing(self.path / TRACKED):
                 self._accelerator.init_trackers(TRACKED, config=_flat(recipe))
@@ -161,25 +169,52 @@ class RunFolder:
         content = read_state(path)
         try:
             load_state(state.optimizer, state.parameters, read_tensors(path, "optimizer"))
-            _put_all(dict(state.parameters), read_tensors(path, "weights"))
+            put_all(state.parameters, read_tensors(path, "weights"))
             if state.average is not None:
-                _put_all(state.average.tensors, read_tensors(path, "average") or read_tensors(path, "weights"))
+                put_all(state.average.tensors, read_tensors(path, "average") or read_tensors(path, "weights"))
         except ValueError as error:
-            raise ValueError(f"checkpoint {path} does not fit this recipe: {error}") from None
+            changed = differences(content["recipe"], as_dict(self._recipe))
+            causes = [c for c in changed if c.startswith(("model.", "lora.", "update.optimizer"))]
+            since = f"; changed since then: {', '.join(causes)}" if causes else ""
+            raise ValueError(f"checkpoint {path} does not fit this recipe: {error}{since}") from None
         state.epoch, state.updates = content["epoch"], content["updates"]
         state.bad_in_a_row = content["bad_in_a_row"]
+        prompts = _trained_prompts(state)
+        if self._main and content.get("trained_prompts", prompts) != prompts:
+            print("  prompts.file holds other prompts than before")
         if content["monitor"] is not None:
             best = content["monitor"]["best"]
-            self._best = None if best is None else checkpoint_name(best["epoch"])  # kept, also without a monitor now
-            if state.monitor is not None:
-                state.monitor.restore(content["monitor"])
+            self._best = None if best is None else checkpoint_name(best["epoch"])  # kept until there is a better one
+        anew = self._restore_monitor(content, state)
         restore_rng(path, self._accelerator)
         if path.resolve().parent == self.checkpoints.folder.resolve():
-            self._saved = state.epoch
+            self._saved = None if anew else state.epoch
         elif self._best != path.name:  # the best stayed in the other run's folder
             self._best = None
             if state.monitor is not None:
                 state.monitor.best = None
+
+    def _restore_monitor(self, content: dict[str, Any], state: TrainState) -> bool:
+        """Give the monitor its history; True if its evaluations begin anew, as earlier ones do not compare."""
+        if state.monitor is None:  # for a resume that turns it on again
+            self._idle_monitor = {name: content.get(name) for name in ("monitor", "monitor_conditions")}
+            return False
+        if content["monitor"] is None:
+            return False
+        now = state.monitor.conditions(state.backbone)
+        changed = differences(content.get("monitor_conditions") or {}, now)
+        if not changed:
+            state.monitor.restore(content["monitor"])
+            return False
+        if self._main:
+            log, earlier = self.path / "evaluations.jsonl", self.path / f"evaluations_until_{state.epoch:06d}.jsonl"
+            print("  the best score begins anew, as evaluations are no longer the same: " + ", ".join(changed))
+            for row in read_rows(log):
+                _append(earlier, row)
+            log.unlink(missing_ok=True)
+            if earlier.exists():
+                print(f"  earlier evaluations are in {earlier.name}")
+        return True
 
     def skipped(self, epoch: int, message: str) -> None:
         if self._main:
@@ -230,10 +265,14 @@ class RunFolder:
             "bad_in_a_row": state.bad_in_a_row,
             "prompts_used": state.epoch * self._recipe.prompts.per_epoch,
             "processes": self._accelerator.num_processes,
-            "monitor": None if state.monitor is None else state.monitor.state(),
+            "trained_prompts": _trained_prompts(state),
+            **self._idle_monitor,
             "recipe": as_dict(self._recipe),
             "torch": torch.__version__,
         }
+        if state.monitor is not None:
+            content["monitor"] = state.monitor.state()
+            content["monitor_conditions"] = state.monitor.conditions(state.backbone)
         groups = {
             "weights": state.parameters.items(),
             "average": averages.items(),
@@ -258,23 +297,19 @@ def checkpoint_of(run: Path, which: str) -> Path:
         return checkpoints[-1]
     monitor = read_state(checkpoints[-1])["monitor"]
     if monitor is None or monitor["best"] is None:
-        raise ValueError(f"{run} has no best checkpoint: monitor.every was 0")
+        raise ValueError(
+            f"{run} has no best checkpoint: monitor.every was 0, or nothing was evaluated under the monitor's settings"
+        )
     return run / "checkpoints" / checkpoint_name(monitor["best"]["epoch"])
+
+
+def _trained_prompts(state: TrainState) -> str:
+    return fingerprint(state.backbone.prompts[: state.backbone.num_trained_prompts])
 
 
 def _say(message: str) -> None:
     """A line on stderr that does not tear the progress bar."""
     tqdm.write(message, file=sys.stderr)
-
-
-def _put_all(live: dict[str, Any], saved: dict[str, Tensor]) -> None:
-    if live.keys() != saved.keys():
-        raise ValueError(f"it holds other weights: {sorted(live.keys() ^ saved.keys())[:3]}")
-    for name, tensor in live.items():
-        try:
-            put(tensor, saved[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
 
 
 def _lock(folder: Path) -> Any:

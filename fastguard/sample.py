@@ -17,7 +17,7 @@ from fastguard.report import save_images
 from fastguard.rewards.images import to_pil
 from fastguard.run import checkpoint_of
 from fastguard.sampler import ode_schedule, rollout, sample_seeds
-from fastguard.weights import put, trained_parameters
+from fastguard.weights import put_all, trained_parameters
 
 
 def sample_recipe(
@@ -49,8 +49,10 @@ def sample_recipe(
     accelerator = Accelerator()
     backbone = load_backbone(recipe, prompts, accelerator, recompute="none")
     if weights is not None:
-        for name, parameter in trained_parameters(backbone.policy).items():
-            put(parameter, weights[name])
+        try:
+            put_all(trained_parameters(backbone.policy), weights)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint does not fit this recipe: {error}") from None
     schedule = ode_schedule(steps, recipe.sampler.shift_for(backbone.shift))
     prompt_indices = torch.arange(count).repeat_interleave(images)
     seeds = sample_seeds(seed, 0, prompt_indices, torch.arange(images).repeat(count), steps)

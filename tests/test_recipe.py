@@ -271,6 +271,16 @@ def test_a_recipe_survives_the_way_through_json() -> None:
     ]
 
 
+def test_differences_between_rewards_are_told_one_by_one() -> None:
+    old = as_dict(load_recipe(find_recipe("digits")))
+    new = as_dict(load_recipe(find_recipe("digits")))
+    new["rewards"][0]["weight"] = 2.0
+    new["monitor"]["gold"][0]["options"]["which"] = "other"
+    assert differences(old, new) == ["monitor.gold.0.options.which: gold -> other", "rewards.0.weight: 1.0 -> 2.0"]
+    new["rewards"].append(new["rewards"][0])
+    assert differences(old, new)[1].startswith("rewards: [{")
+
+
 def test_every_field_has_its_line() -> None:
     """A field without a docstring has no help on the command line."""
     source = Path(__import__("fastguard.config", fromlist=["x"]).__file__).read_text()

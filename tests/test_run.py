@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from toys import RECIPE, ToyBackbone, pool, towards
 
 from fastguard import checkpoint
@@ -250,11 +250,13 @@ def test_a_run_folder_is_not_overwritten_by_mistake(undisturbed: Path) -> None:
     )
 
 
-def in_process(recipe: Recipe, reward: Callable[..., Any] = towards, resume: str = "never") -> list[dict[str, Any]]:
+def in_process(
+    recipe: Recipe, reward: Callable[..., Any] = towards, resume: str = "never", policy: nn.Module | None = None
+) -> list[dict[str, Any]]:
     """Train the toy in this process; returns the rows of its metrics without times."""
     accelerator = Accelerator(cpu=True, log_with=list(recipe.run.trackers) or None, project_dir=recipe.run.dir)
     set_seed(recipe.run.seed)
-    backbone = ToyBackbone()
+    backbone = ToyBackbone(policy)
     run = RunFolder(recipe, accelerator, resume)
     gold = [towards] * len(recipe.monitor.gold)
     with (
@@ -309,6 +311,79 @@ def test_a_run_keeps_its_folder_when_the_working_directory_changes(
     monkeypatch.chdir("/")
     run.skipped(3, "a message")
     assert read_rows(tmp_path / "run" / "skipped.jsonl") == [{"epoch": 3, "message": "a message"}]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Two epochs with a monitor, for tests that resume copies of them."""
+    recipe = replace(toy(tmp_path_factory.mktemp("runs") / "watched"), monitor=MONITOR)
+    in_process(recipe)
+    return recipe
+
+
+def go_on(watched: Recipe, folder: Path, policy: nn.Module | None = None, **sections: dict[str, Any]) -> None:
+    """Two more epochs of a copy in `folder`, with other values of some fields."""
+    if not folder.exists():
+        shutil.copytree(watched.run.dir, folder)
+    recipe = replace(watched, run=replace(watched.run, dir=folder, epochs=4))
+    in_process(
+        replace(recipe, **{name: replace(getattr(recipe, name), **values) for name, values in sections.items()}),
+        resume="auto",
+        policy=policy,
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"monitor": {"prompts": 1}},
+        {"monitor": {"images_per_prompt": 2}},
+        {"monitor": {"num_steps": 3}},
+        {"monitor": {"gold": (RewardConfig("g", weight=0.5),)}},
+        {"monitor": {"gold": (RewardConfig("g"), RewardConfig("h"))}},
+        {"sampler": {"shift": 2.0}},
+    ],
+    ids=str,
+)
+def test_a_resume_with_other_evaluations_begins_their_best_anew(
+    tmp_path: Path, watched: Recipe, changed: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    go_on(watched, folder, **changed)
+    said = capfd.readouterr().out
+    ((section, values),) = changed.items()
+    assert re.search(rf"the best score begins anew, .*: {section}\.{next(iter(values))}", said)
+    assert "earlier evaluations are in evaluations_until_000002.jsonl" in said
+    assert [row["epoch"] for row in read_rows(folder / "evaluations_until_000002.jsonl")] == [0, 1, 2]
+    assert [row["epoch"] for row in read_rows(folder / "evaluations.jsonl")] == [2, 3, 4]
+    assert [row["epoch"] for row in read_state(newest(folder))["monitor"]["history"]] == [2, 3, 4]
+    go_on(watched, folder, run={"epochs": 5}, **changed)  # and once more, with nothing new
+    assert "begins anew" not in capfd.readouterr().out
+    assert [row["epoch"] for row in read_rows(folder / "evaluations.jsonl")] == [2, 3, 4, 5]
+
+
+def test_what_does_not_change_evaluations_keeps_their_best(
+    tmp_path: Path, watched: Recipe, capfd: pytest.CaptureFixture[str]
+) -> None:
+    go_on(watched, tmp_path / "run", monitor={"every": 0})
+    go_on(watched, tmp_path / "run", monitor={"every": 1, "patience": 1}, run={"epochs": 5})  # on again
+    assert "begins anew" not in capfd.readouterr().out
+    monitor = read_state(newest(tmp_path / "run"))["monitor"]
+    assert [row["epoch"] for row in monitor["history"]] == [0, 1, 2, 4, 5]
+    assert [row["epoch"] for row in read_rows(tmp_path / "run" / "evaluations.jsonl")] == [0, 1, 2, 4, 5]
+
+
+def test_a_resume_says_what_else_changed(
+    tmp_path: Path, watched: Recipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    go_on(watched, tmp_path / "shorter", run={"epochs": 1})
+    assert "run.epochs = 1: all of them are done" in capfd.readouterr().out
+    with pytest.raises(ValueError, match=r"epoch_000002 does not fit this recipe: .*lora\.rank: 64 -> 3$"):
+        go_on(watched, tmp_path / "other", policy=nn.Linear(2, 3), lora={"rank": 3})
+    capfd.readouterr()
+    monkeypatch.setattr(ToyBackbone, "num_trained_prompts", 1)
+    go_on(watched, tmp_path / "prompts", prompts={"per_epoch": 1}, sampler={"group_size": 32})
+    assert "prompts.file holds other prompts than before" in capfd.readouterr().out
 
 
 def test_two_processes_cannot_share_a_run_folder(tmp_path: Path) -> None:
