@@ -231,8 +231,18 @@ def terminations_as_interrupts() -> AbstractContextManager[None]:
 def _quiet() -> None:
     """Keep libraries from saying at every start what does not concern a run."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # a file would fill with control characters
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars as well
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _quiet_diffusers() -> None:
+    """As `_quiet` does it for others. Imports diffusers, which every command with a recipe needs."""
+    if not sys.stderr.isatty():
+        from diffusers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -242,7 +252,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with terminations_as_interrupts():
             command = parse_recipe_command(args)
-            return command() if command is not None else app.cli(prog="fastguard", description=__doc__, args=args)
+            if command is None:
+                return app.cli(prog="fastguard", description=__doc__, args=args)
+            _quiet_diffusers()
+            return command()
     except ValueError as error:  # a setting out of range; the message names it
         print(f"fastguard: {error}", file=sys.stderr)
         return 2

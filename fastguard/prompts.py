@@ -9,6 +9,7 @@ import gc
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +142,10 @@ def _encode(
 
     pipe: Any = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype)
     pipe.to(device)
-    for start in tqdm(range(0, len(missing), ENCODE_BATCH), desc="encoding prompts", unit="batch"):
+    starts = tqdm(range(0, len(missing), ENCODE_BATCH), desc="encoding prompts", unit="batch", disable=None)
+    if starts.disable:  # stderr is a file or a pipe
+        starts.write(f"encoding prompts: {len(missing)}", file=sys.stderr)
+    for start in starts:
         part = missing[start : start + ENCODE_BATCH]
         embeds, pooled, _ = pipe.encode_prompt([text for _, text in part], max_sequence_length=max_tokens)
         for i, (file, _) in enumerate(part):

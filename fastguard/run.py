@@ -159,7 +159,11 @@ class RunFolder:
                     self.path / "evaluations.jsonl", lambda row: row["epoch"] < state.epoch or row["epoch"] in evaluated
                 )
             self._bar = tqdm(
-                total=max(self._recipe.run.epochs, state.epoch), initial=state.epoch, desc="training", unit="epoch"
+                total=max(self._recipe.run.epochs, state.epoch),
+                initial=state.epoch,
+                desc="training",
+                unit="epoch",
+                disable=None,
             )
         if self._recipe.run.trackers:
             with _writing(self.path / TRACKED):
@@ -230,6 +234,9 @@ class RunFolder:
             assert self._bar is not None
             self._bar.set_postfix_str(f"reward {log.reward_mean:.4g}", refresh=False)
             self._bar.update()
+            if self._bar.disable:  # stderr is a file or a pipe
+                seconds = sum(log.seconds.values())
+                _say(f"epoch {state.epoch} of {self._bar.total}: reward {log.reward_mean:.4g}, {seconds:.1f} s")
         self._track(log.scalars(), log.epoch)
 
     def evaluated(self, verdict: Verdict) -> None:

@@ -918,14 +918,18 @@ def test_numbers_come_in_many_kinds(result: Any, expected: list[float]) -> None:
 
 
 def test_scores_do_not_change_with_the_rewards_own_buffer() -> None:
-    buffer = torch.zeros(2, dtype=torch.float64)
+    buffer, both = torch.zeros(2, dtype=torch.float64), threading.Event()
 
-    def reused(images: Tensor, *rest: Any) -> Tensor:
-        return buffer.fill_(images.float().mean())
+    def reused(images: Tensor, prompts: Sequence[str], metadata: Any) -> Tensor:
+        buffer.fill_(images.float().mean())
+        if buffer[0] == 2:
+            both.set()
+        return buffer
 
-    with pool_of(reused) as pool:
+    with pool_of(reused, threads=1) as pool:
         for value in (1, 2):
             pool.submit(torch.full((2, 3, 4, 4), value, dtype=torch.uint8), indices(0, 1))
+        assert both.wait(PATIENCE_S)
         assert pool.collect().values.tolist() == [[1.0, 1.0, 2.0, 2.0]]
 
 

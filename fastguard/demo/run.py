@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -76,7 +77,7 @@ def train_all(results: Results, models: Models, workers: int) -> None:
     config = results.config
     tasks: list[Task] = [(objective, seed) for seed in range(config.seeds) for objective in OBJECTIVES]
     start = time.perf_counter()
-    with tqdm(total=len(tasks) * config.train.run.epochs, desc="training runs", unit="it") as bar:
+    with tqdm(total=len(tasks) * config.train.run.epochs, desc="training runs", unit="it", disable=None) as bar:
         tick = _tick(bar)
         if workers == 1:
             runs = run_here(config, models, tasks, tick)
@@ -86,6 +87,8 @@ def train_all(results: Results, models: Models, workers: int) -> None:
             for run in runs:
                 results.runs.append(run)
                 bar.update(config.train.run.epochs - len(run.logs))  # what it saved by reaching its target early
+                if bar.disable:  # stderr is a file or a pipe
+                    bar.write(f"{len(results.runs)} of {len(tasks)} runs: {run.objective}, seed {run.seed}", sys.stderr)
     results.runs.sort(key=lambda run: (run.objective, run.seed))
     results.seconds["training runs"] = time.perf_counter() - start
 
