@@ -6,7 +6,6 @@ that name is whole; its manifest (size and SHA-256 of every file) finds what the
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,10 +20,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastguard.files import writing
 from fastguard.weights import whole
 
 FILE_BYTES = 4 << 30
@@ -98,7 +97,7 @@ class CheckpointFolder:
         """
         path = self.folder / checkpoint_name(epoch)
         aside, replaced = self.folder / f".part-{path.name}", self.folder / f".old-{path.name}"
-        writer = _Writer(self._accelerator.is_main_process)
+        writer = _Writer(path, self._accelerator.is_main_process)
         writer(lambda: aside.mkdir(parents=True))
         writer(lambda: (aside / "trainer.json").write_text(json.dumps(state, indent=1), encoding="utf-8"))
         generators = gather_object([_generators()])
@@ -167,19 +166,20 @@ class _Writer:
     All processes thus reach the same collectives, whatever the disk does.
     """
 
-    def __init__(self, active: bool) -> None:
-        self._active = active
+    def __init__(self, path: Path, active: bool) -> None:
+        self._path, self._active = path, active
         self.failure: Exception | None = None
 
     def __call__(self, operation: Callable[..., Any], *args: Any) -> None:
         if not self._active or self.failure is not None:
             return
         try:
-            operation(*args)
-        except OSError as error:
-            self.failure = _explain(error)
-        except SafetensorError as error:  # safetensors has its own word for it
-            self.failure = _explain(OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)))
+            with writing(
+                self._path,
+                ": the checkpoint was not saved, earlier ones are untouched",
+                "go on with --resume auto (run.keep_last says how many are kept)",
+            ):
+                operation(*args)
         except Exception as error:  # whatever it is, the other processes wait in the next collective
             self.failure = error
 
@@ -242,16 +242,6 @@ def _flush(path: Path) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _explain(error: OSError) -> OSError:
-    if error.errno != errno.ENOSPC:
-        return error
-    return OSError(
-        errno.ENOSPC,
-        "the disk is full: the checkpoint was not saved, earlier ones are untouched. Make room, or lower "
-        "run.keep_last, and go on with --resume auto",
-    )
 
 
 def _generators() -> dict[str, Any]:

@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,9 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from fastguard.config import Recipe, RewardConfig
+from fastguard.files import writing
 from fastguard.recipe import find_recipe, load_recipe, overridden
+from fastguard.signals import ENDING, handled_by
 
 app = SubcommandApp()
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
@@ -155,7 +157,9 @@ def report(run: tyro.conf.Positional[Path]) -> int:
     """
     from fastguard.run_report import write_run_report
 
-    print(write_run_report(run))
+    with writing(run):
+        page = write_run_report(run)
+    print(page)
     return 0
 
 
@@ -217,25 +221,28 @@ def parse_recipe_command(args: Sequence[str]) -> Callable[[], int] | None:
     return command
 
 
-@contextmanager
-def terminations_as_interrupts() -> Iterator[None]:
-    """SIGTERM (kill, timeout, docker stop) and SIGHUP (a closed terminal) end a command as Ctrl-C does: tidily."""
-    changed = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup, for one, has its own idea
-            changed[number] = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, previous in changed.items():
-            signal.signal(number, previous)
+def terminations_as_interrupts() -> AbstractContextManager[None]:
+    """SIGTERM (kill, timeout, docker stop), SIGHUP (a closed terminal) and what schedulers send before the end of a
+    job end a command as Ctrl-C does: tidily. Handlers of the caller's own stay."""
+    unhandled = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    return handled_by(signal.default_int_handler, unhandled)
 
 
 def _quiet() -> None:
     """Keep libraries from saying at every start what does not concern a run."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # a file would fill with control characters
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars as well
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _quiet_diffusers() -> None:
+    """As `_quiet` does it for others. Imports diffusers, which every command with a recipe needs."""
+    if not sys.stderr.isatty():
+        from diffusers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -245,7 +252,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with terminations_as_interrupts():
             command = parse_recipe_command(args)
-            return command() if command is not None else app.cli(prog="fastguard", description=__doc__, args=args)
+            if command is None:
+                return app.cli(prog="fastguard", description=__doc__, args=args)
+            _quiet_diffusers()
+            return command()
     except ValueError as error:  # a setting out of range; the message names it
         print(f"fastguard: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = 3.4e38
+"""Numbers beyond float32, in which losses are computed; products of smaller ones fit into float64."""
+MOST_AT_ONCE = 65_536
+"""Images of a batch or of a group, processes, and ranks of an adapter."""
+MOST_PROMPTS = 1_000_000
+MOST_STEPS = 1000
+"""Denoising steps."""
+
 Objective = Literal["flow_grpo", "grpo_guard", "flow_dppo"]
 Recompute = Literal["none", "pointwise", "mlp", "block"]
 FLUX_LORA_TARGETS = (
@@ -39,6 +48,12 @@ def _require(condition: bool, message: str) -> None:
 def _at_least(low: float, **values: float) -> None:
     for name, value in values.items():
         _require(value >= low, f"{name} must be at least {low:g}, got {value}")
+
+
+def _at_most(high: float, **values: float) -> None:
+    """For values that nobody means when they are this large, and that would hang, or end the run much later."""
+    for name, value in values.items():
+        _require(value <= high, f"{name} must be at most {high:.10g}, got {value}")
 
 
 def recompute_levels(fuse: bool) -> tuple[Recompute, ...]:
@@ -69,6 +84,7 @@ class RunConfig:
         _at_least(0, seed=self.seed, images_every=self.images_every)
         _require(self.seed < 2**32, f"seed must be below 2**32, got {self.seed}")
         _at_least(1, epochs=self.epochs, save_every=self.save_every, keep_last=self.keep_last)
+        _at_most(999_999, epochs=self.epochs)  # six digits in names; evaluations draw from the seeds of later ones
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, height=self.height, width=self.width)
+        _at_most(16_384, height=self.height, width=self.width)
         _at_least(0, guidance=self.guidance)
+        _at_most(1000, guidance=self.guidance)
         _require(
             self.recompute in recompute_levels(self.fuse) or self.recompute == "auto",
             f'recompute = "{self.recompute}" needs fused blocks: set fuse = true, or recompute to auto, none or block',
@@ -122,7 +140,8 @@ class LoraConfig:
     """layers that get an adapter, by the end of their names"""
 
     def __post_init__(self) -> None:
-        _at_least(1, rank=self.rank)
+        _at_least(1, rank=self.rank, alpha=self.alpha)
+        _at_most(MOST_AT_ONCE, rank=self.rank)
         _require(len(self.targets) > 0, "lora.targets must name at least one layer")
 
 
@@ -141,6 +160,8 @@ class PromptsConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, per_epoch=self.per_epoch, max_tokens=self.max_tokens)
+        _at_most(MOST_PROMPTS, per_epoch=self.per_epoch)
+        _at_most(4096, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -180,9 +201,15 @@ class SamplerConfig:
             decode_batch=self.decode_batch,
             window_epochs=self.window_epochs,
         )
+        _at_most(MOST_STEPS, num_steps=self.num_steps)
+        _at_most(MOST_AT_ONCE, batch_size=self.batch_size, decode_batch=self.decode_batch, group_size=self.group_size)
         _at_least(0, window_start=self.window_start, noise_level=self.noise_level)
+        _at_most(100, noise_level=self.noise_level)
         _require(self.group_size >= 2, f"group_size must be at least 2 to compare images, got {self.group_size}")
         _require(self.shift == "auto" or self.shift > 0, f"shift must be positive or auto, got {self.shift}")
+        _require(
+            self.shift == "auto" or 1e-3 <= self.shift <= 1e3, f"shift must lie in [0.001, 1000], got {self.shift}"
+        )
         _require(
             0 <= self.sde_steps <= self.num_steps,
             f"sde_steps must lie in [0, num_steps = {self.num_steps}], got {self.sde_steps}",
@@ -227,6 +254,7 @@ class ObjectiveConfig:
         _require(self.clip_range > 0, f"clip_range must be positive, got {self.clip_range}")
         _require(self.adv_clip > 0, f"adv_clip must be positive, got {self.adv_clip}")
         _at_least(0, kl_weight=self.kl_weight, kl_threshold=self.kl_threshold)
+        _at_most(10**6, kl_weight=self.kl_weight)
 
 
 RewardOption = bool | int | float | str
@@ -267,6 +295,8 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, threads=self.threads)
+        _at_most(256, threads=self.threads)
+        _at_most(10**9, timeout_s=self.timeout_s)  # Python's locks wait no longer than 2**63 nanoseconds
         _require(self.timeout_s > 0, f"timeout_s must be positive, got {self.timeout_s}")
 
 
@@ -311,8 +341,12 @@ class UpdateConfig:
             ema_every=self.ema_every,
             max_bad_updates=self.max_bad_updates,
         )
+        _at_most(MOST_STEPS, inner_epochs=self.inner_epochs)
         _at_least(0, micro_batch=self.micro_batch, parity=self.parity)
         _at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        _at_most(10, learning_rate=self.learning_rate)
+        _at_most(1000, weight_decay=self.weight_decay)
+        _at_most(1, eps=self.eps)
         for name in ("max_grad_norm", "eps"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}")
@@ -351,6 +385,9 @@ class MonitorConfig:
             num_steps=self.num_steps,
             patience=self.patience,
         )
+        _at_most(MOST_PROMPTS, prompts=self.prompts)
+        _at_most(MOST_AT_ONCE, images_per_prompt=self.images_per_prompt)
+        _at_most(MOST_STEPS, num_steps=self.num_steps)
         _require(not self.every or len(self.gold) > 0, "monitor.every needs a reward in [[monitor.gold]]")
 
 
@@ -367,7 +404,9 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, processes=self.processes)
+        _at_most(MOST_AT_ONCE, processes=self.processes)
         _require(self.memory_gb > 0, f"memory_gb must be positive, got {self.memory_gb}")
+        _at_most(10**6, memory_gb=self.memory_gb)
 
 
 @dataclass(frozen=True)
@@ -399,7 +438,7 @@ class Recipe:
     """what it is planned for"""
 
     def __post_init__(self) -> None:
-        self._check_finite()
+        self._check_numbers()
         _require(len(self.rewards) > 0, "a recipe needs at least one [[rewards]] entry")
         labels = [reward.label for reward in self.rewards + self.monitor.gold]
         twice = {label for label in labels if labels.count(label) > 1}
@@ -417,7 +456,8 @@ class Recipe:
                 "which is sharded too",
             )
 
-    def _check_finite(self) -> None:
+    def _check_numbers(self) -> None:
+        """Every number is finite, and of a size that somebody may mean."""
         sections = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rewards"}
         sections |= {f"rewards.{i}": reward for i, reward in enumerate(self.rewards)}
         sections |= {f"monitor.gold.{i}": reward for i, reward in enumerate(self.monitor.gold)}
@@ -425,21 +465,21 @@ class Recipe:
             for f in fields(values):
                 value = getattr(values, f.name)
                 for number in value if isinstance(value, tuple) else (value,):
-                    _require(
-                        not isinstance(number, float) or math.isfinite(number),
-                        f"{section}.{f.name} must be finite, got {value}",
-                    )
+                    if isinstance(number, float):
+                        _require(math.isfinite(number), f"{section}.{f.name} must be finite, got {value}")
+                    if isinstance(number, int | float):
+                        most = LARGEST_FLOAT if isinstance(number, float) else LARGEST_INT
+                        _require(abs(number) <= most, f"{section}.{f.name} must lie in +-{most:.10g}, got {value}")
 
     def _check_divisions(self) -> None:
         """Work divides evenly over processes, batches and minibatches, so that every rank takes the same steps."""
         sampler, processes = self.sampler, self.hardware.processes
-        together = sampler.batch_size * processes
-        _require(
-            self.images_per_epoch % together == 0,
-            f"prompts.per_epoch * sampler.group_size = {self.images_per_epoch} images do not divide into batches of "
-            f"sampler.batch_size = {sampler.batch_size} on hardware.processes = {processes}. "
-            f"Nearest that work: {nearest_divisible(self)}",
-        )
+        if self.images_per_epoch % (sampler.batch_size * processes):
+            raise ValueError(
+                f"prompts.per_epoch * sampler.group_size = {self.images_per_epoch} images do not divide into batches "
+                f"of sampler.batch_size = {sampler.batch_size} on hardware.processes = {processes}. "
+                f"Nearest that work: {nearest_divisible(self)}"
+            )
         pairs = sampler.batch_size * sampler.sde_steps
         _require(
             pairs % self.update.minibatches == 0,
@@ -509,25 +549,29 @@ def _changed(recipe: Recipe, path: str) -> list[str]:
 
 def nearest_divisible(recipe: Recipe) -> str:
     """Settings next to the recipe's that divide its images over processes and batches, in words."""
-    images, sampler, processes = recipe.images_per_epoch, recipe.sampler, recipe.hardware.processes
-    found = []
-    for name, value, works in (
-        ("sampler.batch_size", sampler.batch_size, lambda v: images % (v * processes) == 0),
-        (
-            "sampler.group_size",
-            sampler.group_size,
-            lambda v: v >= 2 and recipe.prompts.per_epoch * v % (sampler.batch_size * processes) == 0,
-        ),
-        (
-            "prompts.per_epoch",
-            recipe.prompts.per_epoch,
-            lambda v: v * sampler.group_size % (sampler.batch_size * processes) == 0,
-        ),
-    ):
-        candidates = [v for v in range(1, 4 * value + processes * sampler.batch_size + 1) if works(v)]
-        if candidates:
-            found.append(f"{name} = {min(candidates, key=lambda v: abs(v - value))}")
-    fewer = [p for p in range(1, processes) if images % (p * sampler.batch_size) == 0]
-    if fewer:
-        found.append(f"hardware.processes = {max(fewer)}")
-    return " or ".join(found)
+    images, processes = recipe.images_per_epoch, recipe.hardware.processes
+    per_epoch, group, batch = recipe.prompts.per_epoch, recipe.sampler.group_size, recipe.sampler.batch_size
+    together = batch * processes
+    groups = _multiples(group, together // math.gcd(together, per_epoch))
+    prompts = _multiples(per_epoch, together // math.gcd(together, group))
+    batches = _divisors(images // processes) if images % processes == 0 else []
+    fewer = [p for p in _divisors(images // batch) if p < processes] if images % batch == 0 else []
+    candidates = (
+        ("sampler.batch_size", batch, batches),
+        ("sampler.group_size", group, [g for g in groups if 2 <= g <= MOST_AT_ONCE]),
+        ("prompts.per_epoch", per_epoch, [p for p in prompts if 1 <= p <= MOST_PROMPTS]),
+        ("hardware.processes", processes, fewer),
+    )
+    nearest = [f"{name} = {min(near, key=lambda v: (abs(v - at), v))}" for name, at, near in candidates if near]
+    return " or ".join(nearest) or "none"
+
+
+def _multiples(near: int, of: int) -> tuple[int, ...]:
+    """Multiples of `of` around a number."""
+    below = near // of * of
+    return below, below + of, below + 2 * of
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return [*small, *(n // d for d in small)]

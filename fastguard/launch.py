@@ -38,23 +38,25 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     """Train as the recipe says, in this process or in all processes of a launch. Returns the exit code."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        log_with=list(recipe.run.trackers),
-        project_dir=recipe.run.dir,
+        log_with=list(recipe.run.trackers) or None,
+        project_dir=recipe.run.dir.absolute(),  # a reward may change the working directory
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     recipe = for_processes(recipe, accelerator.num_processes)
     _check_launch(recipe, accelerator)
-    set_seed(recipe.run.seed)  # the same on every process, for adapters begin with random weights
+    set_seed(recipe.run.seed)
     prompts = gather_prompts(recipe)
     run = RunFolder(recipe, accelerator, resume)
     with accelerator.main_process_first():
         recipe = with_model(recipe)
     recompute: Recompute = broadcast([announce(recipe) if accelerator.is_main_process else "none"], accelerator)[0]
     with ExitStack() as stack:
-        stack.enter_context(run.catching_signals())
         rewards = [(config, build_reward(config)) for config in recipe.rewards]
         gold = [(config, build_reward(config)) for config in recipe.monitor.gold if recipe.monitor.every]
+        # The same on every process, for adapters begin with random weights; rewards may have drawn or seeded meanwhile.
+        set_seed(recipe.run.seed)
         backbone = load_backbone(recipe, prompts, accelerator, recompute)
+        stack.enter_context(run.catching_signals())  # after the rewards, whose libraries may have handlers of their own
         pool = stack.enter_context(RewardPool(rewards, recipe.scoring, backbone.prompts))
         monitor = None
         if recipe.monitor.every:
@@ -63,9 +65,10 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
         train(backbone, recipe, pool, run, accelerator, monitor)
     if accelerator.is_main_process:
         ended = "stopped" if run.was_stopped else "finished"
-        print(f"{ended}; trained weights: {run.checkpoints.all()[0] / 'diffusers'}")
-        print(f"`fastguard report {run.path}` draws the run")
-    accelerator.end_training()
+        newest = recipe.run.dir / "checkpoints" / run.checkpoints.all()[0].name
+        print(f"{ended}; trained weights: {newest / 'diffusers'}")
+        print(f"`fastguard report {recipe.run.dir}` draws the run")
+    run.end()
     return 0
 
 

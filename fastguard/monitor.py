@@ -17,6 +17,8 @@ from torch import Tensor
 from fastguard.advantages import combine_rewards
 from fastguard.backbones import Backbone
 from fastguard.config import Recipe
+from fastguard.prompts import fingerprint
+from fastguard.recipe import as_dict
 from fastguard.rewards import RewardPool
 from fastguard.rewards.collect import collect_scores
 from fastguard.sampler import Policy, evaluation_images, ode_schedule, rollout
@@ -83,6 +85,22 @@ class Monitor:
         self.best = None if state["best"] is None else EvaluationLog(**state["best"])
         self._best_scores, self._falling = state["best_scores"], state["falling"]
 
+    def conditions(self, backbone: Backbone) -> dict[str, Any]:
+        """What the scores of an evaluation depend on besides the weights, as JSON values by field of the recipe.
+
+        Scores under other conditions do not compare: not with the best, and not image by image.
+        """
+        recipe, watched = as_dict(self._recipe), self._recipe.monitor
+        chosen = backbone.prompts[self._first_prompt :][: watched.prompts]
+        return {
+            "monitor": {name: recipe["monitor"][name] for name in ("images_per_prompt", "num_steps")}
+            | {"prompts": f"{watched.prompts} ({fingerprint(chosen)})"},
+            "monitor.gold": [_scored_by(reward) for reward in recipe["monitor"]["gold"]],
+            "rewards": [_scored_by(reward) for reward in recipe["rewards"]],
+            "sampler.shift": recipe["sampler"]["shift"],
+            "model": {name: recipe["model"][name] for name in ("height", "width", "guidance")},
+        }
+
     def has_seen(self, epoch: int) -> bool:
         """Whether the policy after this many epochs was evaluated (before a resume, say)."""
         return bool(self.history) and self.history[-1].epoch == epoch
@@ -148,6 +166,10 @@ class Monitor:
             )
         self.history.append(log)
         return Verdict(log, is_best, hacked and config.on_hacking == "stop", images)
+
+
+def _scored_by(reward: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in reward.items() if name != "name"}
 
 
 def _in_standard_errors(difference: Tensor) -> float:

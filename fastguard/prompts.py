@@ -9,6 +9,7 @@ import gc
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from fastguard.files import read_text
 from fastguard.weights import is_finite, require_finite
 
 ENCODE_BATCH = 16
@@ -33,6 +35,19 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     """further keys of its JSON line, handed to the rewards (the text that an OCR reward looks for, say)"""
 
+    def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            lone = error.object[error.start]
+            raise ValueError(f"the prompt {self.text!r} holds {lone!r}, half of a character; remove it") from None
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Tells lists of prompts apart, by texts and metadata."""
+    content = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a text file (a prompt per line) or a .jsonl file (`{"prompt": "...", ...}` per line), without blank lines.
@@ -42,10 +57,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"there is no prompt file {path}; set prompts.file (or monitor.file)")
     prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut inside JSON strings
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    lines = read_text(path).split("\n")  # splitlines() would also cut inside JSON strings
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -61,11 +73,14 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _from_json(line: str, where: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # besides its own: integers of thousands of digits, nesting
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ValueError(f'{where}: expected an object with a "prompt" string, got {line.strip()[:80]}')
-    return Prompt(entry["prompt"], {key: value for key, value in entry.items() if key != "prompt"})
+    try:
+        return Prompt(entry["prompt"], {key: value for key, value in entry.items() if key != "prompt"})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,8 @@ class EncodedPrompts:
 
 def cache_folder(chosen: Path | None = None) -> Path:
     """The folder of everything that can be made again: as chosen, $FASTGUARD_CACHE, or ~/.cache/fastguard."""
-    return chosen or Path(os.environ.get("FASTGUARD_CACHE", Path.home() / ".cache" / "fastguard"))
+    folder = chosen or Path(os.environ.get("FASTGUARD_CACHE", Path.home() / ".cache" / "fastguard"))
+    return folder.absolute()  # a reward may change the working directory
 
 
 def encode_prompts(
@@ -136,7 +152,10 @@ def _encode(
     pipe.to(device)
     require_finite(pipe.text_encoder, "text_encoder", path)
     require_finite(pipe.text_encoder_2, "text_encoder_2", path)
-    for start in tqdm(range(0, len(missing), ENCODE_BATCH), desc="encoding prompts", unit="batch"):
+    starts = tqdm(range(0, len(missing), ENCODE_BATCH), desc="encoding prompts", unit="batch", disable=None)
+    if starts.disable:  # stderr is a file or a pipe
+        starts.write(f"encoding prompts: {len(missing)}", file=sys.stderr)
+    for start in starts:
         part = missing[start : start + ENCODE_BATCH]
         embeds, pooled, _ = pipe.encode_prompt([text for _, text in part], max_sequence_length=max_tokens)
         for i, (file, text) in enumerate(part):

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from fastguard.config import Recipe
+from fastguard.files import read_text
 
 
 def shipped_recipes() -> Path:
@@ -38,9 +39,10 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises ValueError that names every field that is unknown, of a wrong type, or at odds with another.
     """
+    text = read_text(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # besides its own: integers of thousands of digits, nesting
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for section, name in (("prompts", "file"), ("monitor", "file")):
         value = content.get(section, {}).get(name) if isinstance(content.get(section, {}), dict) else None
@@ -123,12 +125,20 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     """`field: old -> new` for everything that two recipes (as dictionaries) do not share."""
     found = []
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
+        before, after = _by_name(old.get(key), new.get(key))
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found.append(f"{prefix}{key}: {before} -> {after}")
     return found
+
+
+def _by_name(before: Any, after: Any) -> tuple[Any, Any]:
+    """Lists of as many tables as dictionaries of them, by their numbers."""
+    lists = isinstance(before, list) and isinstance(after, list) and len(before) == len(after)
+    if lists and all(isinstance(entry, dict) for entry in before + after):
+        return {str(i): entry for i, entry in enumerate(before)}, {str(i): entry for i, entry in enumerate(after)}
+    return before, after
 
 
 def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:

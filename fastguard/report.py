@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
+
+from fastguard.files import write_text
 
 NAMES = {"flow_grpo": "Flow-GRPO", "grpo_guard": "GRPO-Guard"}
 COLORS = {"flow_grpo": "#D55E00", "grpo_guard": "#0072B2"}
@@ -194,9 +195,7 @@ def write_page(path: Path, title: str, lead: str, sections: list[Section], notic
         body.insert(0, f'<p class="notice" role="status">{html.escape(notice)}</p>')
     body += [_section(section) for section in sections]
     page = _PAGE.format(title=html.escape(title), style=_CSS, body="\n".join(body))
-    temporary = path.with_suffix(".html.part")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, page)
     return path
 
 

@@ -6,7 +6,7 @@ evaluations.jsonl    an `EvaluationLog` per line
 skipped.jsonl        updates that were not finite, and reward failures
 images/              grids: epoch_000010.png (training), evaluation_000010.png
 checkpoints/         see checkpoint.py; each holds diffusers/, for others to load
-tensorboard/         what accelerate's tracker writes
+fastguard/           what TensorBoard's tracker writes
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import os
 import signal
 import sys
 import time
@@ -31,21 +30,26 @@ from tqdm import tqdm
 
 from fastguard.checkpoint import CheckpointFolder, checkpoint_name, read_state, read_tensors, restore_rng, verify
 from fastguard.config import Recipe
+from fastguard.files import write_text, writing
 from fastguard.metrics import EpochLog
 from fastguard.monitor import Verdict
 from fastguard.optim import load_state, state_tensors
+from fastguard.prompts import fingerprint
 from fastguard.recipe import as_dict, differences
 from fastguard.report import save_images
+from fastguard.signals import handled_by
 from fastguard.state import TrainState
-from fastguard.weights import put
+from fastguard.weights import put_all
 
 GRID_IMAGES = 16
+TRACKED = "fastguard"
+"""Name of the run for trackers, and so TensorBoard's folder."""
 SAME_WISH_S = 3.0
 """Seconds after a signal within which another one counts as the same."""
 
 
 class RunFolder:
-    """Implements `state.Run`; a context manager that catches SIGTERM and Ctrl-C.
+    """Implements `state.Run`; `catching_signals` makes SIGTERM, Ctrl-C and their like save and stop the run.
 
     Args:
         resume: "never" refuses a folder that holds checkpoints, "auto" goes on from the newest whole one (or begins,
@@ -55,7 +59,7 @@ class RunFolder:
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, resume: str = "never") -> None:
-        self.path = recipe.run.dir
+        self.path = recipe.run.dir.absolute()  # a reward may change the working directory
         self._recipe, self._accelerator = recipe, accelerator
         self._main = accelerator.is_main_process
         if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
@@ -67,6 +71,7 @@ class RunFolder:
         self._from = self._choose(resume)
         self._saved: int | None = None
         self._best: str | None = None
+        self._idle_monitor: dict[str, Any] = {"monitor": None}
         self._asked_at: float | None = None
         self._bar: tqdm | None = None
 
@@ -75,14 +80,14 @@ class RunFolder:
         if resume == "never":
             if there:
                 raise ValueError(
-                    f"run.dir = {self.path} holds a run ({there[0].name}): go on with --resume auto, or choose another "
-                    "--run.dir"
+                    f"run.dir = {self._recipe.run.dir} holds a run ({there[0].name}): go on with --resume auto, or "
+                    "choose another --run.dir"
                 )
             return None
         if resume == "auto":
             newest = self.checkpoints.newest_whole()
             if not there and self._main:
-                print(f"nothing to resume in {self.path}: beginning anew")
+                print(f"nothing to resume in {self._recipe.run.dir}: beginning anew")
             if newest is None and there:
                 raise ValueError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is whole")
             return newest
@@ -90,13 +95,14 @@ class RunFolder:
         verify(chosen)
         if there and chosen.resolve().parent != self.checkpoints.folder.resolve():
             raise ValueError(
-                f"run.dir = {self.path} holds another run than {chosen}: choose another --run.dir to branch off from it"
+                f"run.dir = {self._recipe.run.dir} holds another run than {chosen}: choose another --run.dir to branch "
+                "off from it"
             )
         return chosen
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Inside, SIGTERM, SIGHUP and Ctrl-C ask the run to save and stop; another Ctrl-C interrupts at once.
+        """Inside, the signals of `signals.ENDING` ask the run to save and stop; another Ctrl-C interrupts at once.
 
         A launcher forwards its signals, and the terminal or the scheduler sends them to every process as well: what
         comes again within seconds is the same wish.
@@ -112,14 +118,12 @@ class RunFolder:
                 name = signal.Signals(number).name
                 print(f"\n{name}: saving at the next safe point; Ctrl-C again stops at once", file=sys.stderr)
 
-        previous = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            if self._bar is not None:
-                self._bar.close()
+        with handled_by(ask):
+            try:
+                yield
+            finally:
+                if self._bar is not None:
+                    self._bar.close()
 
     def stop_requested(self) -> bool:
         if self._accelerator.num_processes == 1:
@@ -141,41 +145,80 @@ class RunFolder:
                 print(f"resuming {self._from} after {content['epoch']} epochs" + "".join(f"\n  {c}" for c in changed))
             self._load(self._from, state)
             self.checkpoints.set_aside_after(state.epoch)
+            if self._main and state.epoch >= self._recipe.run.epochs:
+                print(f"run.epochs = {self._recipe.run.epochs}: all of them are done")
         if self._main:
-            _write(self.path / "recipe.json", json.dumps(recipe, indent=1))
+            with _writing(self.path / "recipe.json") as file:
+                write_text(file, json.dumps(recipe, indent=1))
             # What a killed run logged after its last save will be done, and logged, again.
             _keep(self.path / "metrics.jsonl", lambda row: row["epoch"] < state.epoch)
             _keep(self.path / "skipped.jsonl", lambda row: row["epoch"] < state.epoch)
             if state.monitor is not None:
                 evaluated = {log.epoch for log in state.monitor.history}
-                _keep(self.path / "evaluations.jsonl", lambda row: row["epoch"] in evaluated)
-            self._bar = tqdm(total=self._recipe.run.epochs, initial=state.epoch, desc="training", unit="epoch")
+                _keep(
+                    self.path / "evaluations.jsonl", lambda row: row["epoch"] < state.epoch or row["epoch"] in evaluated
+                )
+            self._bar = tqdm(
+                total=max(self._recipe.run.epochs, state.epoch),
+                initial=state.epoch,
+                desc="training",
+                unit="epoch",
+                disable=None,
+            )
         if self._recipe.run.trackers:
-            self._accelerator.init_trackers("fastguard", config=_flat(recipe))
+            with _writing(self.path / TRACKED):
+                self._accelerator.init_trackers(TRACKED, config=_flat(recipe))
 
     def _load(self, path: Path, state: TrainState) -> None:
         content = read_state(path)
         try:
             load_state(state.optimizer, state.parameters, read_tensors(path, "optimizer"))
-            _put_all(dict(state.parameters), read_tensors(path, "weights"))
+            put_all(state.parameters, read_tensors(path, "weights"))
             if state.average is not None:
-                _put_all(state.average.tensors, read_tensors(path, "average") or read_tensors(path, "weights"))
+                put_all(state.average.tensors, read_tensors(path, "average") or read_tensors(path, "weights"))
         except ValueError as error:
-            raise ValueError(f"checkpoint {path} does not fit this recipe: {error}") from None
+            changed = differences(content["recipe"], as_dict(self._recipe))
+            causes = [c for c in changed if c.startswith(("model.", "lora.", "update.optimizer"))]
+            since = f"; changed since then: {', '.join(causes)}" if causes else ""
+            raise ValueError(f"checkpoint {path} does not fit this recipe: {error}{since}") from None
         state.epoch, state.updates = content["epoch"], content["updates"]
         state.bad_in_a_row = content["bad_in_a_row"]
+        prompts = _trained_prompts(state)
+        if self._main and content.get("trained_prompts", prompts) != prompts:
+            print("  prompts.file holds other prompts than before")
         if content["monitor"] is not None:
             best = content["monitor"]["best"]
-            self._best = None if best is None else checkpoint_name(best["epoch"])  # kept, also without a monitor now
-            if state.monitor is not None:
-                state.monitor.restore(content["monitor"])
+            self._best = None if best is None else checkpoint_name(best["epoch"])  # kept until there is a better one
+        anew = self._restore_monitor(content, state)
         restore_rng(path, self._accelerator)
         if path.resolve().parent == self.checkpoints.folder.resolve():
-            self._saved = state.epoch
+            self._saved = None if anew else state.epoch
         elif self._best != path.name:  # the best stayed in the other run's folder
             self._best = None
             if state.monitor is not None:
                 state.monitor.best = None
+
+    def _restore_monitor(self, content: dict[str, Any], state: TrainState) -> bool:
+        """Give the monitor its history; True if its evaluations begin anew, as earlier ones do not compare."""
+        if state.monitor is None:  # for a resume that turns it on again
+            self._idle_monitor = {name: content.get(name) for name in ("monitor", "monitor_conditions")}
+            return False
+        if content["monitor"] is None:
+            return False
+        now = state.monitor.conditions(state.backbone)
+        changed = differences(content.get("monitor_conditions") or {}, now)
+        if not changed:
+            state.monitor.restore(content["monitor"])
+            return False
+        if self._main:
+            log, earlier = self.path / "evaluations.jsonl", self.path / f"evaluations_until_{state.epoch:06d}.jsonl"
+            print("  the best score begins anew, as evaluations are no longer the same: " + ", ".join(changed))
+            for row in read_rows(log):
+                _append(earlier, row)
+            log.unlink(missing_ok=True)
+            if earlier.exists():
+                print(f"  earlier evaluations are in {earlier.name}")
+        return True
 
     def skipped(self, epoch: int, message: str) -> None:
         if self._main:
@@ -187,20 +230,36 @@ class RunFolder:
         if self._main:
             _append(self.path / "metrics.jsonl", dataclasses.asdict(log))
             if every and log.epoch % every == 0:
-                save_images(self.path / "images" / f"epoch_{log.epoch:06d}.png", images[:GRID_IMAGES])
+                self._save_images(f"epoch_{log.epoch:06d}.png", images)
             assert self._bar is not None
             self._bar.set_postfix_str(f"reward {log.reward_mean:.4g}", refresh=False)
             self._bar.update()
-        self._accelerator.log(log.scalars(), step=log.epoch)
+            if self._bar.disable:  # stderr is a file or a pipe
+                seconds = sum(log.seconds.values())
+                _say(f"epoch {state.epoch} of {self._bar.total}: reward {log.reward_mean:.4g}, {seconds:.1f} s")
+        self._track(log.scalars(), log.epoch)
 
     def evaluated(self, verdict: Verdict) -> None:
         log = verdict.log
         if self._main:
             _append(self.path / "evaluations.jsonl", dataclasses.asdict(log))
-            save_images(self.path / "images" / f"evaluation_{log.epoch:06d}.png", verdict.images[:GRID_IMAGES])
+            self._save_images(f"evaluation_{log.epoch:06d}.png", verdict.images)
             if log.warning:
                 _say(f"warning: {log.warning}")
-        self._accelerator.log({"gold/score": log.gold, "gold/proxy": log.proxy}, step=log.epoch)
+        self._track({"gold/score": log.gold, "gold/proxy": log.proxy}, log.epoch)
+
+    def end(self) -> None:
+        """Write what the trackers still hold; the last call of a run."""
+        with _writing(self.path / TRACKED):
+            self._accelerator.end_training()
+
+    def _save_images(self, name: str, images: Tensor) -> None:
+        with _writing(self.path / "images" / name) as file:
+            save_images(file, images[:GRID_IMAGES])
+
+    def _track(self, values: dict[str, float], epoch: int) -> None:
+        with _writing(self.path / TRACKED):
+            self._accelerator.log(values, step=epoch)
 
     def save(self, state: TrainState) -> None:
         if self._saved == state.epoch:
@@ -213,10 +272,14 @@ class RunFolder:
             "bad_in_a_row": state.bad_in_a_row,
             "prompts_used": state.epoch * self._recipe.prompts.per_epoch,
             "processes": self._accelerator.num_processes,
-            "monitor": None if state.monitor is None else state.monitor.state(),
+            "trained_prompts": _trained_prompts(state),
+            **self._idle_monitor,
             "recipe": as_dict(self._recipe),
             "torch": torch.__version__,
         }
+        if state.monitor is not None:
+            content["monitor"] = state.monitor.state()
+            content["monitor_conditions"] = state.monitor.conditions(state.backbone)
         groups = {
             "weights": state.parameters.items(),
             "average": averages.items(),
@@ -241,23 +304,19 @@ def checkpoint_of(run: Path, which: str) -> Path:
         return checkpoints[-1]
     monitor = read_state(checkpoints[-1])["monitor"]
     if monitor is None or monitor["best"] is None:
-        raise ValueError(f"{run} has no best checkpoint: monitor.every was 0")
+        raise ValueError(
+            f"{run} has no best checkpoint: monitor.every was 0, or nothing was evaluated under the monitor's settings"
+        )
     return run / "checkpoints" / checkpoint_name(monitor["best"]["epoch"])
+
+
+def _trained_prompts(state: TrainState) -> str:
+    return fingerprint(state.backbone.prompts[: state.backbone.num_trained_prompts])
 
 
 def _say(message: str) -> None:
     """A line on stderr that does not tear the progress bar."""
     tqdm.write(message, file=sys.stderr)
-
-
-def _put_all(live: dict[str, Any], saved: dict[str, Tensor]) -> None:
-    if live.keys() != saved.keys():
-        raise ValueError(f"it holds other weights: {sorted(live.keys() ^ saved.keys())[:3]}")
-    for name, tensor in live.items():
-        try:
-            put(tensor, saved[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
 
 
 def _lock(folder: Path) -> Any:
@@ -270,22 +329,23 @@ def _lock(folder: Path) -> Any:
     return handle
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """`files.writing`, in the words of a run."""
+    with writing(path, then="go on with --resume auto"):
+        yield path
+
+
 def _append(file: Path, row: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as lines:
+    with _writing(file), file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    aside = file.with_suffix(".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
 
 
 def _keep(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the rows that are not wanted, and a last line that was cut short."""
     if file.exists():
-        _write(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if wanted(row)))
+        with _writing(file):
+            write_text(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if wanted(row)))
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

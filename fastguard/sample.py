@@ -9,14 +9,15 @@ import torch
 from accelerate import Accelerator
 
 from fastguard.checkpoint import read_state, read_tensors, verify
-from fastguard.config import Recipe
+from fastguard.config import LARGEST_INT, MOST_AT_ONCE, MOST_STEPS, Recipe
+from fastguard.files import writing
 from fastguard.launch import Prompts, gather_prompts, load_backbone, with_model
 from fastguard.prompts import Prompt
 from fastguard.report import save_images
 from fastguard.rewards.images import to_pil
 from fastguard.run import checkpoint_of
 from fastguard.sampler import ode_schedule, rollout, sample_seeds
-from fastguard.weights import put, trained_parameters
+from fastguard.weights import put_all, trained_parameters
 
 
 def sample_recipe(
@@ -31,8 +32,13 @@ def sample_recipe(
         checkpoint: as in `run.checkpoint_of`, or "none" for the model before training.
         steps: denoising steps, all deterministic.
     """
-    if images < 1 or steps < 1:
-        raise ValueError(f"images and steps must be at least 1, got {images} and {steps}")
+    for name, value, least, most in (
+        ("images", images, 1, MOST_AT_ONCE),
+        ("steps", steps, 1, MOST_STEPS),
+        ("seed", seed, 0, LARGEST_INT),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"{name} must lie in [{least}, {most}], got {value}")
     if texts and recipe.model.kind == "digits":
         raise ValueError('model.kind = "digits" draws the ten digits: leave out --prompt')
     recipe = with_model(recipe)
@@ -43,8 +49,10 @@ def sample_recipe(
     accelerator = Accelerator()
     backbone = load_backbone(recipe, prompts, accelerator, recompute="none")
     if weights is not None:
-        for name, parameter in trained_parameters(backbone.policy).items():
-            put(parameter, weights[name])
+        try:
+            put_all(trained_parameters(backbone.policy), weights)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint does not fit this recipe: {error}") from None
     schedule = ode_schedule(steps, recipe.sampler.shift_for(backbone.shift))
     prompt_indices = torch.arange(count, device="cpu").repeat_interleave(images)
     members = torch.arange(images, device="cpu").repeat(count)
@@ -56,10 +64,12 @@ def sample_recipe(
         rolled = rollout(backbone.policy, on_device, seeds[part], backbone.latent_shape, schedule, backbone.dtype)
         drawn.append(backbone.decode(rolled.latents))
     everything = torch.cat(drawn)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(to_pil(everything)):
-        image.save(out / f"prompt{i // images:03d}_{i % images:02d}.png")
-    print(f"{len(everything)} images of {count} prompts: {save_images(out / 'grid.png', everything, columns=images)}")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(to_pil(everything)):
+            image.save(out / f"prompt{i // images:03d}_{i % images:02d}.png")
+        grid = save_images(out / "grid.png", everything, columns=images)
+    print(f"{len(everything)} images of {count} prompts: {grid}")
     return 0
 
 

@@ -6,7 +6,7 @@ file knows the difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -44,6 +44,17 @@ def put(target: Tensor, value: Tensor) -> None:
     if isinstance(target, DTensor):
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)
+
+
+def put_all(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """`put` by name. Raises ValueError, naming the tensors, for other names or shapes."""
+    if targets.keys() != values.keys():
+        raise ValueError(f"it holds other weights: {a_few(sorted(targets.keys() ^ values.keys()))}")
+    for name, target in targets.items():
+        try:
+            put(target, values[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def is_finite(tensor: Tensor) -> Tensor:

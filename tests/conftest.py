@@ -1,6 +1,7 @@
 """Where there is no GPU, kernels run through Triton's interpreter, which must be chosen before triton is imported."""
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -70,6 +71,19 @@ def count_graphs() -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], 
         return backend.frame_count
 
     return count
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_that_arrive() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and one under nohup SIGHUP; processes of tests would inherit that."""
+    from fastguard.signals import ENDING  # not before the interpreter is chosen
+
+    ignored = [n for n in ENDING if signal.getsignal(n) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True)

@@ -175,10 +175,12 @@ def test_flux_on_two_processes_is_flux_on_one(
     assert rows[0][0]["reward_mean"] == rows[1][0]["reward_mean"]
 
 
-def test_a_signal_to_the_whole_group_saves(tmp_path: Path) -> None:
-    """As a scheduler does it: the launcher and every process get the signal, and the launcher forwards it as well."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_saves(tmp_path: Path, number: signal.Signals) -> None:
+    """As a scheduler does it; the launcher, too, gets the signal and forwards it, SIGUSR1 when it is told to."""
     command = [*accelerate(tmp_path, "ddp"), str(TESTS / "toy_run.py"), str(tmp_path / "run"), "50", "--slow", "0.2"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # as docs/training.md has it
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -186,7 +188,7 @@ def test_a_signal_to_the_whole_group_saves(tmp_path: Path) -> None:
     while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     process.wait(timeout=60)
     done = len(read_rows(tmp_path / "run" / "metrics.jsonl"))
     assert checkpoint_of(tmp_path / "run", "newest").name == f"epoch_{done:06d}"

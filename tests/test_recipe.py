@@ -14,6 +14,7 @@ from toys import RECIPE
 from fastguard.cli import RECIPE_COMMANDS, parse_recipe_command
 from fastguard.config import ModelConfig, Recipe, recompute_levels
 from fastguard.launch import gather_prompts
+from fastguard.prompts import read_prompts
 from fastguard.recipe import as_dict, differences, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
 from fastguard.state import for_processes
 
@@ -119,6 +120,86 @@ def test_values_at_odds_or_without_effect_are_refused(tmp_path: Path, text: str,
         load_recipe(written(tmp_path, defaults + text))
 
 
+def numbers(kinds: tuple[type, ...]) -> list[tuple[str, str]]:
+    """(section, field) of every field that takes numbers of these kinds."""
+    sections = {name: kind for name, kind in get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
+    return [
+        (section, name)
+        for section, kind in sections.items()
+        for name, hint in get_type_hints(kind).items()
+        if {hint, *get_args(hint)} & set(kinds)
+    ]
+
+
+def with_value(tmp_path: Path, section: str, field: str, value: str) -> Path:
+    """A recipe with one number, which something reads."""
+    value = f"[{value}, 0.9]" if field == "betas" else value
+    beside = {
+        "window_epochs": 'window = "sliding"\nsde_steps = 4',
+        "kl_threshold": 'name = "flow_dppo"',
+        "ema_every": "ema_decay = 0.5",
+    }.get(field, "every = 3" if section == "monitor" and field != "every" else "")
+    gold = '[[monitor.gold]]\nuse = "ocr"' if section == "monitor" else ""
+    return written(tmp_path, f"[{section}]\n{field} = {value}\n{beside}\n{gold}")
+
+
+@pytest.mark.parametrize("value", [10**30, 2**63, 2**31])
+@pytest.mark.parametrize(("section", "field"), numbers((int,)))
+def test_a_whole_number_that_nobody_means_is_refused_at_once(
+    tmp_path: Path, section: str, field: str, value: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"{field} (must|=)[^\n]*"):
+        load_recipe(with_value(tmp_path, section, field, str(value)))
+
+
+@pytest.mark.parametrize("value", ["1e308", "1e400", "-1e308", "1" + "0" * 400])
+@pytest.mark.parametrize(("section", "field"), numbers((float,)))
+def test_a_number_beyond_float32_is_refused(tmp_path: Path, section: str, field: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field}\b.* (must|should)"):
+        load_recipe(with_value(tmp_path, section, field, value))
+
+
+def test_settings_that_divide_are_found_among_divisors() -> None:
+    """Without a search through billions of images, which prime numbers make the longest."""
+    with pytest.raises(ValueError, match="= 65497 or prompts.per_epoch = 982455 or hardware.processes = 1$"):
+        replace(
+            RECIPE,
+            prompts=replace(RECIPE.prompts, per_epoch=999_983),
+            sampler=replace(RECIPE.sampler, group_size=65_521, batch_size=1),
+            hardware=replace(RECIPE.hardware, processes=65_497),
+        )
+
+
+def test_a_file_that_is_not_utf8_is_told_by_its_line(tmp_path: Path) -> None:
+    for name, content in (
+        ("r.toml", b"[run]\nepochs = 3\n# caf\xe9\n"),
+        ("p.txt", "a cat\ncaf\u00e9\n\n".encode() + b"caf\xe9 again"),
+        ("p.jsonl", b'{"prompt": "a cat"}\n{"prompt": "caf\xe9"}'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        line = content[: content.index(b"\xe9")].count(b"\n") + 1
+        with pytest.raises(ValueError, match=rf"{name}, line {line}: not UTF-8 \(byte 0xe9"):
+            (load_recipe if name == "r.toml" else read_prompts)(tmp_path / name)
+    file = written(tmp_path, "[run]\nepochs = 3")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as some editors begin a file
+    assert load_recipe(file).run.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"prompt": "a \ud800 cat"}', r"line 2: the prompt 'a \\ud800 cat' holds '\\ud800', half of a character"),
+        ('{"prompt": "a cat", "n": ' + "1" * 5000 + "}", "line 2: not JSON: .*4300"),
+        ("[" * 100_000, "line 2: not JSON: .*recursion"),
+    ],
+    ids=["surrogate", "digits", "nesting"],
+)
+def test_a_prompt_line_that_cannot_be_used_is_told_by_its_number(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a dog"}\n' + line)
+    with pytest.raises(ValueError, match=rf"p\.jsonl, {message}"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
 def test_levels_of_recompute_are_those_of_the_blocks(tmp_path: Path) -> None:
     from fastguard.flux.blocks import Recompute
 
@@ -188,6 +269,16 @@ def test_a_recipe_survives_the_way_through_json() -> None:
     assert differences(as_dict(recipe), as_dict(replace(recipe, run=replace(recipe.run, seed=4)))) == [
         "run.seed: 0 -> 4"
     ]
+
+
+def test_differences_between_rewards_are_told_one_by_one() -> None:
+    old = as_dict(load_recipe(find_recipe("digits")))
+    new = as_dict(load_recipe(find_recipe("digits")))
+    new["rewards"][0]["weight"] = 2.0
+    new["monitor"]["gold"][0]["options"]["which"] = "other"
+    assert differences(old, new) == ["monitor.gold.0.options.which: gold -> other", "rewards.0.weight: 1.0 -> 2.0"]
+    new["rewards"].append(new["rewards"][0])
+    assert differences(old, new)[1].startswith("rewards: [{")
 
 
 def test_every_field_has_its_line() -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from fastguard.rewards import BUILT_IN, RewardError, RewardFailure, RewardPool, 
 from fastguard.rewards.images import decode_png, encode_png, to_pil
 from fastguard.rewards.ocr import edit_distance
 from fastguard.rewards.server import RewardServer
+from fastguard.rewards.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60.0  # of waits that end at once unless the code is wrong
@@ -846,11 +848,29 @@ WRONG = [
     (giving(None), r"TypeError: expected 3 numbers \(a tensor, an array or a list\), got NoneType", TypeError),
     (giving(([1.0, 1.0, 1.0], {})), "TypeError: expected 3 numbers .*, got tuple", TypeError),
     (giving(["a", "b", "c"]), "TypeError: expected 3 numbers", TypeError),
+    (giving(torch.tensor([1 + 2j, 3, 4])), "TypeError: expected 3 numbers .*, got Tensor: complex scores", TypeError),
+    (giving(np.array([1 + 2j, 3, 4])), "got ndarray: complex scores have no order", TypeError),
+    (giving([np.complex64(1 + 2j), 3.0, 4.0]), "got list: complex scores have no order", TypeError),
+    (giving([1e308, 1e308, -1e39]), r"scores that are not finite in float32: \['-1e\+39', '1e\+308'\]", type(None)),
     (raising(RuntimeError("out of luck")), "RuntimeError: out of luck", RuntimeError),
     (raising(TimeoutError("its own")), "TimeoutError: its own", TimeoutError),
     (raising(SystemExit(3)), "SystemExit: 3", SystemExit),
 ]
-WRONG_IDS = ["few", "column", "scalar", "none", "tuple", "text", "raises", "raises TimeoutError", "exits"]
+WRONG_IDS = [
+    "few",
+    "column",
+    "scalar",
+    "none",
+    "tuple",
+    "text",
+    "complex tensor",
+    "complex array",
+    "complex list",
+    "huge",
+    "raises",
+    "raises TimeoutError",
+    "exits",
+]
 
 
 @pytest.mark.parametrize(("reward", "reason", "cause"), WRONG, ids=WRONG_IDS)
@@ -878,6 +898,92 @@ def test_a_failure_drops_the_batch(reward: Any, reason: str, cause: type) -> Non
     assert all(re.search(reason, f.reason) for f in scores.failures)
 
 
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ([True, False], [1.0, 0.0]),
+        ([10**30, 1], [1e30, 1.0]),
+        (np.array([2, 1], dtype=np.longdouble), [2.0, 1.0]),
+        (np.arange(2.0)[::-1], [1.0, 0.0]),
+        (torch.ones(2, requires_grad=True) * 2, [2.0, 2.0]),
+        ([torch.ones((), requires_grad=True), 2.0], [1.0, 2.0]),
+        (torch.tensor([0.0, 3.0]).to_sparse(), [0.0, 3.0]),
+    ],
+    ids=["bools", "huge integer", "longdouble", "reversed", "graph", "list on a graph", "sparse"],
+)
+def test_numbers_come_in_many_kinds(result: Any, expected: list[float]) -> None:
+    with pool_of(giving(result)) as pool:
+        pool.submit(noise(2), indices(0, 1))
+        assert pool.collect().values.tolist() == [expected]
+
+
+def test_scores_do_not_change_with_the_rewards_own_buffer() -> None:
+    buffer, both = torch.zeros(2, dtype=torch.float64), threading.Event()
+
+    def reused(images: Tensor, prompts: Sequence[str], metadata: Any) -> Tensor:
+        buffer.fill_(images.float().mean())
+        if buffer[0] == 2:
+            both.set()
+        return buffer
+
+    with pool_of(reused, threads=1) as pool:
+        for value in (1, 2):
+            pool.submit(torch.full((2, 3, 4, 4), value, dtype=torch.uint8), indices(0, 1))
+        assert both.wait(PATIENCE_S)
+        assert pool.collect().values.tolist() == [[1.0, 1.0, 2.0, 2.0]]
+
+
+DISTURBANCES = {
+    "dtype": "torch.set_default_dtype(torch.float64)",
+    "device": "torch.set_default_device('meta')",
+    "grad": "torch.set_grad_enabled(False)",
+    "threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
+    "deterministic": "torch.use_deterministic_algorithms(True)",
+    "matmul": "torch.set_float32_matmul_precision('medium')",
+    "cudnn": "torch.backends.cudnn.benchmark = True",
+    "attention": "torch.backends.cuda.enable_math_sdp(False)",
+    "numpy": "numpy.seterr(all='raise')",
+    "folder": "os.chdir('/')",
+    "deleted folder": "d = tempfile.mkdtemp(); os.chdir(d); os.rmdir(d)",
+}
+
+
+def seen() -> list[Any]:
+    return [get() for get, _ in SETTINGS]
+
+
+@pytest.mark.parametrize("line", DISTURBANCES.values(), ids=DISTURBANCES)
+def test_what_a_reward_sets_while_it_is_built_is_put_back(line: str, user_module: Callable[[str], None]) -> None:
+    user_module(
+        f"import os, tempfile, numpy, torch\n{line}\n"
+        f"class Scorer:\n    def __init__(self):\n        {line}\n    def __call__(self, *batch):\n        return []\n"
+    )
+    before = seen()
+    built("mine:Scorer")
+    assert seen() == before
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in DISTURBANCES if n not in ("device", "grad", "numpy")]  # these belong to the scoring thread
+)  # fmt: skip
+def test_what_a_reward_sets_while_it_scores_is_put_back(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    changed = []
+
+    def reward(images: Tensor, *rest: Any) -> list[float]:
+        before = seen()
+        exec(DISTURBANCES[name], {"os": os, "tempfile": tempfile, "torch": torch})
+        changed.append(seen() != before)
+        return [1.0] * len(images)
+
+    before = seen()
+    with pool_of(reward) as pool:
+        pool.submit(noise(2), indices(0, 1))
+        pool.collect()
+    assert changed == [True]
+    assert seen() == before
+
+
 def test_many_prompts_are_shortened_for_an_exception_and_exact_for_wrong_scores() -> None:
     with pool_of(raising(ValueError("no"))) as pool:
         pool.submit(noise(8), torch.arange(8))
@@ -890,7 +996,7 @@ def test_many_prompts_are_shortened_for_an_exception_and_exact_for_wrong_scores(
         pool.submit(noise(8), indices(0, 1, 2, 3, 4, 4, 5, 5))
         named = ", ".join(f'{i} "prompt number {i}"' for i in (1, 2, 4, 5))
         with pytest.raises(
-            RewardError, match=rf"for prompts {named}: scores that are not finite: \['-inf', 'inf', 'nan'\]"
+            RewardError, match=rf"for prompts {named}: scores that are not finite in float32: \['-inf', 'inf', 'nan'\]"
         ):
             pool.collect()
 
@@ -901,7 +1007,7 @@ def test_a_score_that_is_not_finite_drops_its_image_only() -> None:
         pool.submit(noise(4), indices(0, 0, 1, 2))
         scores = pool.collect()
     assert str(scores.values.tolist()) == str([[1.0, nan, 3.0, nan], [0.0, 0.0, 1.0, 2.0]])
-    reason = "scores that are not finite: ['inf', 'nan']"
+    reason = "scores that are not finite in float32: ['inf', 'nan']"
     assert scores.failures == (
         RewardFailure("reward_0", 0, "prompt number 0", reason),
         RewardFailure("reward_0", 2, "prompt number 2", reason),

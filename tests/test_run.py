@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from toys import RECIPE, ToyBackbone, pool, towards
 
 from fastguard import checkpoint
 from fastguard.checkpoint import CheckpointError, CheckpointFolder, read_state, read_tensors, restore_rng, verify
-from fastguard.run import checkpoint_of, read_rows
+from fastguard.cli import terminations_as_interrupts
+from fastguard.config import MonitorConfig, Recipe, RewardConfig, ScoringConfig
+from fastguard.monitor import Monitor
+from fastguard.rewards.settings import SETTINGS
+from fastguard.run import RunFolder, checkpoint_of, read_rows
+from fastguard.signals import ENDING, handled_by
+from fastguard.trainer import train
 
 TESTS = Path(__file__).parent
 GROUPS = ("weights", "average", "optimizer")
@@ -113,7 +126,7 @@ def test_a_checkpoint_holds_no_pickle_and_a_run_folder_says_everything(undisturb
     assert not torch.equal(average["image.weight"], read_tensors(newest(undisturbed), "weights")["image.weight"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_exits_0_and_the_run_goes_on(tmp_path: Path, undisturbed: Path, number: int) -> None:
     folder = tmp_path / "run"
     process = start(folder, 4, "--slow", "0.15")  # eight batches an epoch, so that the signal falls inside one
@@ -126,6 +139,26 @@ def test_a_signal_saves_exits_0_and_the_run_goes_on(tmp_path: Path, undisturbed:
     assert read_state(newest(folder))["epoch"] < 4
     finish(folder, 4, "--resume", "auto")
     assert_same_end(folder, undisturbed)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_every_signal_that_asks_to_end_is_heard_unless_it_is_ignored(tmp_path: Path, number: signal.Signals) -> None:
+    """As SIGHUP is under nohup, and SIGINT in a shell's background job."""
+    run = RunFolder(toy(tmp_path), Accelerator(cpu=True))
+    with handled_by(signal.SIG_IGN, [number]), run.catching_signals():
+        signal.raise_signal(number)
+        assert not run.was_stopped
+    with run.catching_signals():
+        signal.raise_signal(number)
+        assert run.was_stopped
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_every_such_signal_ends_other_commands_as_ctrl_c_does(number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt), terminations_as_interrupts():
+        signal.raise_signal(number)
+    with handled_by(signal.SIG_IGN, [number]), terminations_as_interrupts():
+        signal.raise_signal(number)
 
 
 def kill_and_compare(folder: Path, reference: Path, epochs: int, kills: int, seed: int) -> None:
@@ -217,6 +250,142 @@ def test_a_run_folder_is_not_overwritten_by_mistake(undisturbed: Path) -> None:
     )
 
 
+def in_process(
+    recipe: Recipe, reward: Callable[..., Any] = towards, resume: str = "never", policy: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """Train the toy in this process; returns the rows of its metrics without times."""
+    accelerator = Accelerator(cpu=True, log_with=list(recipe.run.trackers) or None, project_dir=recipe.run.dir)
+    set_seed(recipe.run.seed)
+    backbone = ToyBackbone(policy)
+    run = RunFolder(recipe, accelerator, resume)
+    gold = [towards] * len(recipe.monitor.gold)
+    with (
+        run.catching_signals(),
+        pool(recipe, backbone, reward) as rewards,
+        pool(recipe, backbone, reward, gold) as all_,
+    ):
+        monitor = Monitor(recipe, all_, 0) if recipe.monitor.every else None
+        train(backbone, recipe, rewards, run, accelerator, monitor)
+    run._lock.close()  # which a process does by its end
+    rows = read_rows(run.path / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
+
+
+def toy(folder: str | Path, **sections: dict[str, Any]) -> Recipe:
+    """The toy's recipe for a folder, with other values of some fields."""
+    recipe = replace(RECIPE, run=replace(RECIPE.run, dir=Path(folder), epochs=2, save_every=1))
+    return replace(recipe, **{name: replace(getattr(recipe, name), **values) for name, values in sections.items()})
+
+
+MONITOR = MonitorConfig(every=1, prompts=2, images_per_prompt=3, num_steps=4, gold=(RewardConfig("g"),))
+
+
+def test_a_reward_that_changes_the_process_leaves_the_run_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative folders, torch's defaults and the global generators: the run reads none of them when it needs them."""
+    monkeypatch.chdir(tmp_path)
+    expected = in_process(toy("kind"))
+    before = [get() for get, _ in SETTINGS]
+
+    def hostile(images: Tensor, *rest: Any) -> Tensor:
+        scores = towards(images, *rest)
+        os.chdir("/")
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True)
+        for seed in (torch.manual_seed, random.seed):
+            seed(0)
+        return scores
+
+    assert in_process(toy("hostile"), hostile) == expected
+    assert [get() for get, _ in SETTINGS] == before
+    assert json.loads((tmp_path / "hostile" / "recipe.json").read_text())["run"]["dir"] == "hostile"  # as it was said
+
+
+def test_a_run_keeps_its_folder_when_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(toy("run"), Accelerator(cpu=True))
+    monkeypatch.chdir("/")
+    run.skipped(3, "a message")
+    assert read_rows(tmp_path / "run" / "skipped.jsonl") == [{"epoch": 3, "message": "a message"}]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Two epochs with a monitor, for tests that resume copies of them."""
+    recipe = replace(toy(tmp_path_factory.mktemp("runs") / "watched"), monitor=MONITOR)
+    in_process(recipe)
+    return recipe
+
+
+def go_on(watched: Recipe, folder: Path, policy: nn.Module | None = None, **sections: dict[str, Any]) -> None:
+    """Two more epochs of a copy in `folder`, with other values of some fields."""
+    if not folder.exists():
+        shutil.copytree(watched.run.dir, folder)
+    recipe = replace(watched, run=replace(watched.run, dir=folder, epochs=4))
+    in_process(
+        replace(recipe, **{name: replace(getattr(recipe, name), **values) for name, values in sections.items()}),
+        resume="auto",
+        policy=policy,
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"monitor": {"prompts": 1}},
+        {"monitor": {"images_per_prompt": 2}},
+        {"monitor": {"num_steps": 3}},
+        {"monitor": {"gold": (RewardConfig("g", weight=0.5),)}},
+        {"monitor": {"gold": (RewardConfig("g"), RewardConfig("h"))}},
+        {"sampler": {"shift": 2.0}},
+    ],
+    ids=str,
+)
+def test_a_resume_with_other_evaluations_begins_their_best_anew(
+    tmp_path: Path, watched: Recipe, changed: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    go_on(watched, folder, **changed)
+    said = capfd.readouterr().out
+    ((section, values),) = changed.items()
+    assert re.search(rf"the best score begins anew, .*: {section}\.{next(iter(values))}", said)
+    assert "earlier evaluations are in evaluations_until_000002.jsonl" in said
+    assert [row["epoch"] for row in read_rows(folder / "evaluations_until_000002.jsonl")] == [0, 1, 2]
+    assert [row["epoch"] for row in read_rows(folder / "evaluations.jsonl")] == [2, 3, 4]
+    assert [row["epoch"] for row in read_state(newest(folder))["monitor"]["history"]] == [2, 3, 4]
+    go_on(watched, folder, run={"epochs": 5}, **changed)  # and once more, with nothing new
+    assert "begins anew" not in capfd.readouterr().out
+    assert [row["epoch"] for row in read_rows(folder / "evaluations.jsonl")] == [2, 3, 4, 5]
+
+
+def test_what_does_not_change_evaluations_keeps_their_best(
+    tmp_path: Path, watched: Recipe, capfd: pytest.CaptureFixture[str]
+) -> None:
+    go_on(watched, tmp_path / "run", monitor={"every": 0})
+    go_on(watched, tmp_path / "run", monitor={"every": 1, "patience": 1}, run={"epochs": 5})  # on again
+    assert "begins anew" not in capfd.readouterr().out
+    monitor = read_state(newest(tmp_path / "run"))["monitor"]
+    assert [row["epoch"] for row in monitor["history"]] == [0, 1, 2, 4, 5]
+    assert [row["epoch"] for row in read_rows(tmp_path / "run" / "evaluations.jsonl")] == [0, 1, 2, 4, 5]
+
+
+def test_a_resume_says_what_else_changed(
+    tmp_path: Path, watched: Recipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    go_on(watched, tmp_path / "shorter", run={"epochs": 1})
+    assert "run.epochs = 1: all of them are done" in capfd.readouterr().out
+    with pytest.raises(ValueError, match=r"epoch_000002 does not fit this recipe: .*lora\.rank: 64 -> 3$"):
+        go_on(watched, tmp_path / "other", policy=nn.Linear(2, 3), lora={"rank": 3})
+    capfd.readouterr()
+    monkeypatch.setattr(ToyBackbone, "num_trained_prompts", 1)
+    go_on(watched, tmp_path / "prompts", prompts={"per_epoch": 1}, sampler={"group_size": 32})
+    assert "prompts.file holds other prompts than before" in capfd.readouterr().out
+
+
 def test_two_processes_cannot_share_a_run_folder(tmp_path: Path) -> None:
     process = start(tmp_path / "run", 50, "--slow", "0.1")
     try:
@@ -260,6 +429,55 @@ def test_a_full_disk_keeps_the_old_checkpoint(
         save_once(folder, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["epoch_000001"]
     verify(tmp_path / "epoch_000001")
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_written_names_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    folder = CheckpointFolder(tmp_path, Accelerator(cpu=True))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    with pytest.raises(OSError, match=r"epoch_000002: .*: the checkpoint was not saved.*--resume auto") as caught:
+        save_once(folder, 2)
+    assert caught.value.errno == number
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "recipe.json.part", "metrics.jsonl", "evaluations.jsonl", "skipped.jsonl", "images/epoch_000000.png",
+        "images/evaluation_000000.png",
+    ],
+)  # fmt: skip
+def test_a_full_disk_names_the_file_and_what_to_do(tmp_path: Path, name: str) -> None:
+    """/dev/full lets itself be opened, and takes no byte."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    if name == "recipe.json.part":
+        file.symlink_to("/dev/full")
+    recipe = replace(
+        toy(tmp_path, run={"images_every": 1}), monitor=MONITOR, scoring=ScoringConfig(1, on_failure="drop_group")
+    )
+
+    def half(images: Tensor, prompts: Sequence[str], metadata: Any) -> Tensor:
+        if not file.is_symlink():  # once the run has read what is there
+            file.symlink_to("/dev/full")
+        return towards(images, prompts, metadata).where(torch.tensor([p == "light" for p in prompts]), torch.nan)
+
+    message = f"{name.removesuffix('.part')}: the disk is full. Make room, and go on with --resume auto"
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / message))) as caught:
+        in_process(recipe, half)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_folder_that_tensorboard_cannot_have_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fastguard").write_text("in the way")
+    with pytest.raises(OSError, match=r"/fastguard: .*\. Mend that, and go on with --resume auto"):
+        in_process(toy(tmp_path, run={"trackers": ("tensorboard",)}))
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:

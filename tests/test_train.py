@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +27,11 @@ def fastguard(cache: Path, *args: str, code: int = 0, cwd: Path = ROOT) -> str:
 
     result = subprocess.run(
         [sys.executable, "-m", "fastguard.cli", *args],
-        capture_output=True, text=True, timeout=300, check=False, cwd=cwd,
-        env={**os.environ, "FASTGUARD_CACHE": str(cache)},
+        capture_output=True, timeout=300, check=False, cwd=cwd, env={**os.environ, "FASTGUARD_CACHE": str(cache)},
     )  # fmt: skip
-    assert result.returncode == code, result.stderr[-3000:]
-    return result.stdout + result.stderr
+    said = (result.stdout + result.stderr).decode()  # not as text, which turns carriage returns into line ends
+    assert result.returncode == code, said[-3000:]
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,15 @@ def test_it_says_what_follows_before_any_weight_is_loaded(tiny: tuple[Path, str]
         "GiB per GPU; fits",
     ):
         assert line in said
-    assert said.index("images per epoch") < said.index("encoding prompts") < said.index("training")
+    assert said.index("images per epoch") < said.index("encoding prompts") < said.index("epoch 1 of 12")
+
+
+def test_a_file_or_pipe_gets_a_line_an_epoch_and_no_control_characters(tiny: tuple[Path, str]) -> None:
+    folder, said = tiny
+    assert not set(said) & {"\r", "\x1b", "\b"}
+    rows = read_rows(folder / "metrics.jsonl")[:12]
+    lines = re.findall(r"^epoch (\d+) of 12: reward (\S+), \d+\.\d s$", said, re.MULTILINE)
+    assert lines == [(str(row["epoch"] + 1), f"{row['reward_mean']:.4g}") for row in rows]
 
 
 def test_the_reward_rises_over_its_own_noise(tiny: tuple[Path, str]) -> None:
@@ -121,7 +130,9 @@ def test_a_run_goes_on(tiny: tuple[Path, str], cache: Path) -> None:
 def test_ones_own_reward_from_the_working_directory(cache: Path, tmp_path: Path) -> None:
     """The tutorial's way: a Python file beside the recipe, prompts with metadata, three lines of TOML."""
     (tmp_path / "my_reward.py").write_text(
+        "import os, tempfile\n"
         "def blue(images, prompts, metadata):\n"
+        "    os.chdir(tempfile.gettempdir())\n"  # as careless ones do: the run's own files are where they were
         "    assert all(p.startswith('a ') for p in prompts) and all(m['shade'] for m in metadata)\n"
         "    return images[:, 2].float().mean((1, 2)) - images[:, :2].float().mean((1, 2, 3))\n"
     )

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastguard.files import writing
 from fastguard.prompts import cache_folder
 
 RECIPE = 1
@@ -44,7 +45,7 @@ def load_or_train(module: nn.Module, name: str, settings: Any, fit: Callable[[],
             module.load_state_dict(weights)
             return True
     fit()
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    with writing(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         file = Path(scratch) / path.name
         save_file({k: v.contiguous().cpu() for k, v in module.state_dict().items()}, file)
         file.replace(path)

@@ -73,6 +73,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if self.seeds > 1000:
+            raise ValueError(f"seeds must be at most 1000, got {self.seeds}")
         if self.eval_samples % self.train.prompts.per_epoch:
             raise ValueError(
                 f"eval_samples must be a multiple of train.prompts.per_epoch = {self.train.prompts.per_epoch}, "

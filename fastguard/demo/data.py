@@ -92,7 +92,7 @@ def fit_gold(classifier: nn.Module, digits: Digits, config: ClassifierConfig) ->
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.gold_steps)
     rng = np.random.default_rng(config.seed)
-    for _ in tqdm(range(config.gold_steps), desc="gold classifier", leave=False):
+    for _ in tqdm(range(config.gold_steps), desc="gold classifier", leave=False, disable=None):
         index = torch.from_numpy(rng.integers(len(images), size=64)).to(images.device)
         shift = rng.integers(-6, 7, size=2).tolist()
         noise = torch.from_numpy(rng.standard_normal((64, 1, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32))

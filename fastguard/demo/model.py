@@ -101,7 +101,7 @@ def pretrain(policy: DigitPolicy, digits: Digits, config: PretrainConfig) -> Non
     )
     # Draws on the host: the same batches and noise on every device.
     generator = torch.Generator().manual_seed(config.seed)
-    progress = tqdm(range(config.steps), desc="pretraining")
+    progress = tqdm(range(config.steps), desc="pretraining", disable=None)
     for step in progress:
         index = torch.randint(len(tokens), (config.batch_size,), generator=generator).to(device)
         t = torch.rand(config.batch_size, generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -19,6 +20,7 @@ from fastguard.demo.config import DemoConfig
 from fastguard.demo.experiment import OBJECTIVES, Results, look, measure_reference
 from fastguard.demo.page import PICTURE_KINDS, write_demo_page
 from fastguard.demo.workers import Task, run_here, run_in_workers
+from fastguard.files import write_text, writing
 from fastguard.report import write_page
 
 INTERRUPTED = 130
@@ -37,8 +39,8 @@ def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if workers is None:
         workers = 1 if device.type == "cuda" else min(2, os.cpu_count() or 1)
-    if workers < 1 or (workers > 1 and device.type == "cuda"):
-        raise ValueError(f"workers must be 1 on a GPU and at least 1 elsewhere, got {workers}")
+    if not 1 <= workers <= (1 if device.type == "cuda" else 256):
+        raise ValueError(f"workers must be 1 on a GPU and lie in [1, 256] elsewhere, got {workers}")
     out.mkdir(parents=True, exist_ok=True)
     results: Results | None = None
     start = time.perf_counter()
@@ -55,13 +57,15 @@ def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
         train_all(results, models, workers)
         results.seconds["all"] = time.perf_counter() - start
     except KeyboardInterrupt:
-        report = write_partial(results, out)
+        with writing(out):
+            report = write_partial(results, out)
         finished = len(results.runs) if results is not None else 0
         print(f"\ninterrupted: {finished} of {2 * config.seeds} runs were finished, see {report}")
         return INTERRUPTED
-    clear(out)
-    write_numbers(results, out)
-    report = write_demo_page(results, out, partial=False)
+    with writing(out):
+        clear(out)
+        write_numbers(results, out)
+        report = write_demo_page(results, out, partial=False)
     for point in text.short_text(results):
         print(f"- {point}")
     print(f"{results.seconds['all']:.0f} s in all; report: {report.resolve()}")
@@ -73,7 +77,7 @@ def train_all(results: Results, models: Models, workers: int) -> None:
     config = results.config
     tasks: list[Task] = [(objective, seed) for seed in range(config.seeds) for objective in OBJECTIVES]
     start = time.perf_counter()
-    with tqdm(total=len(tasks) * config.train.run.epochs, desc="training runs", unit="it") as bar:
+    with tqdm(total=len(tasks) * config.train.run.epochs, desc="training runs", unit="it", disable=None) as bar:
         tick = _tick(bar)
         if workers == 1:
             runs = run_here(config, models, tasks, tick)
@@ -83,6 +87,8 @@ def train_all(results: Results, models: Models, workers: int) -> None:
             for run in runs:
                 results.runs.append(run)
                 bar.update(config.train.run.epochs - len(run.logs))  # what it saved by reaching its target early
+                if bar.disable:  # stderr is a file or a pipe
+                    bar.write(f"{len(results.runs)} of {len(tasks)} runs: {run.objective}, seed {run.seed}", sys.stderr)
     results.runs.sort(key=lambda run: (run.objective, run.seed))
     results.seconds["training runs"] = time.perf_counter() - start
 
@@ -133,4 +139,4 @@ def write_numbers(results: Results, out: Path) -> None:
         "runs": runs,
         "seconds": results.seconds,
     }
-    (out / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_text(out / "results.json", json.dumps(content, indent=1))

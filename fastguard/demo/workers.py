@@ -8,8 +8,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from multiprocessing import connection
 from typing import Any
 
@@ -19,7 +18,10 @@ from fastguard.config import Objective
 from fastguard.demo.backbone import Models, prepare
 from fastguard.demo.config import DemoConfig
 from fastguard.demo.experiment import Run, run_one
+from fastguard.signals import ENDING, handled_by
 
+FOR_THE_PARENT = [number for number in ENDING if number != signal.SIGTERM]
+"""Signals that workers leave to their parent, which ends them by SIGTERM."""
 Task = tuple[Objective, int]
 Tick = Callable[[Task, float], None]
 """called after each iteration with the run and its proxy reward"""
@@ -38,8 +40,9 @@ def run_here(config: DemoConfig, models: Models, tasks: list[Task], tick: Tick) 
 def run_in_workers(config: DemoConfig, tasks: list[Task], workers: int, tick: Tick) -> Generator[Run, None, None]:
     """`workers` CPU processes of one thread each take the tasks in order; runs arrive as they finish.
 
-    The models must be in the cache already: every worker loads them from there. Workers ignore Ctrl-C, which
-    reaches the whole process group; closing the generator (as a KeyboardInterrupt here does) ends them.
+    The models must be in the cache already: every worker loads them from there. Workers ignore Ctrl-C and what a
+    scheduler sends, which reach the whole process group; closing the generator (as a KeyboardInterrupt here does)
+    ends them.
     """
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
@@ -47,7 +50,7 @@ def run_in_workers(config: DemoConfig, tasks: list[Task], workers: int, tick: Ti
         todo.put(item)
     processes = [context.Process(target=_work, args=(config, todo, done), daemon=True) for _ in range(workers)]
     try:
-        with _ignore_interrupts():  # inherited by the children from their first instruction
+        with handled_by(signal.SIG_IGN, FOR_THE_PARENT):  # inherited by the children from their first instruction
             for process in processes:
                 process.start()
         remaining = len(tasks)
@@ -101,12 +104,3 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _ignore_interrupts() -> Iterator[None]:
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastguard.config import RewardConfig
 from fastguard.rewards.base import Reward
+from fastguard.rewards.settings import keep_settings
 
 BUILT_IN = {
     "aesthetic": "fastguard.rewards.clip:AestheticScore",
@@ -29,10 +30,19 @@ def build_reward(config: RewardConfig) -> Reward:
     """Make the reward that `config.use` names, with `config.options` as its keyword arguments.
 
     A class is built with the options; a function gets them with every call. The working directory can be imported
-    from, as with `python -m`. Build rewards in the main thread, after the process has chosen its GPU.
+    from, as with `python -m`. Build rewards in the main thread, after the process has chosen its GPU. Settings of the
+    process (torch's default dtype, the working directory, ...) are afterwards what they were.
 
     Raises ValueError for an unknown name, a module or attribute that is not there, and options that do not fit.
     """
+    put_back = keep_settings()
+    try:
+        return _build(config)
+    finally:
+        put_back()
+
+
+def _build(config: RewardConfig) -> Reward:
     target, options = _target(config), config.options
     if isinstance(target, type | _Client):
         _check_options(config, target, call_arguments=0)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fastguard.config import RewardConfig, ScoringConfig
-from fastguard.rewards.base import Reward, RewardError, call_reward
+from fastguard.rewards.base import Reward, RewardError, call_reward, usable
+from fastguard.rewards.settings import keep_settings
 
 if TYPE_CHECKING:  # a reward server has no need of what encodes prompts
     from fastguard.prompts import Prompt
@@ -79,6 +80,7 @@ class RewardPool:
         self._scoring = scoring
         self._prompts = prompts
         self._pending: list[_Batch] = []
+        self._put_back = keep_settings()
         self._threads = _Threads(scoring.threads)
 
     def __enter__(self) -> RewardPool:
@@ -131,7 +133,8 @@ class RewardPool:
 
         `scoring.timeout_s` counts from here on, anew for each call that is waited for. As calls start in the order in
         which they are waited for, that call runs during the whole wait: time in the queue does not count. A call that
-        is given up is left to itself, and its thread replaced.
+        is given up is left to itself, and its thread replaced. Settings of the process that calls have changed are put
+        back to what they were when the pool was made.
 
         Raises RewardError with scoring.on_failure = "stop" at the first reward that raised, took too long, or gave a
         wrong number of scores or one that is not finite; what is pending is then cancelled, as it is by Ctrl-C.
@@ -147,6 +150,7 @@ class RewardPool:
                 columns.append(rows)
         finally:
             self._cancel()
+            self._put_back()
         return Scores(torch.cat(columns, dim=1), tuple(failures))
 
     def _finish(self, label: str, batch: _Batch, call: Future[Tensor], failures: list[RewardFailure]) -> Tensor:
@@ -162,8 +166,10 @@ class RewardPool:
             reason = f"{type(error).__name__}: {error}"
         else:
             scores = call.result()
-            reason = f"scores that are not finite: {sorted({str(s) for s in scores.tolist()} & {'nan', 'inf', '-inf'})}"
-        bad = ~torch.isfinite(scores)
+            reason = (
+                f"scores that are not finite in float32: {sorted({str(s) for s in scores[~usable(scores)].tolist()})}"
+            )
+        bad = ~usable(scores)
         concerned = sorted({batch.prompt_indices[i] for i in torch.nonzero(bad).flatten().tolist()})
         if concerned and self._scoring.on_failure == "stop":
             exact = bool(done) and error is None

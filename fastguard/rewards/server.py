@@ -73,7 +73,12 @@ def serve(reward: Reward, host: str = "127.0.0.1", port: int = 8000, *, name: st
 
 
 def run_server(config: RewardConfig, host: str = "127.0.0.1", port: int = 8000) -> int:
-    """Build the reward and serve it until Ctrl-C (KeyboardInterrupt); returns the exit code 0."""
+    """Build the reward and serve it until Ctrl-C (KeyboardInterrupt); returns the exit code 0.
+
+    Raises ValueError for a port that cannot be.
+    """
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"port must lie in [0, 65535], got {port}")
     reward = build_reward(config)
     try:
         serve(reward, host, port, name=config.label)
