@@ -56,7 +56,7 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
         # The same on every process, for adapters begin with random weights; rewards may have drawn or seeded meanwhile.
         set_seed(recipe.run.seed)
         backbone = load_backbone(recipe, prompts, accelerator, recompute)
-        stack.enter_context(run.catching_signals())  # after the rewards, whose libraries may have handlers of their own
+        stack.enter_context(run.catching_signals())  # until here there is nothing to save
         pool = stack.enter_context(RewardPool(rewards, recipe.scoring, backbone.prompts))
         monitor = None
         if recipe.monitor.every:

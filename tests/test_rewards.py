@@ -943,6 +943,7 @@ DISTURBANCES = {
     "cudnn": "torch.backends.cudnn.benchmark = True",
     "attention": "torch.backends.cuda.enable_math_sdp(False)",
     "numpy": "numpy.seterr(all='raise')",
+    "signals": "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)",
     "folder": "os.chdir('/')",
     "deleted folder": "d = tempfile.mkdtemp(); os.chdir(d); os.rmdir(d)",
 }
@@ -963,9 +964,10 @@ def test_what_a_reward_sets_while_it_is_built_is_put_back(line: str, user_module
     assert seen() == before
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in DISTURBANCES if n not in ("device", "grad", "numpy")]  # these belong to the scoring thread
-)  # fmt: skip
+OF_A_THREAD = ("device", "grad", "numpy", "signals")  # of the scoring one, whose own they stay
+
+
+@pytest.mark.parametrize("name", [name for name in DISTURBANCES if name not in OF_A_THREAD])
 def test_what_a_reward_sets_while_it_scores_is_put_back(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     changed = []

@@ -149,6 +149,34 @@ def test_ones_own_reward_from_the_working_directory(cache: Path, tmp_path: Path)
     assert rows[-1]["reward_mean"] > rows[0]["reward_mean"]
 
 
+def test_a_reward_that_changes_the_process_while_it_is_built_changes_nothing(
+    tiny: tuple[Path, str], cache: Path, tmp_path: Path
+) -> None:
+    """The same weights to begin with, and the same updates of them."""
+    (tmp_path / "hostile.py").write_text(
+        "import os, random, signal, tempfile, numpy, torch\n"
+        "from fastguard.rewards.jpeg import JpegCompressibility\n"
+        "class Hostile(JpegCompressibility):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        os.chdir(tempfile.gettempdir())\n"
+        "        torch.manual_seed(7), random.seed(7), numpy.random.seed(7)\n"
+        "        torch.set_default_dtype(torch.float64), torch.set_default_device('meta')\n"
+        "        torch.set_grad_enabled(False), torch.use_deterministic_algorithms(True)\n"
+        "        signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+    )
+    recipe = (ROOT / "recipes" / "flux_tiny.toml").read_text()
+    recipe = recipe.replace('file = "prompts.txt"', f'file = "{ROOT / "recipes" / "prompts.txt"}"')
+    hostile = '[[rewards]]\nuse = "hostile:Hostile"\nname = "jpeg_compressibility"'
+    recipe = recipe.replace('[[rewards]]\nuse = "jpeg_compressibility"', hostile)
+    (tmp_path / "mine.toml").write_text(recipe)
+    fastguard(cache, "train", "mine.toml", "--run.dir", "run", "--run.epochs", "1", cwd=tmp_path)
+    rows = [read_rows(folder / "metrics.jsonl")[0] for folder in (tmp_path / "run", tiny[0])]
+    for row in rows:
+        del row["seconds"], row["images_per_s"]
+    assert rows[0] == rows[1]
+
+
 def test_mistakes_end_in_one_line(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
         (["train", "flux_tiny", "--run.trackers", "wandb"], "pip install wandb"),

@@ -8,11 +8,14 @@ two, rewards run beside the rollout and share the settings with it.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+
+from fastguard.signals import ENDING
 
 
 def keep_settings() -> Callable[[], None]:
@@ -43,6 +46,12 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+def _handle(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None:  # None: not one of Python's
+            signal.signal(number, handler)
+
+
 def _matmul_precision() -> str:
     """What torch.set_float32_matmul_precision leaves alone: torch has two switches for one thing."""
     precision = torch.backends.cuda.matmul.fp32_precision
@@ -68,6 +77,8 @@ SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (lambda: {number: signal.getsignal(number) for number in ENDING}, _handle),
     (np.geterr, lambda value: np.seterr(**value)),
 ]
-"""(get, put) of each; what belongs to a thread (grad mode, device, numpy's errors) matters when a reward is built."""
+"""(get, put) of each; what belongs to a thread (grad mode, device, signals, numpy's errors) matters while a reward is
+built."""
