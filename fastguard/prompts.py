@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from fastguard.files import read_text
+from fastguard.files import read_text, writing
 from fastguard.weights import is_finite, require_finite
 
 ENCODE_BATCH = 16
@@ -167,8 +167,9 @@ def _encode(
                     )
             # Aside and renamed: a killed run leaves no half file.
             aside = file.with_suffix(f".{os.getpid()}.part")
-            save_file({"embeds": embeds[i].cpu().contiguous(), "pooled": pooled[i].cpu().contiguous()}, aside)
-            os.replace(aside, file)
+            with writing(file, then="start again, or choose another prompts.cache"):
+                save_file({"embeds": embeds[i].cpu().contiguous(), "pooled": pooled[i].cpu().contiguous()}, aside)
+                os.replace(aside, file)
     del pipe
     gc.collect()
     if device.type == "cuda":

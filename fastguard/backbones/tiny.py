@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from fastguard.files import writing
+
 TEXT_DIM = 32
 
 
@@ -23,8 +26,9 @@ def make_tiny_flux(folder: Path, seed: int = 0) -> Path:
     """Write the pipeline to `folder`, all or nothing; leaves one that is there as it is. Returns the folder."""
     if (folder / "model_index.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with writing(folder, then="start again, or choose another prompts.cache"), ExitStack() as stack:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _pipeline().save_pretrained(Path(scratch) / "tiny")
