@@ -97,7 +97,7 @@ def refuse_double_backward(what: str) -> None:
 
 def refuse_transforms(what: str) -> None:
     """PyTorch's own message would ask the user to write a `setup_context` for our Functions."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{what} cannot run inside a transform of torch.func (grad, vmap, jvp and the like); differentiate it with "
             "loss.backward() or torch.autograd.grad"

@@ -729,6 +729,9 @@ def test_transforms_of_torch_func_are_refused() -> None:
             torch.func.grad(function)(velocity)
         with pytest.raises(RuntimeError, match="differentiate it with loss.backward"):
             torch.func.jvp(function, (velocity,), (velocity,))
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match=f"{name} cannot run inside a transform of torch.func"):
+            torch.compile(torch.func.grad(function), backend="eager")(velocity)
 
 
 @pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo", "flow_dppo"])

@@ -31,7 +31,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
-from torch.utils.module_tracker import ModuleTracker
 
 from fastguard.config import Recompute
 from fastguard.flux.linear import (
@@ -39,6 +38,7 @@ from fastguard.flux.linear import (
     LinearWeights,
     Normed,
     gelu_linear,
+    has_own_forward,
     is_bare,
     linear_weights,
     project,
@@ -127,6 +127,7 @@ BYPASSED_FUNCTIONS = tuple(
         (FluxAttention, "forward"),
         (FluxAttnProcessor, "__call__"),
         (transformer_flux, "_get_qkv_projections"),
+        (transformer_flux, "_get_projections"),
         (transformer_flux, "apply_rotary_emb"),
         (AdaLayerNormZero, "forward"),
         (AdaLayerNormZeroSingle, "forward"),
@@ -135,6 +136,7 @@ BYPASSED_FUNCTIONS = tuple(
         (GELU, "gelu"),
         (LoraLinear, "forward"),
         (nn.Module, "__call__"),
+        (nn.Module, "_call_impl"),
         (nn.Linear, "forward"),
         (nn.LayerNorm, "forward"),
         (nn.RMSNorm, "forward"),
@@ -144,9 +146,16 @@ BYPASSED_FUNCTIONS = tuple(
         (F, "layer_norm"),
         (F, "rms_norm"),
         (F, "gelu"),
+        (F, "dropout"),
     )
 )
 """What a fused block does itself: owner, name and function, None if it was replaced before this import."""
+BYPASSED_CLASSES = tuple(
+    owner
+    for owner, name, _ in BYPASSED_FUNCTIONS
+    if name == "forward" and owner not in (FluxTransformerBlock, FluxSingleTransformerBlock)
+)
+"""Classes of the parts that a fused block does not call."""
 
 
 @torch.compiler.assume_constant_result
@@ -155,6 +164,9 @@ def _patched() -> str | None:
     for owner, name, function in BYPASSED_FUNCTIONS:
         if getattr(owner, name) is not function:
             return f"{owner.__name__}.{name} was replaced"
+    for cls in BYPASSED_CLASSES:
+        if cls.__call__ is not nn.Module.__call__:
+            return f"{cls.__name__}.__call__ was replaced"
     if torch_module._has_any_global_hook():
         hooks = (
             *torch_module._global_forward_pre_hooks.values(),
@@ -162,8 +174,8 @@ def _patched() -> str | None:
             *torch_module._global_backward_pre_hooks.values(),
             *torch_module._global_backward_hooks.values(),
         )
-        # That of FlopCounterMode only looks on; leaving blocks to it would count what does not run otherwise.
-        if not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks):
+        # PyTorch's own (FlopCounterMode's, MemTracker's) only look on, and are to see what runs without them.
+        if not all(type(getattr(hook, "__self__", None)).__module__.startswith("torch.") for hook in hooks):
             return "there are global module hooks"
     return None
 
@@ -182,6 +194,8 @@ def unfit(block: Any) -> str | None:
             return f"its {name} has hooks"
         if isinstance(part, nn.Dropout) and part.p > 0 and part.training:
             return f"its {name} has dropout"
+        if isinstance(part, GELU) and "gelu" in vars(part):
+            return f"the gelu of its {name} was replaced"
     attn, norms = block.attn, norms_of(block.attn)
     if attn.fused_projections:
         return "its query, key and value projections are fused by diffusers"
@@ -270,7 +284,7 @@ def _plain(block: Any, image: Tensor, text: Tensor, temb: Tensor, rope: Any, kwa
     """
     if "fusion" not in vars(block) or unfit(block) or set(kwargs) - {"attention_mask"} or not isinstance(rope, tuple):
         return True
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return True  # torch.func differentiates and maps what it can look into
     tables = (text.shape[1] + image.shape[1], block.attn.head_dim)
     if any(table.shape != tables or table.requires_grad for table in rope):
@@ -429,7 +443,7 @@ def double_forward(
     image, text, rope, kwargs = hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs or {}
     temb = _per_sample(temb, image)
     if rope is None or _plain(self, image, text, temb, rope, kwargs):
-        return unfused_class(self).forward(self, image, text, temb, rope, joint_attention_kwargs)
+        return super(FusedBlock, self).forward(image, text, temb, rope, joint_attention_kwargs)
     fusion: Fusion = self.fusion
     attn = self.attn
     qkv, later = _into_attention(image, self.norm1, temb, [attn.to_q, attn.to_k, attn.to_v], fusion)
@@ -455,7 +469,7 @@ def single_forward(
     image, text, rope, kwargs = hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs or {}
     temb = _per_sample(temb, image)
     if rope is None or _plain(self, image, text, temb, rope, kwargs):
-        return unfused_class(self).forward(self, image, text, temb, rope, joint_attention_kwargs)
+        return super(FusedBlock, self).forward(image, text, temb, rope, joint_attention_kwargs)
     fusion: Fusion = self.fusion
     attn = self.attn
     joined = torch.cat([text, image], dim=1)
@@ -483,6 +497,8 @@ class FusedBlock:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles: a class that was made here cannot be found by its name."""
         reduced: Any = super().__reduce_ex__(protocol)
+        if type(self) is not _fused_class(self.unfused_class):
+            return reduced  # of a class that somebody has derived from ours
         return (_new_fused, (self.unfused_class,), *reduced[2:])
 
 
@@ -507,18 +523,22 @@ def unfused_class(block: Any) -> Any:
     return block.unfused_class if isinstance(block, FusedBlock) else type(block)
 
 
-def fuse_block(block: Any, fusion: Fusion) -> None:
-    """Let a block that is fit run fused."""
-    vars(block).pop("forward", None)  # its class's own, left by a hook that was removed
-    block.fusion = fusion
+def fuse_block(block: Any, fusion: Fusion | None) -> None:
+    """Give a block the class of fused ones; it runs fused if it gets a `fusion`, else as it did."""
+    if has_own_forward(block):
+        vars(block).pop("forward", None)  # left by a hook that was removed
+    if fusion is not None:
+        block.fusion = fusion
     cls: Any = type(block)
     if not isinstance(block, FusedBlock):
         block.__class__ = _fused_class(cls)
 
 
 def unfuse_block(block: Any) -> None:
-    """Undo `fuse_block`."""
-    vars(block).pop("forward", None)
-    del block.fusion
-    if type(block) is _fused_class(unfused_class(block)):  # else FSDP2 has derived from it; without fusion it is as cls
-        block.__class__ = unfused_class(block)
+    """Undo `fuse_block`. Where a hook holds the forward, or FSDP2 has derived from the class, the class stays: without
+    a fusion it runs as the block did."""
+    vars(block).pop("fusion", None)
+    if has_own_forward(block):
+        vars(block).pop("forward", None)
+        if type(block) is _fused_class(unfused_class(block)):
+            block.__class__ = unfused_class(block)

@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 from fastguard.config import Recompute
 from fastguard.flux.blocks import (
     FORWARDS,
+    FusedBlock,
     Fusion,
+    class_of,
     fuse_block,
     has_values,
     linear_layers,
@@ -103,7 +105,11 @@ def fuse_flux(transformer: Any, recompute: Recompute = "pointwise", backend: str
         block.register_load_state_dict_post_hook(_decide_again)
         fused.append(name)
         kept |= {f"{name}.{part}": why for part, why in _keeps_more(block)}
-    if checkpointing:
+    for name in left:
+        # Wrap policies take the class of the first block that has a name for that of all.
+        if fused and type(blocks[name]).forward is class_of(blocks[name]).forward:
+            fuse_block(blocks[name], None)
+    if checkpointing and fused:
         model.enable_gradient_checkpointing()
     return FuseReport(tuple(fused), left, kept)
 
@@ -116,7 +122,8 @@ def unfuse_flux(transformer: Any) -> None:
         ValueError: not fused, or something else has replaced a block's forward since.
     """
     model = _unwrapped(transformer)
-    fused = {name: block for name, block in _blocks(model) if "fusion" in vars(block)}
+    blocks = dict(_blocks(model))
+    fused = {name: block for name, block in blocks.items() if "fusion" in vars(block)}
     if not fused:
         raise ValueError("this transformer is not fused: fuse_flux was not called, or could fuse none of its blocks")
     for name, block in fused.items():
@@ -130,7 +137,9 @@ def unfuse_flux(transformer: Any) -> None:
         hooks = block._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is _decide_again]:
             del hooks[key]
-        unfuse_block(block)
+    for block in blocks.values():
+        if isinstance(block, FusedBlock):
+            unfuse_block(block)
 
 
 def _unwrapped(model: Any) -> Any:
