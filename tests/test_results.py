@@ -277,9 +277,19 @@ def test_a_stopped_plan_leaves_no_process(tmp_path: Path) -> None:
 # --- the suite ------------------------------------------------------------------------------------------------------
 
 
-def test_the_gpu_suite_walks_its_path_and_refuses_without_a_gpu() -> None:
-    suite = [sys.executable, "benchmarks/gpu_suite.py"]
-    dry = subprocess.run([*suite, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+SUITE = [sys.executable, "benchmarks/gpu_suite.py"]
+
+
+def test_the_gpu_suite_refuses_without_a_gpu() -> None:
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    refused = subprocess.run(SUITE, cwd=ROOT, capture_output=True, text=True, check=False, env=hidden)
+    assert refused.returncode == 2
+    assert "needs a CUDA device" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_walks_its_path() -> None:
+    dry = subprocess.run([*SUITE, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert dry.returncode == 0, dry.stderr
     assert re.findall(r"^== (\w+): ", dry.stdout, re.MULTILINE) == [
         "tests", "sanitizer", "kernels", "flux", "train_step", "tuning"
@@ -291,10 +301,6 @@ def test_the_gpu_suite_walks_its_path_and_refuses_without_a_gpu() -> None:
     assert "\nfull-512-block, micro-batch" in dry.stdout  # in a process of its own
     assert dry.stdout.count("of a plain matmul's") == 1
     assert dry.stdout.count("  best: ") == 6
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    refused = subprocess.run(suite, cwd=ROOT, capture_output=True, text=True, check=False, env=hidden)
-    assert refused.returncode == 2
-    assert "needs a CUDA device" in refused.stderr
 
 
 def test_nothing_is_timed_while_a_test_is_red(monkeypatch, capsys) -> None:
