@@ -17,7 +17,7 @@ test: $(READY)
 	@echo "== machine code for H100: no spills, wide accesses (compiled here, no GPU needed)"
 	$(BIN)/python benchmarks/h100_code.py --faults-only
 	@echo "== tests: pytest (kernels run in Triton's interpreter where there is no GPU)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-all: test
 	@echo "== tests of minutes"

@@ -13,6 +13,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+LONGEST = ("test_distributed.py", "test_memory.py", "test_train.py", "test_run.py", "test_fuse_flux.py", "test_demo.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: under pytest-xdist, which shares out files, one process would end with one of them."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernel_device(request: pytest.FixtureRequest) -> str:
     """The device on which kernels run: every kernel test runs in the interpreter here, and natively on a GPU."""

@@ -145,8 +145,10 @@ FLUX = (
 FULL = ("--model.train", "full")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("trained", "kind"),
+    [("lora", "ddp"), ("lora", "fsdp2"), ("full", "fsdp2"), pytest.param("full", "ddp", marks=pytest.mark.slow)],
+)
 def test_flux_on_two_processes_is_flux_on_one(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, trained: str
 ) -> None:

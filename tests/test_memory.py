@@ -201,7 +201,10 @@ def test_unfused_flux_dev_with_bf16_adapters_takes_the_known_memory(
     assert (run.peak + adam) / GIB == pytest.approx(peak, abs=0.06)
 
 
-@pytest.mark.parametrize("float32_adapters", [False, True], ids=["bf16_adapters", "float32_adapters"])
+@pytest.mark.parametrize(
+    "float32_adapters",
+    [pytest.param(False, marks=pytest.mark.slow, id="bf16_adapters"), pytest.param(True, id="float32_adapters")],
+)
 @pytest.mark.parametrize(("recompute", "at_1024", "at_512"), [("pointwise", 15.5, 5.2), ("mlp", 9.5, 3.2)])
 def test_fused_flux_dev_keeps_no_more_than_it_must(
     recompute: Recompute, at_1024: float, at_512: float, float32_adapters: bool
