@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +149,11 @@ class CheckpointFolder:
                     os.replace(path, target)
         self._accelerator.wait_for_everyone()
 
-    def prune(self, keep: int, best: str | None) -> None:
-        """Delete all but the newest `keep` and the best; called once a newer one is safe."""
+    def prune(self, keep: int, best: Collection[str | None]) -> None:
+        """Delete all but the newest `keep` and the best ones; called once a newer one is safe."""
         if self._accelerator.is_main_process:
             for path in self.all()[keep:]:
-                if path.name != best:
+                if path.name not in best:
                     dropped = self.folder / f".drop-{path.name}"
                     os.replace(path, dropped)  # so that a half-deleted folder is never taken for a checkpoint
                     shutil.rmtree(dropped, ignore_errors=True)

@@ -228,10 +228,14 @@ def terminations_as_interrupts() -> AbstractContextManager[None]:
     return handled_by(signal.default_int_handler, unhandled)
 
 
+def _on_a_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # None: it was closed (2>&-)
+
+
 def _quiet() -> None:
     """Keep libraries from saying at every start what does not concern a run."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():  # a file would fill with control characters
+    if not _on_a_terminal():  # a file would fill with control characters
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars as well
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -239,7 +243,7 @@ def _quiet() -> None:
 
 def _quiet_diffusers() -> None:
     """As `_quiet` does it for others. Imports diffusers, which every command with a recipe needs."""
-    if not sys.stderr.isatty():
+    if not _on_a_terminal():
         from diffusers.utils.logging import disable_progress_bar
 
         disable_progress_bar()

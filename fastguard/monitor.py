@@ -98,7 +98,8 @@ class Monitor:
             "monitor.gold": [_scored_by(reward) for reward in recipe["monitor"]["gold"]],
             "rewards": [_scored_by(reward) for reward in recipe["rewards"]],
             "sampler.shift": recipe["sampler"]["shift"],
-            "model": {name: recipe["model"][name] for name in ("height", "width", "guidance")},
+            "prompts.max_tokens": recipe["prompts"]["max_tokens"],
+            "model": {name: recipe["model"][name] for name in ("dtype", "height", "width", "guidance")},
         }
 
     def has_seen(self, epoch: int) -> bool:

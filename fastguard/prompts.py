@@ -161,9 +161,10 @@ def _encode(
         for i, (file, text) in enumerate(part):
             for name, encoding in (("text_encoder_2", embeds[i]), ("text_encoder", pooled[i])):
                 if not is_finite(encoding):
+                    remedy = "take another encoder" if dtype == torch.float32 else 'set model.dtype = "float32"'
                     raise ValueError(
-                        f"{name} makes NaN or infinity of the prompt {text[:60]!r}, though its weights are finite: set "
-                        f'model.dtype = "float32" (it is {str(dtype).removeprefix("torch.")}), or take another encoder'
+                        f"{name} makes NaN or infinity of the prompt {text[:60]!r} in {dtype}, though its weights are "
+                        f"finite: {remedy}"
                     )
             # Aside and renamed: a killed run leaves no half file.
             aside = file.with_suffix(f".{os.getpid()}.part")

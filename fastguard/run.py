@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class RunFolder:
         self._from = self._choose(resume)
         self._saved: int | None = None
         self._best: str | None = None
+        self._earlier_best: list[str] = []
         self._idle_monitor: dict[str, Any] = {"monitor": None}
         self._asked_at: float | None = None
         self._bar: tqdm | None = None
@@ -116,7 +117,7 @@ class RunFolder:
             self._asked_at = time.monotonic()
             if self._main:
                 name = signal.Signals(number).name
-                print(f"\n{name}: saving at the next safe point; Ctrl-C again stops at once", file=sys.stderr)
+                _say(f"\n{name}: saving at the next safe point; Ctrl-C again stops at once")
 
         with handled_by(ask):
             try:
@@ -189,6 +190,7 @@ class RunFolder:
         if content["monitor"] is not None:
             best = content["monitor"]["best"]
             self._best = None if best is None else checkpoint_name(best["epoch"])  # kept until there is a better one
+        self._earlier_best = content.get("earlier_best", [])
         anew = self._restore_monitor(content, state)
         restore_rng(path, self._accelerator)
         if path.resolve().parent == self.checkpoints.folder.resolve():
@@ -205,14 +207,19 @@ class RunFolder:
             return False
         if content["monitor"] is None:
             return False
-        now = state.monitor.conditions(state.backbone)
-        changed = differences(content.get("monitor_conditions") or {}, now)
+        before, now = content.get("monitor_conditions"), state.monitor.conditions(state.backbone)
+        changed = differences(before, now) if before is not None else ["the checkpoint does not say what they were"]
         if not changed:
             state.monitor.restore(content["monitor"])
             return False
+        if self._best is not None:  # the best before the reward was hacked, maybe
+            self._earlier_best.append(self._best)
+            self._best = None
         if self._main:
             log, earlier = self.path / "evaluations.jsonl", self.path / f"evaluations_until_{state.epoch:06d}.jsonl"
             print("  the best score begins anew, as evaluations are no longer the same: " + ", ".join(changed))
+            if self._earlier_best:
+                print(f"  the best checkpoint until now is kept: {self._earlier_best[-1]}")
             for row in read_rows(log):
                 _append(earlier, row)
             log.unlink(missing_ok=True)
@@ -273,6 +280,7 @@ class RunFolder:
             "prompts_used": state.epoch * self._recipe.prompts.per_epoch,
             "processes": self._accelerator.num_processes,
             "trained_prompts": _trained_prompts(state),
+            "earlier_best": self._earlier_best,
             **self._idle_monitor,
             "recipe": as_dict(self._recipe),
             "torch": torch.__version__,
@@ -290,7 +298,7 @@ class RunFolder:
         self._saved = state.epoch
         if state.monitor is not None and state.monitor.best is not None:
             self._best = checkpoint_name(state.monitor.best.epoch)
-        self.checkpoints.prune(self._recipe.run.keep_last, self._best)
+        self.checkpoints.prune(self._recipe.run.keep_last, {self._best, *self._earlier_best})
 
 
 def checkpoint_of(run: Path, which: str) -> Path:
@@ -315,8 +323,9 @@ def _trained_prompts(state: TrainState) -> str:
 
 
 def _say(message: str) -> None:
-    """A line on stderr that does not tear the progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """A line on stderr that does not tear the progress bar; a closed terminal or a full log does not end the run."""
+    with suppress(OSError, ValueError, AttributeError):  # ValueError: a closed file; AttributeError: there is none
+        tqdm.write(message, file=sys.stderr)
 
 
 def _lock(folder: Path) -> Any:

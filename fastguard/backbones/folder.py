@@ -88,7 +88,8 @@ def _pointer(file: Path) -> str:
 
 def _unreadable(folder: Path, settings: str) -> Iterator[str]:
     """Settings that are not there, for some loaders then take defaults, and JSON files that cannot be read."""
-    files = sorted(folder.glob("*.json")) if settings != SETTINGS["."] else []  # beside the index, files are the user's
+    # Other files are the user's, or his system's. A tokenizer's loader reads many.
+    files = sorted(folder.glob("[!.]*.json" if settings == "tokenizer_config.json" else "[!.]*.index.json"))
     for file in dict.fromkeys([folder / settings, *files]):
         if not file.is_file():
             yield f"there is no {file}: {AGAIN}"
@@ -185,6 +186,9 @@ def _damaged_weights(folder: Path, name: str) -> Iterator[str]:
     if not files:
         yield f"there are no weights (*.safetensors) in {folder}: {AGAIN}"
     for file in files:
+        if not file.is_file():
+            yield f"{file} is no file: {AGAIN}"
+            continue
         with file.open("rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
                 yield _pointer(file)
