@@ -228,14 +228,12 @@ def terminations_as_interrupts() -> AbstractContextManager[None]:
     return handled_by(signal.default_int_handler, unhandled)
 
 
-def _on_a_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()  # None: it was closed (2>&-)
-
-
 def _quiet() -> None:
     """Keep libraries from saying at every start what does not concern a run."""
+    if sys.stderr is None:  # it was closed (2>&-), and libraries write to it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not _on_a_terminal():  # a file would fill with control characters
+    if not sys.stderr.isatty():  # a file would fill with control characters
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars as well
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -243,7 +241,7 @@ def _quiet() -> None:
 
 def _quiet_diffusers() -> None:
     """As `_quiet` does it for others. Imports diffusers, which every command with a recipe needs."""
-    if not _on_a_terminal():
+    if not sys.stderr.isatty():
         from diffusers.utils.logging import disable_progress_bar
 
         disable_progress_bar()

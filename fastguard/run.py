@@ -324,7 +324,7 @@ def _trained_prompts(state: TrainState) -> str:
 
 def _say(message: str) -> None:
     """A line on stderr that does not tear the progress bar; a closed terminal or a full log does not end the run."""
-    with suppress(OSError, ValueError, AttributeError):  # ValueError: a closed file; AttributeError: there is none
+    with suppress(OSError, ValueError):  # ValueError: a closed file
         tqdm.write(message, file=sys.stderr)
 
 

@@ -367,14 +367,17 @@ def test_a_resume_with_other_evaluations_begins_their_best_anew(
 
 
 def test_output_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full log, a reader that has gone, a closed stderr."""
+    """To a full disk, or to a reader that has gone."""
     with suppress(OSError), open("/dev/full", "w", buffering=1) as full:  # closing it fails, too
-        for number, stderr in enumerate((full, None)):
-            monkeypatch.setattr(sys, "stderr", stderr)
-            in_process(toy(tmp_path / str(number)))
-            monkeypatch.undo()
-    for number in range(2):
-        assert newest(tmp_path / str(number)).name == "epoch_000002"
+        monkeypatch.setattr(sys, "stderr", full)
+        in_process(toy(tmp_path / "run"))
+        monkeypatch.undo()
+    assert newest(tmp_path / "run").name == "epoch_000002"
+
+
+def test_a_command_runs_with_stderr_closed() -> None:
+    command = ["sh", "-c", f"{sys.executable} -m fastguard.cli report nowhere 2>&-"]
+    assert subprocess.run(command, check=False).returncode == 2
 
 
 def test_what_does_not_change_evaluations_keeps_their_best(
