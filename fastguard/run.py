@@ -324,7 +324,8 @@ def _trained_prompts(state: TrainState) -> str:
 
 def _say(message: str) -> None:
     """A line on stderr that does not tear the progress bar; a closed terminal or a full log does not end the run."""
-    with suppress(OSError, ValueError):  # ValueError: a closed file
+    # ValueError: a closed file. RuntimeError: a signal's message, while the signal interrupted another one.
+    with suppress(OSError, ValueError, RuntimeError):
         tqdm.write(message, file=sys.stderr)
 
 

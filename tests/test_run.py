@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -33,7 +34,7 @@ from fastguard.cli import terminations_as_interrupts
 from fastguard.config import MonitorConfig, Recipe, RewardConfig, ScoringConfig
 from fastguard.monitor import Monitor
 from fastguard.rewards.settings import SETTINGS
-from fastguard.run import RunFolder, checkpoint_of, read_rows
+from fastguard.run import RunFolder, _say, checkpoint_of, read_rows
 from fastguard.signals import ENDING, handled_by
 from fastguard.trainer import train
 
@@ -373,6 +374,17 @@ def test_output_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, monkey
         in_process(toy(tmp_path / "run"))
         monkeypatch.undo()
     assert newest(tmp_path / "run").name == "epoch_000002"
+
+
+def test_a_signal_during_a_message_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python refuses to write to a stream from a handler that interrupted a write to it."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    monkeypatch.setattr(sys, "stderr", Interrupted())
+    _say("SIGTERM: saving at the next safe point")
 
 
 def test_a_command_runs_with_stderr_closed() -> None:
