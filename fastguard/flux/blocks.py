@@ -82,11 +82,8 @@ def norms_of(attn: Any) -> list[nn.RMSNorm]:
 def has_values(norm: nn.RMSNorm) -> bool:
     """Whether the whole weight is there: FSDP1 has a shard of it, or a view of freed memory, until the block runs."""
     weight = norm.weight
-    return weight.numel() == norm.normalized_shape[0] and (weight.is_meta or _in_memory(weight))
-
-
-def _in_memory(weight: Tensor) -> bool:
-    return isinstance(weight, FakeTensor | DTensor) or weight.untyped_storage().nbytes() > 0
+    values = weight.is_meta or isinstance(weight, FakeTensor | DTensor) or weight.untyped_storage().nbytes() > 0
+    return values and weight.numel() == norm.normalized_shape[0]
 
 
 def recoverable(attn: Any) -> bool:
