@@ -25,6 +25,7 @@ from fastguard.config import Recipe, RewardConfig
 from fastguard.files import writing
 from fastguard.recipe import find_recipe, load_recipe, overridden
 from fastguard.signals import ENDING, handled_by
+from fastguard.terminal import say, unfailing_output
 
 app = SubcommandApp()
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
@@ -101,6 +102,8 @@ RECIPE_COMMANDS: dict[str, type[Train] | type[Plan] | type[Doctor] | type[Sample
     "doctor": Doctor,
     "sample": Sample,
 }
+PRINTING = ("plan", "doctor")
+"""Commands whose result is what they print: they fail if it cannot be written. Others leave theirs in files."""
 
 
 # These four stand in the list of commands and answer --help; with a recipe, `parse_recipe_command` takes over.
@@ -199,7 +202,7 @@ def demo(
         quick: a smoke run of half a minute that exercises every stage; its numbers mean nothing
     """
     if find_spec("sklearn") is None:
-        print("the demo's data and metrics need scikit-learn: pip install scikit-learn", file=sys.stderr)
+        say("the demo's data and metrics need scikit-learn: pip install scikit-learn")
         return 1
     from fastguard.demo.config import DemoConfig, quick_demo
     from fastguard.demo.run import run_demo
@@ -230,8 +233,6 @@ def terminations_as_interrupts() -> AbstractContextManager[None]:
 
 def _quiet() -> None:
     """Keep libraries from saying at every start what does not concern a run."""
-    if sys.stderr is None:  # it was closed (2>&-), and libraries write to it
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # a file would fill with control characters
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars as well
@@ -250,6 +251,16 @@ def _quiet_diffusers() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point of the `fastguard` script; returns the exit code."""
     args = sys.argv[1:] if args is None else args
+    with unfailing_output() as stdout:
+        code = _run(args)
+        stdout.flush()
+        if stdout.lost is not None and args and args[0] in PRINTING:
+            say(f"fastguard: cannot write to stdout: {stdout.lost.strerror}")
+            return code or 2
+    return code
+
+
+def _run(args: Sequence[str]) -> int:
     _quiet()
     try:
         with terminations_as_interrupts():
@@ -259,18 +270,18 @@ def main(args: Sequence[str] | None = None) -> int:
             _quiet_diffusers()
             return command()
     except ValueError as error:  # a setting out of range; the message names it
-        print(f"fastguard: {error}", file=sys.stderr)
+        say(f"fastguard: {error}")
         return 2
     except OSError as error:  # a folder that cannot be made or written; the message names it
-        print(f"fastguard: cannot read or write: {error}", file=sys.stderr)
+        say(f"fastguard: cannot read or write: {error}")
         return 2
     except (RuntimeError, FloatingPointError) as error:
         if type(error).__name__ not in ("RewardError", "FloatingPointError"):
             raise
-        print(f"fastguard: {error}", file=sys.stderr)
+        say(f"fastguard: {error}")
         return 1
     except KeyboardInterrupt:  # before the command could take care of it itself
-        print("fastguard: interrupted", file=sys.stderr)
+        say("fastguard: interrupted")
         return 130
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from fastguard.recipe import as_dict, differences
 from fastguard.report import save_images
 from fastguard.signals import handled_by
 from fastguard.state import TrainState
+from fastguard.terminal import say
 from fastguard.weights import put_all
 
 GRID_IMAGES = 16
@@ -88,7 +89,7 @@ class RunFolder:
         if resume == "auto":
             newest = self.checkpoints.newest_whole()
             if not there and self._main:
-                print(f"nothing to resume in {self._recipe.run.dir}: beginning anew")
+                say(f"nothing to resume in {self._recipe.run.dir}: beginning anew", sys.stdout)
             if newest is None and there:
                 raise ValueError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is whole")
             return newest
@@ -117,7 +118,7 @@ class RunFolder:
             self._asked_at = time.monotonic()
             if self._main:
                 name = signal.Signals(number).name
-                _say(f"\n{name}: saving at the next safe point; Ctrl-C again stops at once")
+                say(f"\n{name}: saving at the next safe point; Ctrl-C again stops at once")
 
         with handled_by(ask):
             try:
@@ -143,11 +144,12 @@ class RunFolder:
             if self._main:
                 content = read_state(self._from)
                 changed = differences(content["recipe"], recipe)
-                print(f"resuming {self._from} after {content['epoch']} epochs" + "".join(f"\n  {c}" for c in changed))
+                lines = [f"resuming {self._from} after {content['epoch']} epochs", *changed]
+                say("\n  ".join(lines), sys.stdout)
             self._load(self._from, state)
             self.checkpoints.set_aside_after(state.epoch)
             if self._main and state.epoch >= self._recipe.run.epochs:
-                print(f"run.epochs = {self._recipe.run.epochs}: all of them are done")
+                say(f"run.epochs = {self._recipe.run.epochs}: all of them are done", sys.stdout)
         if self._main:
             with _writing(self.path / "recipe.json") as file:
                 write_text(file, json.dumps(recipe, indent=1))
@@ -186,7 +188,7 @@ class RunFolder:
         state.bad_in_a_row = content["bad_in_a_row"]
         prompts = _trained_prompts(state)
         if self._main and content.get("trained_prompts", prompts) != prompts:
-            print("  prompts.file holds other prompts than before")
+            say("  prompts.file holds other prompts than before", sys.stdout)
         if content["monitor"] is not None:
             best = content["monitor"]["best"]
             self._best = None if best is None else checkpoint_name(best["epoch"])  # kept until there is a better one
@@ -217,19 +219,20 @@ class RunFolder:
             self._best = None
         if self._main:
             log, earlier = self.path / "evaluations.jsonl", self.path / f"evaluations_until_{state.epoch:06d}.jsonl"
-            print("  the best score begins anew, as evaluations are no longer the same: " + ", ".join(changed))
+            reason = "as evaluations are no longer the same: " + ", ".join(changed)
+            say(f"  the best score begins anew, {reason}", sys.stdout)
             if self._earlier_best:
-                print(f"  the best checkpoint until now is kept: {self._earlier_best[-1]}")
+                say(f"  the best checkpoint until now is kept: {self._earlier_best[-1]}", sys.stdout)
             for row in read_rows(log):
                 _append(earlier, row)
             log.unlink(missing_ok=True)
             if earlier.exists():
-                print(f"  earlier evaluations are in {earlier.name}")
+                say(f"  earlier evaluations are in {earlier.name}", sys.stdout)
         return True
 
     def skipped(self, epoch: int, message: str) -> None:
         if self._main:
-            _say(f"skipped: {message}")
+            say(f"skipped: {message}")
             _append(self.path / "skipped.jsonl", {"epoch": epoch, "message": message})
 
     def end_epoch(self, log: EpochLog, images: Tensor, state: TrainState) -> None:
@@ -243,7 +246,7 @@ class RunFolder:
             self._bar.update()
             if self._bar.disable:  # stderr is a file or a pipe
                 seconds = sum(log.seconds.values())
-                _say(f"epoch {state.epoch} of {self._bar.total}: reward {log.reward_mean:.4g}, {seconds:.1f} s")
+                say(f"epoch {state.epoch} of {self._bar.total}: reward {log.reward_mean:.4g}, {seconds:.1f} s")
         self._track(log.scalars(), log.epoch)
 
     def evaluated(self, verdict: Verdict) -> None:
@@ -252,7 +255,7 @@ class RunFolder:
             _append(self.path / "evaluations.jsonl", dataclasses.asdict(log))
             self._save_images(f"evaluation_{log.epoch:06d}.png", verdict.images)
             if log.warning:
-                _say(f"warning: {log.warning}")
+                say(f"warning: {log.warning}")
         self._track({"gold/score": log.gold, "gold/proxy": log.proxy}, log.epoch)
 
     def end(self) -> None:
@@ -320,13 +323,6 @@ def checkpoint_of(run: Path, which: str) -> Path:
 
 def _trained_prompts(state: TrainState) -> str:
     return fingerprint(state.backbone.prompts[: state.backbone.num_trained_prompts])
-
-
-def _say(message: str) -> None:
-    """A line on stderr that does not tear the progress bar; a closed terminal or a full log does not end the run."""
-    # ValueError: a closed file. RuntimeError: a signal's message, while the signal interrupted another one.
-    with suppress(OSError, ValueError, RuntimeError):
-        tqdm.write(message, file=sys.stderr)
 
 
 def _lock(folder: Path) -> Any:

@@ -34,8 +34,9 @@ from fastguard.cli import terminations_as_interrupts
 from fastguard.config import MonitorConfig, Recipe, RewardConfig, ScoringConfig
 from fastguard.monitor import Monitor
 from fastguard.rewards.settings import SETTINGS
-from fastguard.run import RunFolder, _say, checkpoint_of, read_rows
+from fastguard.run import RunFolder, checkpoint_of, read_rows
 from fastguard.signals import ENDING, handled_by
+from fastguard.terminal import say
 from fastguard.trainer import train
 
 TESTS = Path(__file__).parent
@@ -384,7 +385,7 @@ def test_a_signal_during_a_message_does_not_end_a_run(monkeypatch: pytest.Monkey
             raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
 
     monkeypatch.setattr(sys, "stderr", Interrupted())
-    _say("SIGTERM: saving at the next safe point")
+    say("SIGTERM: saving at the next safe point")
 
 
 def test_a_command_runs_with_stderr_closed() -> None:
