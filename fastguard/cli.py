@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -162,7 +163,7 @@ def report(run: tyro.conf.Positional[Path]) -> int:
 
     with writing(run):
         page = write_run_report(run)
-    print(page)
+    say(str(page), sys.stdout)
     return 0
 
 
@@ -275,10 +276,9 @@ def _run(args: Sequence[str]) -> int:
     except OSError as error:  # a folder that cannot be made or written; the message names it
         say(f"fastguard: cannot read or write: {error}")
         return 2
-    except (RuntimeError, FloatingPointError) as error:
-        if type(error).__name__ not in ("RewardError", "FloatingPointError"):
-            raise
-        say(f"fastguard: {error}")
+    except Exception as error:
+        expected = type(error).__name__ in ("RewardError", "FloatingPointError")
+        say(f"fastguard: {error}" if expected else traceback.format_exc())
         return 1
     except KeyboardInterrupt:  # before the command could take care of it itself
         say("fastguard: interrupted")

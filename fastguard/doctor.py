@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from fastguard.optim import build_optimizer
 from fastguard.prompts import Prompt, cache_folder
 from fastguard.rewards import RewardPool, build_reward
 from fastguard.sde import flow_sde
+from fastguard.terminal import say
 
 GIB = 2**30
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pydantic")
@@ -64,7 +66,7 @@ def examine(recipe: Recipe | None) -> int:
     failed = 0
     for name, check in (*machine_checks(recipe), *([] if recipe is None else recipe_checks(recipe))):
         for finding in _findings(check):
-            print(f"{finding.level:>4}  {name}: {finding.text}", flush=True)
+            say(f"{finding.level:>4}  {name}: {finding.text}", sys.stdout)
             failed += finding.level == "FAIL"
     print(f"\n{failed} of the checks failed" if failed else "\nno check failed")
     return 1 if failed else 0

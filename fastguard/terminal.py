@@ -25,21 +25,23 @@ def printable(text: str) -> str:
 
 
 def say(message: str, file: TextIO | None = None) -> None:
-    """A line on `file` (stderr), `printable`, that does not tear a progress bar.
+    """A line on `file` (stderr), `printable` and at once, that does not tear a progress bar.
 
     May be called by a signal's handler. A closed terminal or a full log is no error.
     """
     # ValueError: a closed file. RuntimeError: a signal's message, while the signal interrupted another one.
     with suppress(OSError, ValueError, RuntimeError):
-        tqdm.write(printable(message), file=file or sys.stderr)
+        stream = file or sys.stderr
+        tqdm.write(printable(message), file=stream)
+        stream.flush()
 
 
 class Unfailing:
     """A text stream whose writes do not fail: what cannot be written is lost, and the next write is tried again."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, lost: OSError | None = None) -> None:
         self._stream = stream
-        self.lost: OSError | None = None
+        self.lost = lost
         """why something could not be written; a reader that went away (`| head`) had what it wanted, and counts not"""
 
     def write(self, text: str) -> int:
@@ -57,7 +59,7 @@ class Unfailing:
                 self.lost = error
             return False
         except ValueError:
-            self.lost = OSError(errno.EBADF, "it is closed")
+            self.lost = _closed()
             return False
         return True
 
@@ -78,11 +80,12 @@ class Unfailing:
 def unfailing_output() -> Iterator[Unfailing]:
     """Inside, sys.stdout (which is yielded) and sys.stderr are `Unfailing`; closed ones lead nowhere, for good."""
     _occupy_closed()
+    lost = [_closed() if stream is None else None for stream in (sys.stdout, sys.stderr)]
     held = [sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")]  # noqa: SIM115
     errors = [stream.errors for stream in held]
     for stream in held:
         _on_unknown_characters(stream, "backslashreplace")
-    ours = [Unfailing(stream) for stream in held]
+    ours = [Unfailing(stream, why) for stream, why in zip(held, lost, strict=True)]
     sys.stdout, sys.stderr = cast(list[TextIO], ours)
     try:
         yield ours[0]
@@ -92,6 +95,10 @@ def unfailing_output() -> Iterator[Unfailing]:
         sys.stdout, sys.stderr = held
         for stream, before in zip(held, errors, strict=True):
             _on_unknown_characters(stream, before)
+
+
+def _closed() -> OSError:
+    return OSError(errno.EBADF, "it is closed")
 
 
 def _on_unknown_characters(stream: TextIO, errors: str | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from fastguard.monitor import Monitor
 from fastguard.rewards import RewardPool
 from fastguard.run import RunFolder
 from fastguard.state import for_processes
+from fastguard.terminal import unfailing_output
 from fastguard.trainer import train
 from fastguard.weights import whole
 
@@ -159,6 +159,6 @@ def watch(seen: dict[str, Tensor], accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
+    with unfailing_output():  # as every command has it
+        code = main()
     os._exit(code)  # gloo's threads now and then abort an interpreter that shuts down; GPUs talk through NCCL
