@@ -1,14 +1,11 @@
-"""Rewards: built from configs, right against independent formulas, in threads, and over a real socket."""
+"""Rewards: built from configs, right against independent formulas, and in threads."""
 
 from __future__ import annotations
 
 import ast
-import base64
-import json
+import math
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,9 +13,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
 from io import BytesIO
 from itertools import pairwise
@@ -27,34 +22,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import requests
 import torch
 from PIL import Image
+from reward_calls import PATIENCE_S, built, call, noise
 from torch import Tensor
 
 from fastguard.config import RewardConfig, ScoringConfig
 from fastguard.prompts import Prompt
-from fastguard.rewards import BUILT_IN, RewardError, RewardFailure, RewardPool, build_reward
+from fastguard.rewards import BUILT_IN, RewardError, RewardFailure, RewardPool
 from fastguard.rewards.images import decode_png, encode_png, to_pil
 from fastguard.rewards.ocr import edit_distance
-from fastguard.rewards.server import RewardServer
 from fastguard.rewards.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
-PATIENCE_S = 60.0  # of waits that end at once unless the code is wrong
-
-
-def noise(batch: int = 4, channels: int = 3, height: int = 17, width: int = 23, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
-
-
-def built(use: str, **options: Any) -> Any:
-    return build_reward(RewardConfig(use, options=options))
-
-
-def call(reward: Any, images: Tensor, prompts: Sequence[str] | None = None) -> Any:
-    return reward(images, prompts or ["a cat"] * len(images), [{} for _ in images])
 
 
 # ------------------------------------------------------------------------------------------------ building
@@ -123,16 +103,40 @@ def test_what_a_user_mistypes_is_named(user_module: Callable[[str], None], tmp_p
         (
             "jpeg_compressibility",
             {"quality": 0},
-            r'reward "jpeg_.*rewards.options.quality must lie in \[1, 95\], got 0',
+            r'reward "jpeg_.*rewards.options.quality: input should be greater than or equal to 1, got 0$',
         ),
-        ("http://", {}, "names no host"),
+        ("http://", {}, r"rewards.use = 'http://': .*No host supplied; expected http://host:port"),
+        ("http://h:99999", {}, r"rewards.use = 'http://h:99999': .*; expected http://host:port"),
+        ("http://[::1", {}, r"rewards.use = 'http://\[::1': .*; expected http://host:port"),
         ("http://h:1", {"timeouts": 2}, "unexpected.*'timeouts'; its options are timeout_s, retries, backoff_s$"),
         ("http://h:1", {"address": "http://g:1"}, "rewards.options.*"),
-        ("http://h:1", {"timeout_s": 0.0}, "rewards.options.timeout_s must be positive"),
-        ("http://h:1", {"retries": -1}, "rewards.options.retries must be at least 0"),
+        ("http://h:1", {"timeout_s": 0.0}, "rewards.options.timeout_s: input should be greater than 0, got 0.0$"),
+        ("http://h:1", {"retries": -1}, "rewards.options.retries: input should be greater than or equal to 0, got -1$"),
     ]:
         with pytest.raises(ValueError, match=message):
             built(use, **options)
+
+
+ABSURD = [
+    *(("http://h:1", "timeout_s", value) for value in (0, -1.0, 1e7, 1e30, math.inf, math.nan, "60", True)),
+    *(("http://h:1", "retries", value) for value in (-1, 1001, 10**30, 2.0, math.nan, "3", True)),
+    *(("http://h:1", "backoff_s", value) for value in (-0.1, 61, 1e30, math.inf, math.nan, "1", False)),
+    *(("jpeg_compressibility", "quality", value) for value in (0, 96, 50.0, math.nan, "50", True)),
+    *(("clipscore", "batch_size", value) for value in (0, -1, 10**30, 2.5, math.nan, "8", True)),
+    *(("pickscore", "device", value) for value in ("gpu", "cuda:-1", "cuda:1234", "meta", "", 0)),
+    *(("hpsv2", "dtype", value) for value in ("int8", "float64", 32)),
+    *(("aesthetic", name, 3) for name in ("path", "processor", "head")),
+    *(("ocr", name, value) for name in ("gpu", "allow_extra") for value in ("yes", 1, 0.0)),
+    *(("ocr", name, 3) for name in ("key", "language", "engine")),
+    ("ocr", "engine", "tesseract"),
+]
+
+
+@pytest.mark.parametrize(("use", "name", "value"), ABSURD, ids=lambda value: repr(value)[:20])
+def test_absurd_options_are_refused_at_once_by_name(use: str, name: str, value: Any) -> None:
+    needed = {"hpsv2": {"path": "x"}, "aesthetic": {"head": "x"}}.get(use, {})
+    with pytest.raises(ValueError, match=rf'reward "{use}": rewards.options.{name}: [^\n]*, got [^\n]{{1,100}}$'):
+        built(use, **{**needed, name: value})
 
 
 def test_every_built_in_is_there_and_lists_its_options() -> None:
@@ -274,7 +278,7 @@ def test_ocr_without_an_engine_says_what_to_install(monkeypatch: pytest.MonkeyPa
         built("ocr")
     with pytest.raises(ValueError, match="reads images with pytesseract, which is not installed"):
         built("ocr", engine="pytesseract")
-    with pytest.raises(ValueError, match="rewards.options.engine must be auto, easyocr or pytesseract, got 'x'"):
+    with pytest.raises(ValueError, match="options.engine: input should be 'auto', 'easyocr' or 'pytesseract', got 'x'"):
         built("ocr", engine="x")
 
 
@@ -393,8 +397,11 @@ def test_clip_dtype_device_and_scale(tiny_clip: str, monkeypatch: pytest.MonkeyP
     assert rough.clip.scale == exact.clip.scale  # the weight in bfloat16 would change every score by a percent
     assert call(rough, noise()).dtype == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert [str(resolve_device(d)) for d in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+    with pytest.raises(ValueError, match="rewards.options.device = 'cuda:4', but this process sees 4 GPUs"):
+        resolve_device("cuda:4")
 
 
 def test_clip_rewards_say_what_is_wrong_with_their_files(tiny_clip: str, tmp_path: Path) -> None:
@@ -414,9 +421,11 @@ def test_clip_rewards_say_what_is_wrong_with_their_files(tiny_clip: str, tmp_pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"rewards.options.processor = .*empty. gives no tokenizer"):
         built("clipscore", path=tiny_clip, processor=str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="rewards.options.dtype must be float32, bfloat16 or float16, got 'int8'"):
+    with pytest.raises(
+        ValueError, match=r"options.dtype: input should be 'float32', 'bfloat16' or 'float16', got 'int8'"
+    ):
         built("clipscore", path=tiny_clip, dtype="int8")
-    with pytest.raises(ValueError, match="rewards.options.batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="rewards.options.batch_size: input should be .* equal to 1, got 0"):
         built("clipscore", path=tiny_clip, batch_size=0)
 
 
@@ -532,226 +541,6 @@ def test_what_is_not_such_a_png_is_refused() -> None:
     for wrong in (noise().float(), noise()[0], noise(1, 2)):
         with pytest.raises(ValueError, match="expected uint8 images of shape"):
             to_pil(wrong)
-
-
-# ------------------------------------------------------------------------------------------------ client and server
-
-
-@contextmanager
-def listening(server: ThreadingHTTPServer) -> Iterator[str]:
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-@pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
-def test_a_remote_reward_sees_the_same_pixels_prompts_and_metadata(channels: int) -> None:
-    seen: list[tuple[Any, ...]] = []
-
-    def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
-        seen.append((images, prompts, metadata, torch.is_grad_enabled()))
-        return torch.tensor([0.1, float("nan"), -3e-300, float("inf")], dtype=torch.float64)
-
-    images, prompts = noise(4, channels), ["a", 'quo"ted', "ünïcode 猫", ""]
-    metadata = [{"text": "猫"}, {}, {"n": [1, 2.5, None]}, {}]
-    with listening(RewardServer(reward, name="mine")) as address:
-        scores = built(address + "/")(images, prompts, metadata)
-        assert requests.get(f"{address}/health", timeout=PATIENCE_S).json() == {"status": "ok", "reward": "mine"}
-    assert str(scores) == str([0.1, float("nan"), -3e-300, float("nan")])
-    ((got, got_prompts, got_metadata, grad),) = seen
-    assert torch.equal(got, images)
-    assert got.dtype == torch.uint8
-    assert (got_prompts, got_metadata, grad) == (prompts, metadata, False)
-
-
-def test_a_remote_reward_that_raises_is_quoted_and_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
-    calls = []
-
-    def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
-        calls.append(len(images))
-        raise KeyError("no such breed")
-
-    with (
-        listening(RewardServer(reward)) as address,
-        pytest.raises(RewardError, match="/score answered 500 .*KeyError: 'no such breed'"),
-    ):
-        call(built(address, retries=2, backoff_s=0.0), noise())
-    assert calls == [4, 4, 4]
-    assert "Traceback" in capsys.readouterr().err
-
-
-def encoded(images: Tensor) -> list[str]:
-    return [base64.b64encode(encode_png(image)).decode() for image in to_pil(images)]
-
-
-def test_bad_requests_are_answered_with_what_is_wrong() -> None:
-    good = encoded(noise(2))
-    body: Any
-    with listening(RewardServer(lambda i, p, m: [1.0] * len(i), max_pixels=1000)) as address:
-        for body, message in [
-            (b"{", "not JSON"),
-            (b"[" * 100_000, "not JSON"),
-            (b"\xff\xfe\xfd", "not JSON"),
-            ([], "expected a JSON object"),
-            ({}, '"images" must be a list'),
-            ({"images": [1], "prompts": ["a"]}, '"images" must be a list of strings'),
-            ({"images": good, "prompts": "ab"}, '"prompts" must be a list of strings'),
-            ({"images": good, "prompts": ["a", "b"], "metadata": [1, 2]}, '"metadata" must be a list of objects'),
-            ({"images": good, "prompts": ["a"]}, "got 2 images, 1 prompts and 2 metadata"),
-            ({"images": [], "prompts": []}, "at least one"),
-            ({"images": ["é"], "prompts": ["a"]}, "images[0]: "),
-            ({"images": [good[0], good[1][:-30]], "prompts": ["a", "b"]}, "images[1]: "),
-            (
-                {"images": [good[0], *encoded(noise(1, 1))], "prompts": ["a", "b"]},
-                "images[1] is (1, 17, 23), images[0]",
-            ),
-            # 17 x 23 = 391 pixels each: the third goes over 1000 although none does alone
-            (
-                {"images": [*good, good[0]], "prompts": ["a"] * 3},
-                "images[2]: 23 x 17 pixels are more than the 218 left",
-            ),
-        ]:
-            data = body if isinstance(body, bytes) else json.dumps(body).encode()
-            answer = requests.post(f"{address}/score", data=data, timeout=PATIENCE_S)
-            assert answer.status_code == 400, (body, answer.text)
-            assert message in answer.json()["error"], answer.text
-        fine = requests.post(f"{address}/score", json={"images": good, "prompts": ["a", "b"]}, timeout=PATIENCE_S)
-        assert (fine.status_code, fine.json()) == (200, {"scores": [1.0, 1.0]})  # metadata may be left out
-        for method, path in [("GET", "/"), ("POST", "/health")]:
-            answer = requests.request(method, address + path, data=b"{}", timeout=PATIENCE_S)
-            assert answer.status_code == 404
-            assert "POST /score" in answer.json()["error"]
-        chunked = requests.post(f"{address}/score", data=iter([b"{}"]), timeout=PATIENCE_S)
-        assert chunked.status_code == 400
-        assert "expected a Content-Length" in chunked.json()["error"]
-
-
-def test_a_request_above_the_size_limit_is_refused_unread() -> None:
-    scored: list[int] = []
-
-    def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
-        scored.append(len(images))
-        return [1.0] * len(images)
-
-    with listening(RewardServer(reward, max_request_bytes=1000)) as address:
-        with pytest.raises(RewardError, match=r"answered 413 .* bytes, the limit is 1000; send fewer images at once"):
-            call(built(address, retries=0), noise(4))
-        # More than sockets buffer: the client still sends when the server has seen enough, and is to hear of it.
-        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), PATIENCE_S) as raw:
-            raw.sendall(b"POST /score HTTP/1.0\r\nContent-Length: 64000000\r\n\r\n" + bytes(64_000_000))
-            answer = raw.makefile("rb").read().decode()
-        assert answer.startswith("HTTP/1.0 413 ")
-        assert "64000000 bytes, the limit is 1000" in answer
-    assert scored == []
-
-
-Script = list[tuple[int, bytes]]
-
-
-class ScriptedServer(ThreadingHTTPServer):
-    """Answers with the statuses and bodies of a list, then repeats the last; counts requests."""
-
-    def __init__(self, script: Script, gate: threading.Event | None = None) -> None:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(handler) -> None:
-                handler.rfile.read(int(handler.headers["Content-Length"]))
-                self.count += 1
-                status, body = script[min(self.count, len(script)) - 1]
-                if gate is not None:
-                    gate.wait(PATIENCE_S)
-                if status == 0:  # drop the connection
-                    handler.close_connection = True
-                    return
-                with suppress(ConnectionError):  # of a client that has given up
-                    handler.send_response(status)
-                    handler.send_header("Content-Length", str(len(body)))
-                    handler.send_header("Location", "http://127.0.0.1:9/")
-                    handler.end_headers()
-                    handler.wfile.write(body)
-
-            def log_message(handler, format: str, *args: object) -> None:
-                pass
-
-        self.count = 0
-        super().__init__(("127.0.0.1", 0), Handler)
-
-
-@pytest.mark.parametrize("failure", [500, 503, 429, 0], ids=["500", "503", "429", "dropped connection"])
-def test_a_server_that_fails_twice_and_then_answers_is_waited_for(failure: int) -> None:
-    server = ScriptedServer([(failure, b""), (failure, b""), (200, b'{"scores": [1, 2.5]}')])
-    with listening(server) as address:
-        assert call(built(address, retries=2, backoff_s=0.0), noise(2)) == [1.0, 2.5]
-    assert server.count == 3
-
-
-def test_what_trying_again_cannot_mend_is_not_tried_again() -> None:
-    for status in (400, 404, 301):
-        server = ScriptedServer([(status, b'{"error": "not like this"}')])
-        with listening(server) as address, pytest.raises(RewardError, match=f"answered {status} .*: not like this"):
-            call(built(address, retries=3, backoff_s=0.0), noise(2))
-        assert server.count == 1
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (b"<html>", 'expected a JSON object with "scores", a list, got <html>'),
-        (b"[1, 2]", 'expected a JSON object with "scores"'),
-        (b'{"scores": 3}', 'expected a JSON object with "scores"'),
-        (b'{"scores": [1, 2, 3]}', "expected 2 scores, got 3"),
-        (b'{"scores": [1, "2"]}', "expected numbers or null as scores, got '2'"),
-        (b'{"scores": [1, true]}', "expected numbers or null as scores, got 'True'"),
-    ],
-)
-def test_answers_that_are_not_scores_are_refused(body: bytes, message: str) -> None:
-    with listening(ScriptedServer([(200, body)])) as address, pytest.raises(RewardError, match=message):
-        call(built(address, retries=0), noise(2))
-
-
-def test_a_server_that_does_not_answer_is_given_up() -> None:
-    gate = threading.Event()
-    server = ScriptedServer([(200, b'{"scores": [1]}')], gate)
-    with listening(server) as address:
-        try:
-            with pytest.raises(RewardError, match=r"/score gave no answer in 1 retries of 0.1 s"):
-                call(built(address, timeout_s=0.1, retries=1, backoff_s=0.0), noise(1))
-            assert server.count == 2
-        finally:
-            gate.set()
-    with pytest.raises(RewardError, match="gave no answer"):  # nobody listens there any more
-        call(built(address, retries=0), noise(1))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM as the CLI maps it"])
-def test_run_server_says_where_it_listens_and_ends_with_0(number: signal.Signals) -> None:
-    code = (
-        f"import signal, sys; signal.signal({int(number)}, signal.default_int_handler)\n"
-        "from fastguard.config import RewardConfig; from fastguard.rewards.server import run_server\n"
-        "sys.exit(run_server(RewardConfig('jpeg_compressibility'), '127.0.0.1', 0))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("reward 'jpeg_compressibility' listens on http://127.0.0.1:")
-        images = noise(2)
-        assert call(built(line.split()[-1]), images) == call(built("jpeg_compressibility"), images)
-        process.send_signal(number)
-        assert process.wait(PATIENCE_S) == 0
-        assert process.stdout.read() == "reward server: stopped\n"
-    finally:
-        process.kill()
-        process.wait()
 
 
 # ------------------------------------------------------------------------------------------------ pool
@@ -986,6 +775,23 @@ def test_what_a_reward_sets_while_it_scores_is_put_back(name: str, tmp_path: Pat
     assert seen() == before
 
 
+def test_what_a_reward_or_a_prompt_says_is_one_printable_line() -> None:
+    hostile = "a \x1b[2Jcat\n\x9b \u202e" + "x" * 9000
+    with pool_of(raising(ValueError(hostile + "\ud800")), drop=True) as pool:
+        pool._prompts = [Prompt(hostile)]
+        pool.submit(noise(1), indices(0))
+        (failure,) = pool.collect().failures
+    assert failure.reason.startswith(r"ValueError: a \x1b[2Jcat \x9b \u202exxx")
+    with pool_of(raising(ValueError(hostile + "\ud800"))) as pool:
+        pool._prompts = [Prompt(hostile)]
+        pool.submit(noise(1), indices(0))
+        with pytest.raises(RewardError) as error:
+            pool.collect()
+    for said in (failure.reason, str(error.value)):
+        assert said.isprintable()
+        assert len(said) < 1500
+
+
 def test_many_prompts_are_shortened_for_an_exception_and_exact_for_wrong_scores() -> None:
     with pool_of(raising(ValueError("no"))) as pool:
         pool.submit(noise(8), torch.arange(8))
@@ -1168,10 +974,3 @@ def test_a_hung_reward_does_not_keep_the_process_from_ending(code: str, status: 
     )
     assert done.returncode == status, done.stderr
     assert ('RewardError: reward "a:hung" failed for prompt 0 "a cat"' in done.stderr) == (status == 1), done.stderr
-
-
-def test_a_reward_server_can_stand_behind_a_pool() -> None:
-    with listening(RewardServer(by_index)) as address, pool_of(built(address), by_index) as pool:
-        for _ in range(3):
-            pool.submit(noise(2), indices(1, 6))
-        assert pool.collect().values.tolist() == [[1, 6] * 3] * 2

@@ -9,12 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard.terminal import printable
+
 LARGEST_SCORE = torch.finfo(torch.float32).max
 """Advantages are float32, and the squares of smaller scores add up in float64 without overflow."""
 
 
 class RewardError(RuntimeError):
     """A reward could not score; the message says which reward, which prompts and why."""
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """What a reward, a server or a client said, in one line of at most `most` characters, those that act escaped."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class Reward(Protocol):

@@ -16,16 +16,22 @@ import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from fastguard.rewards.images import to_pil
+from fastguard.rewards.options import checked
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VIT_L = "openai/clip-vit-large-patch14"
+
+Device = Annotated[str, Field(pattern="^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
+DType = Literal["float32", "bfloat16", "float16"]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class PickScore:
@@ -34,13 +40,14 @@ class PickScore:
     Flow-GRPO's code divides by 26 as well; a `weight` of 0.0385 does the same. Options: the model's, as above.
     """
 
+    @checked
     def __init__(
         self,
         path: str = "yuvalkirstain/PickScore_v1",
         processor: str = VIT_H,
-        device: str = "auto",
-        dtype: str = "float32",
-        batch_size: int = 16,
+        device: Device = "auto",
+        dtype: DType = "float32",
+        batch_size: BatchSize = 16,
     ) -> None:
         self.clip = _Clip(path, processor, device, dtype, batch_size)
 
@@ -56,13 +63,14 @@ class ClipScore:
     Options: the model's, as above.
     """
 
+    @checked
     def __init__(
         self,
         path: str = VIT_L,
         processor: str = "",
-        device: str = "auto",
-        dtype: str = "float32",
-        batch_size: int = 16,
+        device: Device = "auto",
+        dtype: DType = "float32",
+        batch_size: BatchSize = 16,
     ) -> None:
         self.clip = _Clip(path, processor, device, dtype, batch_size)
 
@@ -79,13 +87,14 @@ class HpsV2:
     Options: the model's, as above; `path` is required.
     """
 
+    @checked
     def __init__(
         self,
         path: str,
         processor: str = VIT_H,
-        device: str = "auto",
-        dtype: str = "float32",
-        batch_size: int = 16,
+        device: Device = "auto",
+        dtype: DType = "float32",
+        batch_size: BatchSize = 16,
     ) -> None:
         self.clip = _Clip(path, processor, device, dtype, batch_size)
 
@@ -104,14 +113,15 @@ class AestheticScore:
         head: file of the head's weights, .safetensors or .pth; a .pth may hold tensors and nothing else
     """
 
+    @checked
     def __init__(
         self,
         head: str,
         path: str = VIT_L,
         processor: str = "",
-        device: str = "auto",
-        dtype: str = "float32",
-        batch_size: int = 16,
+        device: Device = "auto",
+        dtype: DType = "float32",
+        batch_size: BatchSize = 16,
     ) -> None:
         layers = _load_head(Path(head))
         self.clip = _Clip(path, processor, device, dtype, batch_size)
@@ -136,10 +146,6 @@ class _Clip:
             from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
         except ImportError as error:
             raise ValueError(f"needs transformers: pip install transformers ({error})") from error
-        if batch_size < 1:
-            raise ValueError(f"rewards.options.batch_size must be at least 1, got {batch_size}")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"rewards.options.dtype must be float32, bfloat16 or float16, got {dtype!r}")
         self.batch_size = batch_size
         self.device = resolve_device(device)
         self._lock = threading.Lock()  # fast tokenizers refuse to truncate in two threads at once
@@ -190,8 +196,13 @@ class _Clip:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device by name, with the GPU's number: a new thread's "cuda" is GPU 0, whatever the process has chosen."""
+    """The device by name, with the GPU's number: a new thread's "cuda" is GPU 0, whatever the process has chosen.
+
+    Raises ValueError for a GPU that is not there.
+    """
     found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if found.type == "cuda" and (found.index or 0) >= (gpus := torch.cuda.device_count()):
+        raise ValueError(f"rewards.options.device = {device!r}, but this process sees {gpus} GPUs")
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 

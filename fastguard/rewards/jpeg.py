@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor
 
 from fastguard.rewards.images import to_pil
+from fastguard.rewards.options import checked
 
 
 class JpegCompressibility:
@@ -23,9 +25,8 @@ class JpegCompressibility:
 
     sign = -1.0
 
-    def __init__(self, quality: int = 95) -> None:
-        if not 1 <= quality <= 95:
-            raise ValueError(f"rewards.options.quality must lie in [1, 95], got {quality}")
+    @checked
+    def __init__(self, quality: Annotated[int, Field(ge=1, le=95)] = 95) -> None:
         self.quality = quality
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:

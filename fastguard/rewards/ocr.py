@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastguard.rewards.images import to_pil
+from fastguard.rewards.options import checked
 
 Reader = Callable[[Image.Image], str]
 
@@ -31,6 +32,7 @@ class OcrReward:
         allow_extra: text that contains the wanted text scores 1, as in Flow-GRPO's code; rewards writing more
     """
 
+    @checked
     def __init__(
         self,
         key: str = "text",
@@ -83,8 +85,6 @@ def _plain(text: str) -> str:
 def _reader(engine: str, language: str, gpu: bool) -> Reader:
     """Text of an RGB image, with the engine asked for, or the first that is installed."""
     engines = {"easyocr": _easyocr, "pytesseract": _pytesseract}
-    if engine != "auto" and engine not in engines:
-        raise ValueError(f"rewards.options.engine must be auto, {' or '.join(engines)}, got {engine!r}")
     asked = list(engines) if engine == "auto" else [engine]
     for name in asked:
         if find_spec(name) is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastguard.config import RewardConfig, ScoringConfig
-from fastguard.rewards.base import Reward, RewardError, call_reward, usable
+from fastguard.rewards.base import Reward, RewardError, call_reward, one_line, usable
 from fastguard.rewards.settings import keep_settings
 
 if TYPE_CHECKING:  # a reward server has no need of what encodes prompts
@@ -163,7 +163,7 @@ class RewardPool:
             error = TimeoutError(f"no scores within scoring.timeout_s = {self._scoring.timeout_s:g} seconds")
             reason = str(error)
         elif error := call.exception():
-            reason = f"{type(error).__name__}: {error}"
+            reason = one_line(f"{type(error).__name__}: {error}")
         else:
             scores = call.result()
             reason = (
@@ -184,8 +184,7 @@ class RewardPool:
         """The prompts in words, the first `most` of them, each cut to a line."""
         names = []
         for index in indices[:most]:
-            text = self._prompts[index].text
-            names.append(f'{index} "{text if len(text) <= 100 else text[:97] + "..."}"')
+            names.append(f'{index} "{one_line(self._prompts[index].text, most=100)}"')
         more = f" and {len(indices) - most} more" if len(indices) > most else ""
         return f"prompt{'s' if len(indices) > 1 else ''} {', '.join(names)}{more}"
 

@@ -6,10 +6,12 @@
 
 `images` holds B PNG files in base64, 8-bit grey or RGB, all of one size; `prompts` B strings; `metadata`, which may be
 left out, B objects. `scores` holds B numbers, larger is better, with null for an image that has no finite score. Every
-other answer is {"error": "<what was wrong>"}: 400 for a bad request, 413 for too many bytes, 404 for another path, 500
-for a reward that raised. PNG is lossless: the reward sees exactly the pixels that were sampled.
+other answer is {"error": "<what was wrong>"}: 400 for a bad request, 411 for one without a Content-Length, 413 for too
+many bytes, 404 for another path, 500 for a reward that raised. PNG is lossless: the reward sees exactly the pixels that
+were sampled.
 
-Requests are answered in threads of their own, so the reward may be called several times at once. There is no
+Requests are answered in threads of their own, so the reward may be called several times at once. Clients are programs
+of others, and may be broken or hostile: what they send is bounded in size and in time. There is no
 authentication and no encryption: leave it on 127.0.0.1, or on a network where everybody may use it.
 """
 
@@ -18,7 +20,13 @@ from __future__ import annotations
 import base64
 import json
 import math
+import socket
+import sys
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,12 +34,15 @@ import torch
 from torch import Tensor
 
 from fastguard.config import RewardConfig
-from fastguard.rewards.base import Reward, call_reward
+from fastguard.rewards.base import Reward, call_reward, one_line
 from fastguard.rewards.build import build_reward
 from fastguard.rewards.images import decode_png
+from fastguard.terminal import say
 
 MAX_REQUEST_BYTES = 256_000_000
 MAX_PIXELS = 2**27  # of a request's images together: 128 of 1024 x 1024, 400 MB decoded
+RECEIVE_S = 300.0
+LINGER_S = 5.0
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -43,7 +54,10 @@ class RewardServer(ThreadingHTTPServer):
         name: the reward's name in /health
         max_request_bytes: longest body that is read
         max_pixels: most pixels that the images of one request may have together
+        receive_s: seconds for a client to send its request, and again to take its answer
     """
+
+    request_queue_size = 1024  # clients that connect at once; the kernel's somaxconn may allow fewer
 
     def __init__(
         self,
@@ -54,20 +68,61 @@ class RewardServer(ThreadingHTTPServer):
         name: str = "reward",
         max_request_bytes: int = MAX_REQUEST_BYTES,
         max_pixels: int = MAX_PIXELS,
+        receive_s: float = RECEIVE_S,
     ) -> None:
         self.reward = reward
         self.name = name
         self.max_request_bytes = max_request_bytes
         self.max_pixels = max_pixels
+        self.receive_s = receive_s
+        self._deadlines: dict[Any, float] = {}  # of connections that send, or that are sent to
         super().__init__((host, port), _Handler)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread of its own."""
+        self._deadlines[request] = time.monotonic() + self.receive_s
+        super().process_request(request, client_address)
 
-def serve(reward: Reward, host: str = "127.0.0.1", port: int = 8000, *, name: str = "reward", **limits: int) -> None:
+    @contextmanager
+    def unhurried(self, request: Any) -> Iterator[None]:
+        """Inside, a connection has no deadline: a reward may take its time."""
+        self._deadlines.pop(request)
+        try:
+            yield
+        finally:
+            self._deadlines[request] = time.monotonic() + self.receive_s
+
+    def service_actions(self) -> None:
+        """Cut connections past their deadline (serve_forever calls this twice a second): the timeout of a socket begins
+        anew with every byte."""
+        now = time.monotonic()
+        for request, deadline in self._deadlines.copy().items():
+            if now > deadline:
+                with suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def close_request(self, request: Any) -> None:
+        """Forget a connection."""
+        self._deadlines.pop(request, None)
+        super().close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say what went wrong; that a client went away is no reason for a traceback."""
+        error = sys.exception()
+        gone = isinstance(error, OSError)
+        say(f"reward server: {client_address[0]} went away: {error}" if gone else traceback.format_exc())
+
+
+def serve(reward: Reward, host: str = "127.0.0.1", port: int = 8000, *, name: str = "reward", **limits: Any) -> None:
     """Print the address, then answer requests until KeyboardInterrupt, which is let through.
 
-    Raises OSError if the port is taken. `limits` are RewardServer's.
+    Raises ValueError if it cannot listen there (a port that is taken, say). `limits` are RewardServer's.
     """
-    with RewardServer(reward, host, port, name=name, **limits) as server:
+    try:
+        server = RewardServer(reward, host, port, name=name, **limits)
+    except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+        raise ValueError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
+    with server:
         print(f"reward {name!r} listens on http://{host}:{server.server_port}", flush=True)
         server.serve_forever()
 
@@ -99,6 +154,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     timeout = 60  # seconds without a byte before a client is given up
 
+    def finish(self) -> None:
+        """Read on until the client closes: closing on unread bytes resets the connection, and a client that still sends
+        may never read the answer."""
+        super().finish()
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER_S)
+            while self.connection.recv(1 << 16):
+                pass
+
     def do_GET(self) -> None:
         if self.path == "/health":
             self._reply(200, {"status": "ok", "reward": self.server.name})
@@ -107,36 +172,42 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         try:
-            body = self._body()
-            if self.path != "/score":
-                raise _Refused(404, f"there is no {self.path}; POST /score")
-            images, prompts, metadata = parse_request(body, self.server.max_pixels)
+            self._reply(200, {"scores": self._scores()})
         except _Refused as refused:
-            self._reply(refused.status, {"error": str(refused)})
-            return
-        except ValueError as error:
-            self._reply(400, {"error": str(error)})
-            return
-        try:
-            scores = call_reward(self.server.reward, images, prompts, metadata).tolist()
-        except Exception as error:  # whatever it was, the client is to read it, and this server goes on
-            traceback.print_exc()
-            self._reply(500, {"error": f"{type(error).__name__}: {error}"})
-            return
-        self._reply(200, {"scores": [score if math.isfinite(score) else None for score in scores]})
+            self._reply(refused.status, {"error": one_line(str(refused))})
 
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise _Refused(400, f"expected a Content-Length in bytes, got {length!r}")
+    def _scores(self) -> list[float | None]:
+        if self.path != "/score":
+            raise _Refused(404, f"there is no {self.path}; POST /score")
+        body = self._body()
+        with self.server.unhurried(self.connection):
+            try:
+                batch = parse_request(body, self.server.max_pixels)
+            except ValueError as error:
+                raise _Refused(400, str(error)) from error
+            del body
+            try:
+                scores = call_reward(self.server.reward, *batch).tolist()
+            except (Exception, SystemExit) as error:  # whatever it was, the client reads it, and this server goes on
+                say(traceback.format_exc())
+                raise _Refused(500, f"{type(error).__name__}: {error}") from error
+        return [score if math.isfinite(score) else None for score in scores]
+
+    def _body(self) -> bytearray:
+        lengths = self.headers.get_all("Content-Length", [])
+        if not lengths or "Transfer-Encoding" in self.headers:
+            raise _Refused(411, "expected a Content-Length, and no Transfer-Encoding")
+        if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdecimal()):
+            raise _Refused(400, f"expected one Content-Length in bytes, got {', '.join(lengths)}")
         limit = self.server.max_request_bytes
-        if int(length) <= limit:
-            return self.rfile.read(int(length))
-        # Closing on unread bytes resets the connection, and a client that still sends may never read the answer.
-        left = min(int(length), 2 * MAX_REQUEST_BYTES)
-        while left > 0 and (read := self.rfile.read(min(left, 1 << 20))):
-            left -= len(read)
-        raise _Refused(413, f"the request has {length} bytes, the limit is {limit}; send fewer images at once")
+        if len(lengths[0]) > 18 or int(lengths[0]) > limit:
+            raise _Refused(413, f"the request is longer than {limit} bytes; send fewer images at once")
+        length, body = int(lengths[0]), bytearray()
+        while len(body) < length and (piece := self.rfile.read(min(length - len(body), 1 << 20))):
+            body += piece
+        if len(body) < length:
+            raise _Refused(400, f"the request announced {length} bytes, and ended after {len(body)}")
+        return body
 
     def _reply(self, status: int, answer: dict[str, Any]) -> None:
         body = json.dumps(answer, allow_nan=False).encode()
@@ -146,11 +217,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What is wrong with a request as such, in the form of all errors."""
+        self.log_error("%d %s", code, message)
+        self._reply(code, {"error": one_line(message or HTTPStatus(code).phrase)})
+
     def log_request(self, code: object = "-", size: object = "-") -> None:
         """No line per batch; errors are still logged."""
 
+    def log_message(self, format: str, *args: Any) -> None:
+        say(one_line(f"reward server: {self.address_string()}: {format % args}"))
 
-def parse_request(body: bytes, max_pixels: int) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
+
+def parse_request(body: bytes | bytearray, max_pixels: int) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
     """Images (B, C, H, W) uint8, prompts and metadata of a /score request. Raises ValueError for a bad one."""
     try:
         request = json.loads(body)
