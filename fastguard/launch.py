@@ -5,6 +5,7 @@ Every process of a launch runs this.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -149,6 +150,8 @@ def announce(recipe: Recipe) -> Recompute:
 
 def _planned(recipe: Recipe) -> MemoryPlan:
     """The plan of a recipe. Raises ValueError for settings of a pipeline's folder with which no library can work."""
+    fakes = logging.getLogger("torch._subclasses.fake_tensor")  # logs a traceback of its own
+    fakes.disabled, before = True, fakes.disabled
     try:
         return plan(recipe)
     except Exception as error:  # there is no telling what a library raises about odd settings
@@ -159,6 +162,8 @@ def _planned(recipe: Recipe) -> MemoryPlan:
             f"model.path: the settings (config.json) in {recipe.model.path} make no pipeline that runs ({reason}): "
             "`fastguard doctor` looks at each part"
         ) from error
+    finally:
+        fakes.disabled = before
 
 
 def _blocks(recipe: Recipe, predicted: MemoryPlan) -> Iterator[tuple[str, str]]:

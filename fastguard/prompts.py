@@ -195,7 +195,8 @@ def pipeline_folder(path: str) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    with writing(Path(HF_HUB_CACHE), f": {path} was not downloaded", "start again, or set HF_HOME to another folder"):
+    missed = f": it was not downloaded to {HF_HUB_CACHE}"
+    with writing(Path(path), missed, "start again, or set HF_HOME to another folder"):
         return Path(DiffusionPipeline.download(path, use_safetensors=True))
 
 

@@ -7,6 +7,7 @@ tied weights. Only the headers of the files are asked for, which takes seconds f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from fastguard.backbones.flux import schedule_shift
 from fastguard.files import fitting, out_of_memory, parse_json
 from fastguard.weights import a_few
 
@@ -122,7 +124,10 @@ def _part_problems(folder: Path, part: str) -> Iterator[str]:
     elif part in TOKENIZERS:
         yield from _tokenizer_problems(folder, part)
     elif part == "scheduler":
-        FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=part, local_files_only=True)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=part, local_files_only=True)
+        shift = schedule_shift(scheduler.config, tokens=4096)
+        if not 0 < shift < math.inf:
+            yield f"{folder / part / SETTINGS[part]} makes a schedule shift of {shift}, which must be positive: {AGAIN}"
     else:
         yield from _index_problems(folder)
 
