@@ -5,12 +5,10 @@ Every process of a launch runs this.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -140,30 +138,12 @@ def announce(recipe: Recipe) -> Recompute:
     if recipe.model.kind == "digits":
         _print_lines([("fused blocks", "yes" if recipe.model.fuse else "no")])
         return "none"
-    predicted = _planned(recipe)
+    predicted = plan(recipe)
     _print_lines(_blocks(recipe, predicted))
     verdict = "fits" if predicted.fits else "does NOT fit: `fastguard plan` suggests what would"
     peak = f"{predicted.peak / 2**30:.1f} GiB per GPU; {verdict} in {recipe.hardware.memory_gb:g} GB"
     _print_lines([("predicted peak memory", peak)])
     return predicted.recompute
-
-
-def _planned(recipe: Recipe) -> MemoryPlan:
-    """The plan of a recipe. Raises ValueError for settings of a pipeline's folder with which no library can work."""
-    fakes = logging.getLogger("torch._subclasses.fake_tensor")  # logs a traceback of its own
-    fakes.disabled, before = True, fakes.disabled
-    try:
-        return plan(recipe)
-    except Exception as error:  # there is no telling what a library raises about odd settings
-        if type(error) is ValueError or not Path(recipe.model.path).is_dir():
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(
-            f"model.path: the settings (config.json) in {recipe.model.path} make no pipeline that runs ({reason}): "
-            "`fastguard doctor` looks at each part"
-        ) from error
-    finally:
-        fakes.disabled = before
 
 
 def _blocks(recipe: Recipe, predicted: MemoryPlan) -> Iterator[tuple[str, str]]:
@@ -216,7 +196,7 @@ def print_plan(recipe: Recipe, kept: bool = False) -> int:
         print(compare_kept(recipe))
         return 0
     _print_lines(totals(recipe))
-    predicted = _planned(recipe)
+    predicted = plan(recipe)
     _print_lines(_blocks(recipe, predicted))
     _print_exceptions(predicted.fused)
     print(predicted)

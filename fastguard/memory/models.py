@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -68,19 +66,6 @@ class PipelineConfigs:
     vae: dict[str, Any]
     clip: dict[str, Any]
     t5: dict[str, Any]
-    folder: Path | None = None
-    """where they were read; None for those of this file"""
-
-    @contextmanager
-    def making(self, part: str) -> Iterator[None]:
-        """Inside, what a library raises about odd settings becomes a ValueError that names their file."""
-        try:
-            yield
-        except Exception as error:  # there is no telling which
-            if self.folder is None:
-                raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ValueError(f"{self.folder / part / 'config.json'} makes no model ({reason})") from error
 
 
 FLUX_DEV = PipelineConfigs(FLUX_TRANSFORMER, FLUX_VAE, FLUX_CLIP, FLUX_T5)
@@ -103,8 +88,8 @@ def pipeline_configs(path: str) -> PipelineConfigs:
         missing = [name for name in names if not (folder / name / "config.json").is_file()]
         if missing:
             raise ValueError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')
-        transformer, vae, clip, t5 = (read_json(folder / name / "config.json") for name in names)
-        return PipelineConfigs(transformer, vae, clip, t5, folder)
+        read = [read_json(folder / name / "config.json") for name in names]
+        return PipelineConfigs(*read)
     if path == "tiny":
         return _tiny_configs()
     if path in KNOWN:
@@ -134,20 +119,17 @@ def _from_config(cls: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def meta_transformer(configs: PipelineConfigs, dtype: torch.dtype) -> Any:
-    with configs.making("transformer"):
-        return _from_config(FluxTransformer2DModel, configs.transformer, dtype)
+    return _from_config(FluxTransformer2DModel, configs.transformer, dtype)
 
 
 def meta_vae(configs: PipelineConfigs, dtype: torch.dtype) -> Any:
-    with configs.making("vae"):
-        return _from_config(AutoencoderKL, configs.vae, dtype).requires_grad_(False)
+    return _from_config(AutoencoderKL, configs.vae, dtype).requires_grad_(False)
 
 
 def meta_encoders(configs: PipelineConfigs, dtype: torch.dtype) -> tuple[Any, Any]:
     """(CLIP, T5), as `FluxPipeline.from_pretrained` holds them: T5 keeps its `wo` in float32 under float16."""
-    with configs.making("text_encoder"), torch.device("meta"):
+    with torch.device("meta"):
         clip = CLIPTextModel(CLIPTextConfig(**configs.clip))
-    with configs.making("text_encoder_2"), torch.device("meta"):
         t5 = T5EncoderModel(T5Config(**configs.t5))
     _cast(clip, dtype)
     _cast(t5, dtype)
