@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from fastguard.backbones.tiny import make_tiny_flux
 from fastguard.demo import cache as demo_cache
 from fastguard.demo.config import ClassifierConfig
 from fastguard.prompts import EncodedPrompts, Prompt, encode_prompts
+from fastguard.recipe import find_recipe, load_recipe
+from fastguard.sample import sample_recipe
 from fastguard.sealed import DamagedError, clear_scratch, is_whole, load_sealed, save_sealed, scratch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,15 +340,23 @@ def test_a_temporary_folder_that_goes_before_it_is_locked_is_made_again(
 # --- full disks
 
 
-@pytest.fixture
-def no_room() -> Iterator[None]:
-    """Files may have 2,000 bytes: what is larger fails as on a full disk, with another number."""
+@contextmanager
+def little_room() -> Iterator[None]:
+    """Inside, files may have 2,000 bytes: what is larger fails as on a full disk, with another number."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
+def no_room() -> Iterator[None]:
+    with little_room():
+        yield
 
 
 TOLD = r"the file is larger than files may be here\. Raise the limit \(ulimit -f\), and start again, or"
@@ -370,6 +382,24 @@ def test_no_room_for_the_demos_weights(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match=rf"big-.*\.safetensors: {TOLD} set FASTGUARD_CACHE"):
         demo_cache.load_or_train(torch.nn.Linear(100, 100), "big", ClassifierConfig(), lambda: None)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_room_for_images_leaves_the_earlier_ones(folder: Path, tmp_path: Path) -> None:
+    tiny = load_recipe(find_recipe("flux_tiny"))
+    recipe = replace(
+        tiny, model=replace(tiny.model, path=str(folder)), prompts=replace(tiny.prompts, cache=tmp_path / "c")
+    )
+
+    def draw(seed: int) -> dict[str, bytes]:
+        sample_recipe(recipe, ("a",), "none", 2, 1, seed, tmp_path / "out")
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    before = draw(0)
+    assert before.keys() == {"prompt000_00.png", "prompt000_01.png", "grid.png"}
+    with little_room(), pytest.raises(OSError, match=r"/out: the file is larger than files may be here"):
+        draw(1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert draw(1) != before
 
 
 @pytest.mark.parametrize("what", ["entries", "tiny", "demo"])
