@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from fastguard.files import read_text, writing
-from fastguard.weights import is_finite, require_finite
+from fastguard.files import fitting, parse_json, read_text, writing
+from fastguard.sealed import clear_scratch, is_whole, load_sealed, save_sealed
+from fastguard.terminal import say
+from fastguard.weights import a_few, is_finite, require_finite
 
 ENCODE_BATCH = 16
+ANOTHER_CACHE = "start again, or choose another prompts.cache"
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _from_json(line: str, where: str) -> Prompt:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:  # besides its own: integers of thousands of digits, nesting
+        entry = parse_json(line)
+    except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ValueError(f'{where}: expected an object with a "prompt" string, got {line.strip()[:80]}')
@@ -94,16 +95,20 @@ class EncodedPrompts:
     def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Embeddings (P, T, C) of T5 and (P, C) of CLIP, in the encoders' dtype on the host.
 
-        Raises ValueError, naming the file, for what is not finite.
+        Raises ValueError, naming the file, for what was damaged since it was encoded or found whole.
         """
-        embeds, pooled = [], []
-        for index in indices:
-            with safe_open(self.files[index], "pt") as file:
-                embeds.append(file.get_tensor("embeds"))
-                pooled.append(file.get_tensor("pooled"))
-            if not (is_finite(embeds[-1]) & is_finite(pooled[-1])):
-                raise ValueError(f"{self.files[index]} holds NaN or infinity: delete it, and it is encoded anew")
-        return torch.stack(embeds), torch.stack(pooled)
+        found = [_load(self.files[index]) for index in indices]
+        return torch.stack([one["embeds"] for one in found]), torch.stack([one["pooled"] for one in found])
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_sealed(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the encoded prompt {file} was damaged or removed after the start ({error}): start again with --resume "
+            "auto, and it is encoded anew"
+        ) from None
 
 
 def cache_folder(chosen: Path | None = None) -> Path:
@@ -126,20 +131,29 @@ def encode_prompts(
     """
     folder = cache_folder(cache) / "prompts" / _encoder_key(path, max_tokens, dtype)
     files = [folder / f"{hashlib.sha256(p.text.encode()).hexdigest()[:32]}.safetensors" for p in prompts]
-    missing = {file: p.text for file, p in zip(files, prompts, strict=True) if not _is_whole(file)}
-    if missing:
+    texts = {file: p.text for file, p in zip(files, prompts, strict=True)}
+    with writing(folder, then=ANOTHER_CACHE):
         folder.mkdir(parents=True, exist_ok=True)
-        _encode(list(missing.items()), path, max_tokens, dtype, device)
+        clear_scratch(folder)
+    unusable = _unusable(list(texts))
+    if unusable:
+        with fitting(f"model.path = {path!r}: what encodes the prompts"):
+            _encode([(file, texts[file]) for file in unusable], path, max_tokens, dtype, device)
     return EncodedPrompts(prompts, files)
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether the file is there and not cut short; its header is checked against its length, no tensor is read."""
-    try:
-        with safe_open(file, "pt") as content:
-            return set(content.keys()) == {"embeds", "pooled"}
-    except (OSError, SafetensorError):
-        return False
+def _unusable(files: Sequence[Path]) -> list[Path]:
+    """Those that are not there, or not as they were written; reading and comparing takes some seconds per 1,000 MB."""
+    there = [file for file in files if file.is_file()]
+    checked = tqdm(there, desc="checking cached prompts", unit="prompt", delay=2, disable=None)
+    damaged = {file for file in checked if not is_whole(file)}
+    if damaged:
+        say(
+            f"{len(damaged)} of {len(there)} cached prompts are damaged, or of an earlier version, and are encoded "
+            f"anew: {a_few(sorted(map(str, damaged)), 1)}"
+        )
+    whole = set(there) - damaged
+    return [file for file in files if file not in whole]
 
 
 @torch.no_grad()
@@ -148,7 +162,7 @@ def _encode(
 ) -> None:
     from diffusers import FluxPipeline  # seconds of import, which a warm cache spares
 
-    pipe: Any = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype)
+    pipe: Any = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype, use_safetensors=True)
     pipe.to(device)
     require_finite(pipe.text_encoder, "text_encoder", path)
     require_finite(pipe.text_encoder_2, "text_encoder_2", path)
@@ -166,11 +180,8 @@ def _encode(
                         f"{name} makes NaN or infinity of the prompt {text[:60]!r} in {dtype}, though its weights are "
                         f"finite: {remedy}"
                     )
-            # Aside and renamed: a killed run leaves no half file.
-            aside = file.with_suffix(f".{os.getpid()}.part")
-            with writing(file, then="start again, or choose another prompts.cache"):
-                save_file({"embeds": embeds[i].cpu().contiguous(), "pooled": pooled[i].cpu().contiguous()}, aside)
-                os.replace(aside, file)
+            with writing(file, then=ANOTHER_CACHE):
+                save_sealed({"embeds": embeds[i].cpu().contiguous(), "pooled": pooled[i].cpu().contiguous()}, file)
     del pipe
     gc.collect()
     if device.type == "cuda":
@@ -182,8 +193,11 @@ def pipeline_folder(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     from diffusers import DiffusionPipeline
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    return Path(DiffusionPipeline.download(path))
+    missed = f": it was not downloaded to {HF_HUB_CACHE}"
+    with writing(Path(path), missed, "start again, or set HF_HOME to another folder"):
+        return Path(DiffusionPipeline.download(path, use_safetensors=True))
 
 
 def _encoder_key(path: str, max_tokens: int, dtype: torch.dtype) -> str:
@@ -194,7 +208,8 @@ def _encoder_key(path: str, max_tokens: int, dtype: torch.dtype) -> str:
         for file in sorted((folder / name).glob("*")):
             digest.update(f"{name}/{file.name}".encode())
             if file.suffix in (".json", ".txt", ".model"):
-                digest.update(file.read_bytes())
+                with fitting(file):
+                    digest.update(file.read_bytes())
             else:  # gigabytes of weights: their size and time of change stand for them
                 stat = file.stat()
                 digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())

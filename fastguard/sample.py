@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastguard.report import save_images
 from fastguard.rewards.images import to_pil
 from fastguard.run import checkpoint_of
 from fastguard.sampler import ode_schedule, rollout, sample_seeds
+from fastguard.sealed import clear_scratch, scratch
 from fastguard.weights import put_all, trained_parameters
 
 
@@ -66,10 +68,14 @@ def sample_recipe(
     everything = torch.cat(drawn)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(to_pil(everything)):
-            image.save(out / f"prompt{i // images:03d}_{i % images:02d}.png")
-        grid = save_images(out / "grid.png", everything, columns=images)
-    print(f"{len(everything)} images of {count} prompts: {grid}")
+        clear_scratch(out)
+        with scratch(out) as aside:  # a full disk leaves no half image, and no mixture with earlier ones
+            for i, image in enumerate(to_pil(everything)):
+                image.save(aside / f"prompt{i // images:03d}_{i % images:02d}.png")
+            save_images(aside / "grid.png", everything, columns=images)
+            for file in aside.iterdir():
+                os.replace(file, out / file.name)
+    print(f"{len(everything)} images of {count} prompts: {out / 'grid.png'}")
     return 0
 
 

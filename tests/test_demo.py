@@ -238,11 +238,12 @@ def test_other_weights_in_the_cache_are_trained_again(cache_folder: Path) -> Non
 
 
 def test_interrupted_save_leaves_no_file(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(weights: Any, file: Path) -> None:
-        Path(file).write_bytes(b"half")
+    def half(file: Path, content: bytes) -> None:
+        with file.open("wb") as out:
+            out.write(content[:4])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "save_file", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     before = set(cache_folder.iterdir())
     with pytest.raises(KeyboardInterrupt):
         cache.load_or_train(torch.nn.Linear(2, 2), "linear", ClassifierConfig(seed=78), lambda: None)

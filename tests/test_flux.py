@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import MemoryRun, pool
@@ -82,15 +82,6 @@ def test_prompts_are_encoded_as_the_pipeline_does(encoded: EncodedPrompts, pipe:
     expected, expected_pooled, _ = pipe.encode_prompt(texts, max_sequence_length=recipe.prompts.max_tokens)
     assert torch.allclose(embeds, expected, atol=1e-5)
     assert torch.allclose(pooled, expected_pooled, atol=1e-5)
-
-
-def test_a_full_disk_names_the_cached_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
-
-    monkeypatch.setattr(prompts_module, "save_file", full)
-    with pytest.raises(OSError, match=r"c/prompts/.*\.safetensors: the disk is full.*another prompts\.cache"):
-        encode_prompts([Prompt("a")], str(folder), 16, tmp_path / "c", torch.float32, CPU)
 
 
 def test_what_is_cached_is_not_encoded_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +369,11 @@ def test_adapters_have_their_strength_without_the_files_header_too(
     trained = velocity(backbone.policy.transformer)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as content:
-        metadata = json.loads(content.metadata()["lora_adapter_metadata"])
+        header = content.metadata()
+    metadata = json.loads(header["lora_adapter_metadata"])
+    # Equal runs write equal bytes: several entries, and sets, come in an order of chance.
+    assert len(header) == 1
+    assert metadata["transformer.target_modules"] == sorted(recipe.lora.targets)
     for with_header in (True, False):
         if not with_header:
             save_file(load_file(file), file)

@@ -5,6 +5,7 @@ Axes: B image, S image token, T text token, C channel.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,18 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastguard.backbones import to_pixels
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
+from fastguard.files import fitting
 from fastguard.flux import FuseReport, fuse_flux
 from fastguard.flux.linear import LowPrecisionLinear
 from fastguard.prompts import EncodedPrompts, Prompt
@@ -203,11 +207,13 @@ class FluxBackbone:
 
         Raises ValueError for weights that are not finite.
         """
-        path, dtype = recipe.model.path, getattr(torch, recipe.model.dtype)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype).requires_grad_(False).to(device)
-        transformer = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype)
-        transformer.to(device)
+        path = recipe.model.path
+        options = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}  # no pickle is ever opened
+        with fitting(f"model.path = {path!r}: the pipeline", "`fastguard plan` says what it needs"):
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")
+            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **options).requires_grad_(False).to(device)
+            transformer = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", **options)
+            transformer.to(device)
         require_finite(vae, "vae", path)
         require_finite(transformer, "transformer", path)
         fused = prepare_transformer(transformer, recipe.model, recipe.lora, recompute)
@@ -257,8 +263,12 @@ class FluxBackbone:
         # Only the file's header holds alpha, and tools that do not read it multiply by 1. All of the scale goes into B:
         # a power of two, as in the recipes, is then exact, and any other costs one rounding.
         layers = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in layers.items()}
+        settings = {**config.to_dict(), "lora_alpha": config.r}
+        ordered = {f"transformer.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
+        # One entry: safetensors writes several in an order of chance, and equal runs write equal files.
+        header = {LORA_ADAPTER_METADATA_KEY: json.dumps(ordered, indent=2, sort_keys=True)}
         FluxPipeline.save_lora_weights(
             folder,
             transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata={**config.to_dict(), "lora_alpha": config.r},
+            save_function=lambda tensors, file: save_file(tensors, file, metadata=header),
         )

@@ -7,6 +7,7 @@ tied weights. Only the headers of the files are asked for, which takes seconds f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from fastguard.backbones.flux import schedule_shift
+from fastguard.files import fitting, out_of_memory, parse_json
 from fastguard.weights import a_few
 
 MODULES: dict[str, tuple[Any, str]] = {
@@ -62,19 +65,26 @@ def pipeline_problems(folder: Path) -> Iterator[str]:
                 with _quiet():
                     found = list(_part_problems(folder, part))
             except Exception as error:  # there is no telling what a library raises about a damaged file
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                found = list(_damaged_weights(folder / part, MODULES[part][1])) if part in MODULES else []
-                found = found or [f"{folder / part} cannot be loaded ({reason}): {AGAIN}"]
+                found = [_failure(folder / part, error)]
+                if out_of_memory(error) is None and part in MODULES:
+                    found = list(_damaged_weights(folder / part, MODULES[part][1])) or found
         yield from found
+
+
+def _failure(folder: Path, error: Exception) -> str:
+    if cause := out_of_memory(error):
+        return f"{folder} does not fit into memory ({cause})"
+    return f"{folder} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}): {AGAIN}"
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file of a pipeline. Raises ValueError, naming the file, if it holds no JSON object."""
-    content = file.read_bytes()
+    with fitting(file):
+        content = file.read_bytes()
     if content.startswith(LFS_POINTER):
         raise ValueError(_pointer(file))
     try:
-        values = json.loads(content)
+        values = parse_json(content.decode())  # as the loaders do: other encodings, and byte order marks, stop them
     except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{file} is cut short or no JSON ({error}): {AGAIN}") from None
     if not isinstance(values, dict):
@@ -84,6 +94,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _pointer(file: Path) -> str:
     return f"{file} is git-lfs's pointer to the file, not the file itself: run `git lfs pull` there, or {AGAIN}"
+
+
+def _pickle(file: Path) -> str:
+    return (
+        f"{file} is a pickle, which can run code, and is never opened: download the weights as *.safetensors, or "
+        "convert them (save_pretrained of diffusers and transformers writes safetensors)"
+    )
 
 
 def _unreadable(folder: Path, settings: str) -> Iterator[str]:
@@ -107,7 +124,10 @@ def _part_problems(folder: Path, part: str) -> Iterator[str]:
     elif part in TOKENIZERS:
         yield from _tokenizer_problems(folder, part)
     elif part == "scheduler":
-        FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=part, local_files_only=True)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=part, local_files_only=True)
+        shift = schedule_shift(scheduler.config, tokens=4096)
+        if not 0 < shift < math.inf:
+            yield f"{folder / part / SETTINGS[part]} makes a schedule shift of {shift}, which must be positive: {AGAIN}"
     else:
         yield from _index_problems(folder)
 
@@ -121,6 +141,10 @@ def _index_problems(folder: Path) -> Iterator[str]:
 
 def _module_problems(folder: Path, part: str) -> Iterator[str]:
     kind, name = MODULES[part]
+    pickles = sorted((folder / part).glob("*.bin"))
+    if pickles and not _files(folder / part, name):
+        yield _pickle(pickles[0])
+        return
     if "quantization_config" in read_json(folder / part / "config.json"):
         return  # its weights have other names and shapes until they are on a GPU
     lacking = list(_shard_problems(folder / part, name))
@@ -130,7 +154,7 @@ def _module_problems(folder: Path, part: str) -> Iterator[str]:
     info: dict[str, Any]
     _, info = kind.from_pretrained(
         folder, subfolder=part, device_map="meta", dtype=_stored_dtype(folder / part, name),
-        output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
+        output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True,
     )  # fmt: skip
     shapes = [f"{key} {tuple(came)} instead of {tuple(wanted)}" for key, came, wanted in info["mismatched_keys"]]
     told = _told(
@@ -170,6 +194,9 @@ def _shard_problems(folder: Path, name: str) -> Iterator[str]:
     if not listed:
         yield f"{index} lists no weights: {AGAIN}"
     for file, keys in sorted(listed.items()):
+        if not file.endswith(".safetensors"):
+            yield _pickle(folder / file)
+            continue
         if not (folder / file).is_file():
             yield f"there is no {folder / file}: {AGAIN}"
             continue
@@ -182,7 +209,7 @@ def _shard_problems(folder: Path, name: str) -> Iterator[str]:
 
 def _damaged_weights(folder: Path, name: str) -> Iterator[str]:
     """Files of weights that are absent, cut short, or not there but for git-lfs's pointers."""
-    files = _files(folder, name) or sorted(folder.glob("*.bin"))
+    files = _files(folder, name)
     if not files:
         yield f"there are no weights (*.safetensors) in {folder}: {AGAIN}"
     for file in files:
@@ -193,12 +220,11 @@ def _damaged_weights(folder: Path, name: str) -> Iterator[str]:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
                 yield _pointer(file)
                 continue
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt"):  # holds the file's length against its header
-                    pass
-            except (OSError, SafetensorError) as error:
-                yield f"{file} is cut short or damaged ({error}): {AGAIN}"
+        try:
+            with safe_open(file, "pt"):  # holds the file's length against its header
+                pass
+        except (OSError, SafetensorError) as error:
+            yield f"{file} is cut short or damaged ({error}): {AGAIN}"
 
 
 def _tokenizer_problems(folder: Path, part: str) -> Iterator[str]:
@@ -227,7 +253,14 @@ def _tokenizer_problems(folder: Path, part: str) -> Iterator[str]:
         if never:
             yield f"{own} lacks merges for tokens of its vocabulary ({a_few(never)}): {AGAIN}"
     if not list(_unreadable(folder / encoder, SETTINGS[encoder])):
-        embedded = read_json(folder / encoder / SETTINGS[encoder]).get("vocab_size")
+        settings = read_json(folder / encoder / SETTINGS[encoder])
+        positions = settings.get("max_position_embeddings")  # of CLIP, to whose length the pipeline fills up all texts
+        if positions is not None and not 2 < tokenizer.model_max_length <= positions:
+            yield (
+                f"{own / SETTINGS[part]} says model_max_length = {tokenizer.model_max_length}, but {encoder} has "
+                f"{positions} positions: {AGAIN}"
+            )
+        embedded = settings.get("vocab_size")
         known = max(tokenizer.get_vocab().values()) + 1
         if embedded is not None and known > embedded:
             yield f"{own} knows {known} tokens, but {encoder} embeds {embedded}: they are of different models"

@@ -6,9 +6,8 @@ diffusers' layout and loaded by the code that loads Flux.1-dev.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from contextlib import ExitStack
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,44 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from fastguard.files import writing
+from fastguard.prompts import ANOTHER_CACHE
+from fastguard.sealed import clear_scratch, is_sealed_folder, scratch, seal_folder
+from fastguard.terminal import say
 
 TEXT_DIM = 32
 
 
 def make_tiny_flux(folder: Path, seed: int = 0) -> Path:
-    """Write the pipeline to `folder`, all or nothing; leaves one that is there as it is. Returns the folder."""
-    if (folder / "model_index.json").is_file():
-        return folder
-    with writing(folder, then="start again, or choose another prompts.cache"), ExitStack() as stack:
+    """Write the pipeline to `folder`, all or nothing; one that is there and whole stays. Returns the folder.
+
+    An empty, unfinished or damaged one is replaced.
+    """
+    with writing(folder, then=ANOTHER_CACHE):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            _pipeline().save_pretrained(Path(scratch) / "tiny")
-        if not folder.exists():
-            shutil.move(Path(scratch) / "tiny", folder)
+        clear_scratch(folder.parent)
+        if is_sealed_folder(folder):
+            return folder
+        if folder.is_dir() and any(folder.iterdir()):
+            say(f"{folder} is damaged, or of an earlier version, and is made anew")
+        with scratch(folder.parent) as aside:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                _pipeline().save_pretrained(aside / "new")
+            seal_folder(aside / "new")
+            _put(aside / "new", folder, aside / "old")
     return folder
+
+
+def _put(new: Path, folder: Path, old: Path) -> None:
+    """Rename a folder to one that may be there already, and may be put there by another process meanwhile."""
+    try:
+        os.rename(new, folder)  # replaces an empty one
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not is_sealed_folder(folder):
+            os.rename(folder, old)
+            os.rename(new, folder)
 
 
 def _pipeline() -> Any:  # diffusers hides save_pretrained from mypy

@@ -150,7 +150,7 @@ class _Clip:
         self.device = resolve_device(device)
         self._lock = threading.Lock()  # fast tokenizers refuse to truncate in two threads at once
         try:
-            loaded: Any = CLIPModel.from_pretrained(path, output_loading_info=True)
+            loaded: Any = CLIPModel.from_pretrained(path, output_loading_info=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
             raise ValueError(f"rewards.options.path = {path!r} gives no CLIP model: {error}") from error
         model, info = loaded
