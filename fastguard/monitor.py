@@ -17,11 +17,13 @@ from torch import Tensor
 from fastguard.advantages import combine_rewards
 from fastguard.backbones import Backbone
 from fastguard.config import Recipe
+from fastguard.processes import on_all
 from fastguard.prompts import fingerprint
 from fastguard.recipe import as_dict
 from fastguard.rewards import RewardPool
 from fastguard.rewards.collect import collect_scores
 from fastguard.sampler import Policy, evaluation_images, ode_schedule, rollout
+from fastguard.sealed import DamagedError
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Monitor:
         index = torch.arange(padded, device="cpu").clamp(max=total - 1)
         index = index.view(accelerator.num_processes, -1)[accelerator.process_index]
         schedule = ode_schedule(config.num_steps, self._recipe.sampler.shift_for(backbone.shift))
-        backbone.hold(prompts.tolist())
+        on_all(accelerator, DamagedError, lambda: backbone.hold(prompts.tolist()))
         first = None
         for part in index.split(size):
             on_device = prompts[part].to(accelerator.device)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastguard.files import fitting, parse_json, read_text, writing
-from fastguard.sealed import clear_scratch, is_whole, load_sealed, save_sealed
+from fastguard.sealed import DamagedError, clear_scratch, is_whole, load_sealed, save_sealed
 from fastguard.terminal import say
 from fastguard.weights import a_few, is_finite, require_finite
 
@@ -95,7 +95,7 @@ class EncodedPrompts:
     def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Embeddings (P, T, C) of T5 and (P, C) of CLIP, in the encoders' dtype on the host.
 
-        Raises ValueError, naming the file, for what was damaged since it was encoded or found whole.
+        Raises DamagedError, naming the file, for what was damaged since it was encoded or found whole.
         """
         found = [_load(self.files[index]) for index in indices]
         return torch.stack([one["embeds"] for one in found]), torch.stack([one["pooled"] for one in found])
@@ -104,8 +104,8 @@ class EncodedPrompts:
 def _load(file: Path) -> dict[str, Tensor]:
     try:
         return load_sealed(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(
+    except (OSError, DamagedError) as error:
+        raise DamagedError(
             f"the encoded prompt {file} was damaged or removed after the start ({error}): start again with --resume "
             "auto, and it is encoded anew"
         ) from None

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fastguard.advantages import Advantages, advantages_without_failures, combine_rewards
 from fastguard.metrics import Clock
+from fastguard.processes import on_all
 from fastguard.rewards import RewardError, RewardPool, Scores
 from fastguard.rewards.collect import collect_scores
 from fastguard.sampler import Transitions, epoch_prompts, predict_velocity, rollout, sample_seeds, training_schedule
+from fastguard.sealed import DamagedError
 from fastguard.state import Run, TrainState
 
 
@@ -45,7 +47,7 @@ def sample_epoch(state: TrainState, rewards: RewardPool, run: Run, clock: Clock)
     recipe, backbone, device = state.recipe, state.backbone, state.accelerator.device
     schedule = training_schedule(recipe.sampler, backbone.shift, recipe.run.seed, state.epoch)
     prompt_indices, seeds = images_to_sample(state)
-    backbone.hold(prompt_indices.tolist())
+    on_all(state.accelerator, DamagedError, lambda: backbone.hold(prompt_indices.tolist()))
     transitions: list[Transitions] = []
     first_images = None
     for first in range(0, len(prompt_indices), recipe.sampler.batch_size):

@@ -44,7 +44,10 @@ class Backbone(Protocol):
     """whether adapters are trained, rather than the weights themselves"""
 
     def hold(self, prompt_indices: Iterable[int]) -> None:
-        """Bring these prompts' embeddings to the device; the policy is asked for no other until the next call."""
+        """Bring these prompts' embeddings to the device; the policy is asked for no other until the next call.
+
+        Raises sealed.DamagedError if they were damaged since the start.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
