@@ -19,6 +19,7 @@ from fastguard.demo.backbone import DigitBackbone
 from fastguard.demo.model import DigitPolicy
 from fastguard.metrics import Update, clip_fractions, clip_range_for, ratio_log
 from fastguard.monitor import Monitor
+from fastguard.optim import AdamW
 from fastguard.rewards import RewardError
 from fastguard.rollouts import images_to_sample
 from fastguard.sampler import Transitions, rollout, training_schedule
@@ -258,6 +259,35 @@ def test_one_bad_update_is_skipped_counted_and_survived() -> None:
     assert "denoising step 2 of sample 2" in where.messages[0]
     assert where.state.updates == 2
     assert (backbone.policy.image != 0).any()
+
+
+@pytest.mark.parametrize("group", ["weights", "average", "optimizer"])
+def test_what_an_update_ruins_is_named_before_transitions_are_blamed(
+    group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of an epoch, where the next loss is not finite either."""
+    backbone, where = ToyBackbone(), MemoryRun()
+    step = AdamW.step
+
+    def ruin(self: AdamW) -> None:
+        step(self)
+        image = backbone.policy.image
+        tensor = {
+            "weights": image.data,
+            "average": where.state.average.tensors["image"],
+            "optimizer": self.state_of(image)["exp_avg"],
+        }[group]
+        tensor[0, 0, 0] = torch.nan
+
+    monkeypatch.setattr(AdamW, "step", ruin)
+    recipe = with_(update={"ema_decay": 0.5, "ema_every": 100})
+    with (
+        pool(recipe, backbone) as rewards,
+        pytest.raises(FloatingPointError, match=rf"holds NaN or infinity \({group}: image.*the way back$") as caught,
+    ):
+        train(backbone, recipe, rewards, where, cpu())
+    assert "denoising step" not in str(caught.value)
+    assert where.saved == where.messages == []
 
 
 class DropoutPolicy(ToyPolicy):
