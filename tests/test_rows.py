@@ -186,7 +186,7 @@ def test_some_mutated_rows_stop_neither_report_nor_resume(tmp_path: Path, recipe
 def test_mutated_rows_stop_neither_report_nor_resume(
     tmp_path: Path, recipe: Recipe, counted: Callable[[str], None]
 ) -> None:
-    number, failed = 400, []
+    number, failed = 300, []
     for seed, folder in enumerate(runs_with_mutated_rows(recipe, tmp_path, number)):
         try:
             check(folder)
