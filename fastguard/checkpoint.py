@@ -10,25 +10,38 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
-import warnings
+import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastguard.config import LARGEST_INT
 from fastguard.files import writing
-from fastguard.weights import whole
+from fastguard.monitor import EvaluationLog
+from fastguard.processes import broadcast
+from fastguard.terminal import say
+from fastguard.weights import a_few, names_not_finite, whole
 
 FILE_BYTES = 4 << 30
 """Tensors are gathered and written in files of about this size, so that the host holds no more at a time."""
+FORMAT = 1
+"""What trainer.json says of the fields that this version reads."""
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 16 << 20
+"""A manifest has about 100 bytes a file; a larger one is none."""
 
 
 class CheckpointError(ValueError):
@@ -57,21 +70,21 @@ class CheckpointFolder:
             if not original.exists():
                 os.replace(replaced, original)
         for left in (*self.folder.glob(".part-*"), *self.folder.glob(".old-*"), *self.folder.glob(".drop-*")):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
 
     def all(self) -> list[Path]:
-        """Checkpoints, newest first, whole or not."""
-        return sorted(self.folder.glob("epoch_*"), reverse=True)
+        """Checkpoints, newest first, good or not."""
+        return checkpoints_in(self.folder)
 
-    def newest_whole(self) -> Path | None:
-        """The newest checkpoint without damage; damaged ones are named in a warning and passed over."""
+    def newest_good(self) -> Path | None:
+        """The newest checkpoint that `verify` passes; others are named on stderr and passed over."""
         found: list[str | None] = [None]
         if self._accelerator.is_main_process:
             for path in self.all():
                 try:
                     verify(path)
                 except CheckpointError as error:
-                    warnings.warn(f"{error}. Trying the one before", stacklevel=2)
+                    say(f"{error}. Trying the one before")
                     continue
                 found = [str(path)]
                 break
@@ -117,8 +130,8 @@ class CheckpointFolder:
         writer(os.replace, aside, path)
         writer(_flush, self.folder)
         if self._accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(aside)
+            _remove(replaced)
         failure = broadcast([None if writer.failure is None else str(writer.failure)], self._accelerator)[0]
         if failure is not None:
             raise writer.failure or OSError(f"the first process could not save: {failure}")
@@ -145,7 +158,7 @@ class CheckpointFolder:
             for path in self.all():
                 if path.name > checkpoint_name(epoch):
                     target = self.folder / f"aside_{path.name}"
-                    shutil.rmtree(target, ignore_errors=True)
+                    _remove(target)
                     os.replace(path, target)
         self._accelerator.wait_for_everyone()
 
@@ -156,8 +169,14 @@ class CheckpointFolder:
                 if path.name not in best:
                     dropped = self.folder / f".drop-{path.name}"
                     os.replace(path, dropped)  # so that a half-deleted folder is never taken for a checkpoint
-                    shutil.rmtree(dropped, ignore_errors=True)
+                    _remove(dropped)
         self._accelerator.wait_for_everyone()
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file or link in its place, as far as that can be done."""
+    with suppress(OSError):
+        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 class _Writer:
@@ -185,38 +204,157 @@ class _Writer:
 
 
 def verify(path: Path) -> None:
-    """Raise CheckpointError, naming the file, unless every file is there with the size and hash that were written."""
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint {path}; expected auto, never, or the folder of one (epoch_...)")
+    """Raise CheckpointError, naming the file, unless every listed file is there as written, and all tensors are finite.
+
+    Files that the manifest does not list are never opened, nor are listed ones that are no plain files.
+    """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"checkpoint {path} has no readable {MANIFEST}") from None
-    there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
-    unlisted = (there | {"trainer.json", "rng.json"}) - expected.keys()
-    if unlisted:
-        raise CheckpointError(f"checkpoint {path}: {MANIFEST} does not list {sorted(unlisted)}")
-    for name, (size, digest) in expected.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint {path} lacks {name}")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"checkpoint {path}: {name} has {file.stat().st_size} bytes, {size} were written")
-        if _sha256(file) != digest:
-            raise CheckpointError(f"checkpoint {path}: {name} is corrupted (its SHA-256 differs)")
+        if not path.is_dir():
+            raise CheckpointError(
+                f"there is no checkpoint {path}; expected auto, never, or the folder of one (epoch_...)"
+            )
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    listed = _listed(path)
+    for name, entry in listed.items():
+        with _reading(path, name) as file:
+            size = file.stat().st_size
+            if size != entry.bytes:
+                raise CheckpointError(f"checkpoint {path}: {name!r} has {size} bytes, {entry.bytes} were written")
+            if _sha256(file) != entry.sha256:
+                raise CheckpointError(f"checkpoint {path}: {name!r} is corrupted (its SHA-256 differs)")
+    for name in listed:
+        if "/" not in name and name.endswith(".safetensors"):
+            with _reading(path, name) as file, safe_open(file, "pt") as tensors:
+                bad = names_not_finite((key, tensors.get_tensor(key)) for key in tensors.keys())  # noqa: SIM118
+            if bad:
+                raise CheckpointError(f"checkpoint {path}: {name!r} holds NaN or infinity ({a_few(bad)})")
+
+
+def require(path: Path) -> None:
+    """`verify`, with an error that names the newest good checkpoint before this one as well."""
+    try:
+        verify(path)
+    except CheckpointError as error:
+        before = next((p for p in checkpoints_in(path.parent) if p.name < path.name and _is_good(p)), None)
+        hint = "there is no good one before it" if before is None else f"the newest good one before it is {before}"
+        raise CheckpointError(f"{error}; {hint}" if path.is_dir() else str(error)) from None
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first, good or not."""
+    return sorted((p for p in folder.glob("epoch_*") if re.fullmatch(r"epoch_\d{6}", p.name)), reverse=True)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the manifest says of a file."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _listed(path: Path) -> dict[str, _Entry]:
+    """What the manifest lists, by plain relative paths."""
+    with _reading(path, MANIFEST) as file:
+        if file.stat().st_size > MANIFEST_BYTES:
+            raise CheckpointError(f"checkpoint {path}: {MANIFEST} has {file.stat().st_size} bytes")
+        listed = _validated(dict[str, _Entry], file)
+    for name in listed:
+        if not name.isprintable() or any(part in ("", ".", "..") for part in name.split("/")):
+            raise CheckpointError(f"checkpoint {path}: {MANIFEST} lists {name!r}, which is no file of a checkpoint")
+    if missing := {"trainer.json", "rng.json"} - listed.keys():
+        raise CheckpointError(f"checkpoint {path}: {MANIFEST} does not list {sorted(missing)}")
+    return listed
+
+
+@contextmanager
+def _reading(path: Path, name: str) -> Iterator[Path]:
+    """Gives the plain file `name` of a checkpoint; inside, errors of reading it become one that names it."""
+    file = path / name
+    try:
+        for folder in reversed(Path(name).parents[:-1]):
+            if not stat.S_ISDIR((path / folder).lstat().st_mode):
+                raise CheckpointError(f"checkpoint {path}: {str(folder)!r} is no plain folder")
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise CheckpointError(f"checkpoint {path}: {name!r} is no plain file")
+        yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} lacks {name!r}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"checkpoint {path}: {name!r} cannot be read: {reason}") from None
+
+
+def _validated(kind: Any, file: Path) -> Any:
+    """The values of a JSON file. Raises CheckpointError that names the first field that is not as expected."""
+    try:
+        return TypeAdapter(kind).validate_json(file.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{file} is not as it was written: {where + ': ' if where else ''}{first['msg']}"
+        ) from None
+
+
+_Count = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+
+
+@dataclass(frozen=True)
+class _MonitorState:
+    history: list[EvaluationLog]
+    best: EvaluationLog | None
+    best_scores: list[float] | None
+    falling: int
+
+
+@dataclass(frozen=True)
+class _Format:
+    format: int
+
+
+@dataclass(frozen=True)
+class _TrainerState:
+    """What is read from trainer.json; what came later has a default."""
+
+    epoch: _Count
+    updates: _Count
+    bad_in_a_row: _Count
+    recipe: dict[str, Any]
+    monitor: _MonitorState | None
+    monitor_conditions: dict[str, Any] | None = None
+    trained_prompts: str = ""
+    earlier_best: list[str] = field(default_factory=list)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint."""
-    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+    """The JSON state of a checkpoint. Raises CheckpointError, naming the file, if this version cannot read it."""
+    with _reading(path, "trainer.json") as file:
+        written = _validated(_Format, file).format
+        if written != FORMAT:
+            raise CheckpointError(
+                f"{file} has format {written}, written by a later version of fastguard; this one reads {FORMAT}"
+            )
+        _validated(_TrainerState, file)
+        return json.loads(file.read_bytes())
 
 
 def read_tensors(path: Path, group: str) -> dict[str, Tensor]:
-    """The tensors of one group, on the host."""
+    """The tensors of one group, on the host. Raises CheckpointError, naming the file, if one cannot be read."""
     tensors: dict[str, Tensor] = {}
-    for file in sorted(path.glob(f"{group}-*.safetensors")):
-        tensors |= load_file(file)
+    for name in sorted(_listed(path)):
+        if re.fullmatch(rf"{group}-\d+\.safetensors", name):
+            with _reading(path, name) as file:
+                tensors |= load_file(file)
     return tensors
 
 
@@ -256,22 +394,23 @@ def _generators() -> dict[str, Any]:
 
 
 def restore_rng(path: Path, accelerator: Accelerator) -> None:
-    """Set this process's generators; a process that the run did not have keeps its own (rollouts need none of them)."""
-    states = json.loads((path / "rng.json").read_text(encoding="utf-8"))
-    if accelerator.process_index >= len(states):
-        return
-    state = states[accelerator.process_index]
+    """Set this process's generators; a process that the run did not have keeps its own (rollouts need none of them).
+
+    Raises CheckpointError, naming the file, if it does not hold what generators take.
+    """
+    with _reading(path, "rng.json") as file:
+        try:
+            states = json.loads(file.read_bytes())
+            if accelerator.process_index < len(states):
+                _set_generators(states[accelerator.process_index])
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise CheckpointError(f"{file} is not as it was written: {error}") from None
+
+
+def _set_generators(state: dict[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8, device="cpu"))
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8, device="cpu"))
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
-
-
-def broadcast(values: list[Any], accelerator: Accelerator) -> list[Any]:
-    """The first process's list of JSON values, on every process."""
-    if accelerator.num_processes == 1:
-        return values
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values

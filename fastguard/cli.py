@@ -38,7 +38,7 @@ class Train:
 
     recipe: RecipeFields
     resume: str = "never"
-    """"auto" goes on from the newest whole checkpoint in run.dir, a path from that checkpoint; "never" begins anew"""
+    """"auto" goes on from the newest good checkpoint in run.dir, a path from that checkpoint; "never" begins anew"""
 
     def __call__(self) -> int:
         from fastguard.launch import train_recipe

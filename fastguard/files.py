@@ -18,6 +18,7 @@ _CAUSES = {
     errno.EDQUOT: ("the disk quota is used up", "Make room"),
     errno.EFBIG: ("the file is larger than files may be here", "Raise the limit (ulimit -f)"),
     errno.EIO: ("the disk reports an error", "Look at the disk, or choose another"),
+    errno.ELOOP: ("a symbolic link, which is not followed here", "Remove it"),
 }
 """What happened, and what to do about it."""
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|Cannot allocate memory")
@@ -87,10 +88,12 @@ def out_of_memory(error: BaseException | None) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file at once or not at all."""
+    """Write a file at once or not at all; what a link at `path` or beside it leads to is left alone."""
     aside = path.with_name(f"{path.name}.part")
+    aside.unlink(missing_ok=True)  # of a killed run
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("x", encoding="utf-8") as file:
+            file.write(text)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from fastguard.backbones import Backbone
-from fastguard.checkpoint import broadcast
 from fastguard.config import Recipe, Recompute
 from fastguard.flux import FuseReport
 from fastguard.memory import MemoryPlan, compare_kept, plan
 from fastguard.monitor import Monitor
+from fastguard.processes import broadcast
 from fastguard.prompts import Prompt, cache_folder, encode_prompts, pipeline_folder, read_prompts
 from fastguard.recipe import totals
 from fastguard.rewards import RewardPool, build_reward

@@ -1,10 +1,11 @@
-"""What the processes of a launch do together: each method is called by all of them."""
+"""What the processes of a launch do together: every function is called by all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -21,3 +22,11 @@ def on_all(accelerator: Accelerator, failure: type[Exception], function: Callabl
     if problems:
         raise failure(problems[0])
     return result[0]
+
+
+def broadcast(values: list[Any], accelerator: Accelerator) -> list[Any]:
+    """The first process's list of JSON values, on every process."""
+    if accelerator.num_processes == 1:
+        return values
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values

@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,26 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from fastguard.checkpoint import CheckpointFolder, checkpoint_name, read_state, read_tensors, restore_rng, verify
+from fastguard.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    CheckpointFolder,
+    checkpoint_name,
+    checkpoints_in,
+    read_state,
+    read_tensors,
+    require,
+    restore_rng,
+)
 from fastguard.config import Recipe
 from fastguard.files import write_text, writing
 from fastguard.metrics import EpochLog
 from fastguard.monitor import Verdict
-from fastguard.optim import load_state, state_tensors
+from fastguard.optim import load_state
 from fastguard.prompts import fingerprint
 from fastguard.recipe import as_dict, differences
 from fastguard.report import save_images
+from fastguard.rows import keep_rows, odd_rows, read_lines
 from fastguard.signals import handled_by
 from fastguard.state import TrainState
 from fastguard.terminal import say
@@ -53,7 +65,7 @@ class RunFolder:
     """Implements `state.Run`; `catching_signals` makes SIGTERM, Ctrl-C and their like save and stop the run.
 
     Args:
-        resume: "never" refuses a folder that holds checkpoints, "auto" goes on from the newest whole one (or begins,
+        resume: "never" refuses a folder that holds checkpoints, "auto" goes on from the newest good one (or begins,
             if there is none), anything else is the path of a checkpoint.
 
     Raises ValueError if the folder is in use, or holds a run and `resume` is "never".
@@ -87,14 +99,14 @@ class RunFolder:
                 )
             return None
         if resume == "auto":
-            newest = self.checkpoints.newest_whole()
+            newest = self.checkpoints.newest_good()
             if not there and self._main:
                 say(f"nothing to resume in {self._recipe.run.dir}: beginning anew", sys.stdout)
             if newest is None and there:
-                raise ValueError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is whole")
+                raise ValueError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is good")
             return newest
         chosen = Path(resume)
-        verify(chosen)
+        require(chosen)
         if there and chosen.resolve().parent != self.checkpoints.folder.resolve():
             raise ValueError(
                 f"run.dir = {self._recipe.run.dir} holds another run than {chosen}: choose another --run.dir to branch "
@@ -154,13 +166,11 @@ class RunFolder:
             with _writing(self.path / "recipe.json") as file:
                 write_text(file, json.dumps(recipe, indent=1))
             # What a killed run logged after its last save will be done, and logged, again.
-            _keep(self.path / "metrics.jsonl", lambda row: row["epoch"] < state.epoch)
-            _keep(self.path / "skipped.jsonl", lambda row: row["epoch"] < state.epoch)
+            self._keep("metrics.jsonl", lambda epoch: epoch < state.epoch)
+            self._keep("skipped.jsonl", lambda epoch: epoch < state.epoch)
             if state.monitor is not None:
                 evaluated = {log.epoch for log in state.monitor.history}
-                _keep(
-                    self.path / "evaluations.jsonl", lambda row: row["epoch"] < state.epoch or row["epoch"] in evaluated
-                )
+                self._keep("evaluations.jsonl", lambda epoch: epoch < state.epoch or epoch in evaluated)
             self._bar = tqdm(
                 total=max(self._recipe.run.epochs, state.epoch),
                 initial=state.epoch,
@@ -171,6 +181,13 @@ class RunFolder:
         if self._recipe.run.trackers:
             with _writing(self.path / TRACKED):
                 self._accelerator.init_trackers(TRACKED, config=_flat(recipe))
+
+    def _keep(self, name: str, wanted: Callable[[int], bool]) -> None:
+        file = self.path / name
+        with _writing(file):
+            odd = keep_rows(file, wanted)
+        if odd:
+            say(f"  odd rows of {name} (half a line, say): {odd}, moved to {odd_rows(file).name}", sys.stdout)
 
     def _load(self, path: Path, state: TrainState) -> None:
         content = read_state(path)
@@ -223,9 +240,10 @@ class RunFolder:
             say(f"  the best score begins anew, {reason}", sys.stdout)
             if self._earlier_best:
                 say(f"  the best checkpoint until now is kept: {self._earlier_best[-1]}", sys.stdout)
-            for row in read_rows(log):
-                _append(earlier, row)
-            log.unlink(missing_ok=True)
+            if lines := read_lines(log):
+                with _writing(earlier), earlier.open("ab") as file:
+                    file.write(b"".join(line + b"\n" for line in lines))
+                log.unlink()
             if earlier.exists():
                 say(f"  earlier evaluations are in {earlier.name}", sys.stdout)
         return True
@@ -265,6 +283,7 @@ class RunFolder:
 
     def _save_images(self, name: str, images: Tensor) -> None:
         with _writing(self.path / "images" / name) as file:
+            file.unlink(missing_ok=True)  # the file behind a link would be written over
             save_images(file, images[:GRID_IMAGES])
 
     def _track(self, values: dict[str, float], epoch: int) -> None:
@@ -274,9 +293,9 @@ class RunFolder:
     def save(self, state: TrainState) -> None:
         if self._saved == state.epoch:
             return
-        averages = {} if state.average is None else state.average.tensors
+        state.require_finite()
         content = {
-            "format": 1,
+            "format": FORMAT,
             "epoch": state.epoch,
             "updates": state.updates,
             "bad_in_a_row": state.bad_in_a_row,
@@ -291,29 +310,34 @@ class RunFolder:
         if state.monitor is not None:
             content["monitor"] = state.monitor.state()
             content["monitor_conditions"] = state.monitor.conditions(state.backbone)
-        groups = {
-            "weights": state.parameters.items(),
-            "average": averages.items(),
-            "optimizer": state_tensors(state.optimizer, state.parameters),
-        }
-        exported = averages or state.parameters
-        self.checkpoints.save(state.epoch, content, groups, exported.items(), state.backbone.export)
+        groups = state.tensors()
+        exported = groups["weights" if state.average is None else "average"]
+        self.checkpoints.save(state.epoch, content, groups, exported, state.backbone.export)
         self._saved = state.epoch
         if state.monitor is not None and state.monitor.best is not None:
             self._best = checkpoint_name(state.monitor.best.epoch)
-        self.checkpoints.prune(self._recipe.run.keep_last, {self._best, *self._earlier_best})
+        if state.bad_in_a_row == 0:  # else the last good update may have been what ruined the newest ones
+            self.checkpoints.prune(self._recipe.run.keep_last, {self._best, *self._earlier_best})
+
+    def way_back(self) -> str:
+        """The newest checkpoint that was saved while no update was being skipped, in words."""
+        for path in (*self.checkpoints.all(), *([self._from] if self._from is not None else [])):
+            with suppress(CheckpointError):
+                if read_state(path)["bad_in_a_row"] == 0:
+                    return f"To go on from the last good checkpoint: --resume {path}"
+        return "There is no good checkpoint to go on from"
 
 
 def checkpoint_of(run: Path, which: str) -> Path:
     """A run's "newest" or "best" checkpoint (by gold score), or the checkpoint at the path `which`."""
     if which not in ("newest", "best"):
         return Path(which)
-    checkpoints = sorted((run / "checkpoints").glob("epoch_*"))
+    checkpoints = checkpoints_in(run / "checkpoints")
     if not checkpoints:
         raise ValueError(f"{run} holds no checkpoint")
     if which == "newest":
-        return checkpoints[-1]
-    monitor = read_state(checkpoints[-1])["monitor"]
+        return checkpoints[0]
+    monitor = read_state(checkpoints[0])["monitor"]
     if monitor is None or monitor["best"] is None:
         raise ValueError(
             f"{run} has no best checkpoint: monitor.every was 0, or nothing was evaluated under the monitor's settings"
@@ -327,7 +351,9 @@ def _trained_prompts(state: TrainState) -> str:
 
 def _lock(folder: Path) -> Any:
     """Hold the folder for this process; the lock goes with the process, however it ends."""
-    handle = (folder / ".lock").open("w")
+    with _writing(folder / ".lock") as file:
+        # Never through a link, and without a change of what is there.
+        handle = open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb")  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -345,25 +371,6 @@ def _writing(path: Path) -> Iterator[Path]:
 def _append(file: Path, row: dict[str, Any]) -> None:
     with _writing(file), file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
-
-
-def _keep(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the rows that are not wanted, and a last line that was cut short."""
-    if file.exists():
-        with _writing(file):
-            write_text(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if wanted(row)))
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a line that a killed run left unfinished is passed over."""
-    rows = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from fastguard.checkpoint import read_state, read_tensors, verify
+from fastguard.checkpoint import read_state, read_tensors, require
 from fastguard.config import LARGEST_INT, MOST_AT_ONCE, MOST_STEPS, Recipe
 from fastguard.files import writing
 from fastguard.launch import Prompts, gather_prompts, load_backbone, with_model
@@ -81,6 +81,6 @@ def sample_recipe(
 
 def _trained_weights(recipe: Recipe, checkpoint: str) -> dict[str, torch.Tensor]:
     path = checkpoint_of(recipe.run.dir, checkpoint)
-    verify(path)
+    require(path)
     print(f"weights of {path}" + (" (before training)" if read_state(path)["epoch"] == 0 else ""))
     return read_tensors(path, "average") or read_tensors(path, "weights")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from fastguard.backbones import Backbone
 from fastguard.config import Recipe
 from fastguard.metrics import EpochLog
 from fastguard.monitor import Monitor, Verdict
-from fastguard.optim import Optimizer, build_optimizer
-from fastguard.weights import Shadow, trained_parameters
+from fastguard.optim import Optimizer, build_optimizer, state_tensors
+from fastguard.weights import Shadow, a_few, names_not_finite, trained_parameters
 
 
 class Run(Protocol):
@@ -43,7 +44,11 @@ class Run(Protocol):
         ...
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint, unless this state has one."""
+        """Write a checkpoint, unless this state has one. Raises FloatingPointError if it is not finite."""
+        ...
+
+    def way_back(self) -> str:
+        """What to do, in words, after updates that were not finite: from which checkpoint to go on."""
         ...
 
 
@@ -72,6 +77,30 @@ class TrainState:
     """updates skipped since the last good one"""
     checked: bool = False
     """whether this process has passed the parity preflight"""
+
+    def tensors(self) -> dict[str, Iterable[tuple[str, Tensor]]]:
+        """Group -> (name, live tensor) of what updates change: weights, average (none without one), optimizer."""
+        return {
+            "weights": self.parameters.items(),
+            "average": {} if self.average is None else self.average.tensors.items(),
+            "optimizer": state_tensors(self.optimizer, self.parameters),
+        }
+
+    def require_finite(self) -> None:
+        """Raise FloatingPointError, naming tensors, if these hold NaN or Inf. Collective: on one process, on all.
+
+        An infinite second moment is no exception: its weight would never move again.
+        """
+        own = [(group, name) for group, named in self.tensors().items() for name in names_not_finite(named)]
+        bad: dict[str, list[str]] = {}
+        for group, name in sorted(set(gather_object(own))):
+            bad.setdefault(group, []).append(name)
+        if bad:
+            where = "; ".join(f"{group}: {a_few(names)}" for group, names in bad.items())
+            raise FloatingPointError(
+                f"epoch {self.epoch}: after {self.updates} updates this state holds NaN or infinity ({where}), and was "
+                "not saved. Lower update.learning_rate or update.max_grad_norm"
+            )
 
 
 def build_state(backbone: Backbone, recipe: Recipe, accelerator: Accelerator, monitor: Monitor | None) -> TrainState:

@@ -15,6 +15,7 @@ from fastguard.monitor import Monitor
 from fastguard.rewards import RewardError, RewardPool
 from fastguard.rollouts import SampledEpoch, add_reference, sample_epoch
 from fastguard.sampler import training_schedule
+from fastguard.sealed import DamagedError
 from fastguard.state import Run, TrainState, build_state, for_processes
 from fastguard.update import check_parity, minibatches, update_weights
 
@@ -30,25 +31,35 @@ def train(
     """Train the backbone's policy in place to raise the rewards; returns the logs of the epochs done here.
 
     Raises ValueError before anything is sampled if the images do not divide over the processes or rollout steps
-    score differently in training; RewardError, after saving, if a reward fails and the recipe says to stop; and
-    FloatingPointError after `update.max_bad_updates` updates in a row that were not finite.
+    score differently in training. Raises after saving: RewardError if a reward fails and the recipe says to stop, and
+    DamagedError if an encoded prompt was damaged since the start. Raises FloatingPointError, and saves nothing, after
+    `update.max_bad_updates` updates in a row that were not finite, or one that left weights, average or optimizer state
+    that are not.
     """
     accelerator = accelerator or Accelerator()
     recipe = for_processes(recipe, accelerator.num_processes)
     state = build_state(backbone, recipe, accelerator, monitor)
     run.restore(state)
+    try:
+        return train_epochs(state, rewards, run)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}. {run.way_back()}") from None
+
+
+def train_epochs(state: TrainState, rewards: RewardPool, run: Run) -> list[EpochLog]:
+    """Epochs until the recipe's last one or a wish to stop, saved as the recipe says and at the end."""
     logs: list[EpochLog] = []
     try:
         stop = evaluate(state, run)
-        while state.epoch < recipe.run.epochs and not stop:
+        while state.epoch < state.recipe.run.epochs and not stop:
             log = run_epoch(state, rewards, run)
             if log is None:  # asked to stop before any weight changed: this epoch begins again after a resume
                 break
             logs.append(log)
             stop = run.stop_requested() or evaluate(state, run)
-            if state.epoch % recipe.run.save_every == 0:
+            if state.epoch % state.recipe.run.save_every == 0:
                 run.save(state)
-    except RewardError:
+    except (RewardError, DamagedError):
         run.save(state)
         raise
     run.save(state)
@@ -70,6 +81,7 @@ def run_epoch(state: TrainState, rewards: RewardPool, run: Run) -> EpochLog | No
     with clock.phase("update"):
         for index in minibatches(state):
             updates.append(update_weights(state, transitions, index, rolled.advantages.values, run))
+        state.require_finite()  # one reading an epoch of what each update reads, before it is evaluated or rolled out
     state.epoch += 1
     log = summarize(state, rolled, updates, clock)
     run.end_epoch(log, rolled.images, state)

@@ -110,7 +110,7 @@ def update_weights(
 ) -> Update:
     """One optimizer update, in micro-batches; skipped on all processes if its loss or gradient is not finite.
 
-    Raises FloatingPointError once `update.max_bad_updates` were skipped in a row.
+    Raises FloatingPointError once `update.max_bad_updates` were skipped in a row, or if it was the weights.
     """
     recipe, accelerator, policy = state.recipe, state.accelerator, state.policy
     config, device = recipe.update, accelerator.device
@@ -147,6 +147,7 @@ def update_weights(
             state.average.move_towards(config.ema_decay)
         return update
     state.optimizer.zero_grad()
+    state.require_finite()  # else the transitions would be blamed for what an earlier update has done
     state.bad_in_a_row += 1
     message = blame(state, transitions, suspects(parts, losses, accelerator), advantages)
     run.skipped(state.epoch, message)

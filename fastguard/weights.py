@@ -6,7 +6,7 @@ file knows the difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -62,20 +62,25 @@ def is_finite(tensor: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(tensor)).isfinite().all()
 
 
-@torch.no_grad()
 def not_finite(module: nn.Module) -> list[str]:
     """Names of the weights and buffers with NaN or Inf in this process's part of them; waits once for the device."""
-    parts = {
-        name: local(part)
-        for owner, tensor in (*module.named_parameters(), *module.named_buffers())
-        for name, part in unpacked(_plain(owner), tensor)
-    }
-    # A shard may be empty, and float8 cannot be compared.
-    parts = {n: t for n, t in parts.items() if t.is_floating_point() and t.itemsize > 1 and t.numel()}
-    if not parts:
-        return []
-    finite = torch.stack([is_finite(part) for part in parts.values()]).tolist()
-    return [name for name, good in zip(parts, finite, strict=True) if not good]
+    return names_not_finite((_plain(n), t) for n, t in (*module.named_parameters(), *module.named_buffers()))
+
+
+@torch.no_grad()
+def names_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the (name, tensor) with NaN or Inf in this process's part of them; waits once for each device."""
+    devices: dict[torch.device, dict[str, Tensor]] = {}
+    parts = ((n, local(part)) for owner, tensor in tensors for n, part in unpacked(owner, tensor))
+    for name, part in (found for owner, shard in parts for found in unpacked(owner, shard)):  # packed shards
+        # A shard may be empty, and float8 cannot be compared.
+        if part.is_floating_point() and part.itemsize > 1 and part.numel():
+            devices.setdefault(part.device, {})[name] = is_finite(part)
+    names = []
+    for finite in devices.values():
+        good = torch.stack(list(finite.values())).tolist()
+        names += [name for name, is_good in zip(finite, good, strict=True) if not is_good]
+    return names
 
 
 def require_finite(module: nn.Module, part: str, path: str) -> None:

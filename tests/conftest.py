@@ -13,7 +13,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-LONGEST = ("test_distributed.py", "test_memory.py", "test_train.py", "test_run.py", "test_fuse_flux.py", "test_demo.py")
+LONGEST = (
+    "test_distributed.py",
+    "test_memory.py",
+    "test_train.py",
+    "test_run.py",
+    "test_damage.py",
+    "test_fuse_flux.py",
+    "test_demo.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

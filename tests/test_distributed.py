@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from fastguard.checkpoint import read_tensors
 from fastguard.recipe import shipped_recipes
-from fastguard.run import checkpoint_of, read_rows
+from fastguard.rows import read_rows
+from fastguard.run import checkpoint_of
 
 TESTS = Path(__file__).parent
 
@@ -132,6 +134,14 @@ def test_a_bad_update_is_skipped_on_all_processes(tmp_path: Path) -> None:
     (line,) = read_rows(tmp_path / "run" / "skipped.jsonl")
     assert "on process 1" in line["message"]
     assert "on process 0" not in line["message"]
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_state_that_one_process_finds_ruined_is_saved_by_none(tmp_path: Path, kind: str) -> None:
+    said = launch(tmp_path, kind, tmp_path / "run", "2", "--ruin-on", "1", code=1)
+    assert re.search(r"holds NaN or infinity \(.*optimizer: .*\), and was not saved", said)
+    assert list((tmp_path / "run" / "checkpoints").glob("epoch_*")) == [tmp_path / "run/checkpoints/epoch_000000"]
+    assert f"last good checkpoint: --resume {tmp_path / 'run/checkpoints/epoch_000000'}" in said
 
 
 FLUX = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastguard.config import UpdateConfig
 from fastguard.optim import Optimizer, build_optimizer, load_state, state_tensors
-from fastguard.weights import put, whole
+from fastguard.weights import names_not_finite, put, whole
 
 CONFIG = UpdateConfig(learning_rate=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
 NAMES = ["adamw", "adamw_cpu", "adamw8bit"]
@@ -127,3 +127,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
     with pytest.raises(ValueError, match=r'update\.optimizer = "adamw8bit" needs torchao: pip install torchao'):
         build_optimizer([nn.Parameter(torch.zeros(2))], replace(CONFIG, optimizer="adamw8bit"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_packed_state_that_is_not_finite_is_named(value: float) -> None:
+    """Its codes are integers: what is not finite in eight bits is the scale of a block."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    state = OptimState8bit.zeros((64, 128), signed=True, block_size=256)
+    assert names_not_finite([("w.exp_avg", state)]) == []
+    state.scale[3] = value
+    assert names_not_finite([("w.exp_avg", state)]) == ["w.exp_avg.scale"]

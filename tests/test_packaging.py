@@ -93,7 +93,7 @@ LAYERS = [
     {"ops"},
     {"checks"},
     {"loss", "step"},
-    {"config", "advantages", "prompts", "weights", "report"},
+    {"config", "advantages", "prompts", "rows", "weights", "report"},
     {"sampler", "recipe", "optim", "rewards", "flux", "backbones"},
     {"metrics", "monitor"},
     {"state", "checkpoint"},

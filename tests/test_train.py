@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from fastguard import cli
-from fastguard.run import checkpoint_of, read_rows
+from fastguard.rows import read_rows
+from fastguard.run import checkpoint_of
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,9 +19,11 @@ from fastguard.demo.backbone import DigitBackbone
 from fastguard.demo.model import DigitPolicy
 from fastguard.metrics import Update, clip_fractions, clip_range_for, ratio_log
 from fastguard.monitor import Monitor
+from fastguard.optim import AdamW
 from fastguard.rewards import RewardError
 from fastguard.rollouts import images_to_sample
 from fastguard.sampler import Transitions, rollout, training_schedule
+from fastguard.sealed import DamagedError
 from fastguard.state import TrainState, build_state
 from fastguard.trainer import train
 from fastguard.update import minibatches, policy_loss
@@ -260,6 +262,35 @@ def test_one_bad_update_is_skipped_counted_and_survived() -> None:
     assert (backbone.policy.image != 0).any()
 
 
+@pytest.mark.parametrize("group", ["weights", "average", "optimizer"])
+def test_what_an_update_ruins_is_named_before_transitions_are_blamed(
+    group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of an epoch, where the next loss is not finite either."""
+    backbone, where = ToyBackbone(), MemoryRun()
+    step = AdamW.step
+
+    def ruin(self: AdamW) -> None:
+        step(self)
+        image = backbone.policy.image
+        tensor = {
+            "weights": image.data,
+            "average": where.state.average.tensors["image"],
+            "optimizer": self.state_of(image)["exp_avg"],
+        }[group]
+        tensor[0, 0, 0] = torch.nan
+
+    monkeypatch.setattr(AdamW, "step", ruin)
+    recipe = with_(update={"ema_decay": 0.5, "ema_every": 100})
+    with (
+        pool(recipe, backbone) as rewards,
+        pytest.raises(FloatingPointError, match=rf"holds NaN or infinity \({group}: image.*the way back$") as caught,
+    ):
+        train(backbone, recipe, rewards, where, cpu())
+    assert "denoising step" not in str(caught.value)
+    assert where.saved == where.messages == []
+
+
 class DropoutPolicy(ToyPolicy):
     """Acts differently when a gradient is wanted, as a model with active dropout does."""
 
@@ -313,6 +344,21 @@ def test_a_failing_reward_saves_and_stops_or_drops_its_group() -> None:
     assert [log.dropped_groups for log in logs] == [1, 1, 1]
     assert (backbone.policy.image[0] != 0).any()
     assert (backbone.policy.image[1] == 0).all()  # the dark prompt's group was never trained on
+
+
+def test_a_prompt_that_is_damaged_meanwhile_saves_and_stops() -> None:
+    class Damaged(ToyBackbone):
+        left = 2
+
+        def hold(self, prompt_indices: Iterable[int]) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise DamagedError("the encoded prompt was damaged")
+
+    where = MemoryRun()
+    with pool(RECIPE, Damaged()) as rewards, pytest.raises(DamagedError, match="was damaged"):
+        train(Damaged(), RECIPE, rewards, where, cpu())
+    assert where.saved == [2]
 
 
 def test_a_rollout_without_any_score_stops() -> None:

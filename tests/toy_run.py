@@ -1,34 +1,42 @@
 """A toy training run with a run folder, as a process of its own: python toy_run.py DIR EPOCHS [--resume auto] [...].
 
 With --slow SECONDS every reward waits, so that a test can hit the run at work; --optimizer NAME; --fsdp2 pretends that
-CPU processes are GPUs, which is what accelerate asks before it shards; --out FILE gets what a test compares.
+CPU processes are GPUs, which is what accelerate asks before it shards; --out FILE gets what a test compares. With
+TOY_DIE_AT=N in the environment it kills itself at its N-th operation on files in DIR.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import signal
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import toys
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from toys import RECIPE, ToyBackbone, towards
 
+from fastguard import checkpoint
 from fastguard.config import MonitorConfig, Recipe, RewardConfig
 from fastguard.monitor import Monitor
+from fastguard.optim import AdamW
 from fastguard.rewards import RewardPool
 from fastguard.run import RunFolder
 from fastguard.state import for_processes
 from fastguard.terminal import unfailing_output
 from fastguard.trainer import train
-from fastguard.weights import whole
+from fastguard.weights import local, whole
 
 
 class Layer(nn.Linear):
@@ -86,9 +94,12 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--fail-on", type=int, help="the process whose reward raises")
     parser.add_argument("--poison-on", type=int, help="the process whose first update is not finite")
+    parser.add_argument("--ruin-on", type=int, help="the process whose optimizer state the first update ruins")
     parser.add_argument("--fsdp2", action="store_true")
     parser.add_argument("--out")
     arguments = parser.parse_args()
+    if "TOY_DIE_AT" in os.environ:
+        die_at(int(os.environ["TOY_DIE_AT"]), os.path.abspath(arguments.dir))
     torch.set_num_threads(1)
     if arguments.fsdp2:
         PartialState(cpu=True)
@@ -101,6 +112,8 @@ def main() -> int:
     backbone.dtype = getattr(torch, arguments.dtype)
 
     policy.poisoned = arguments.poison_on == accelerator.process_index
+    if arguments.ruin_on == accelerator.process_index:
+        ruin(AdamW)
 
     def slow(*batch: Any) -> Tensor:
         if arguments.fail_on == accelerator.process_index:
@@ -127,6 +140,45 @@ def main() -> int:
     print(json.dumps({"stopped": run.was_stopped}))
     accelerator.end_training()
     return 0
+
+
+def ruin(optimizer: type[AdamW]) -> None:
+    """Have every step leave NaN in this process's part of a moment."""
+    step = optimizer.step
+
+    def ruining(self: AdamW) -> None:
+        step(self)
+        parameter = next(iter(self._optimizers))
+        local(self.state_of(parameter)["exp_avg"])[0] = torch.nan
+
+    optimizer.step = ruining  # type: ignore[method-assign]
+
+
+def die_at(last: int, folder: str) -> None:
+    """SIGKILL at operation `last` (from 1): before a file is opened, flushed, renamed or removed, or a folder made."""
+    operations = itertools.count(1)
+
+    def count() -> None:
+        if next(operations) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            count()
+            return function(*args, **kwargs)
+
+        return counted
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if event in ("os.remove", "os.rmdir") and args[1] != -1:
+            count()  # shutil.rmtree removes by descriptor and name
+        elif event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and str(args[0]).startswith(folder):
+            count()
+
+    sys.addaudithook(audit)
+    os.fsync = counting(os.fsync)
+    for module in (checkpoint, toys):  # safetensors writes without Python
+        module.save_file = counting(module.save_file)
 
 
 last_state: Any = None

@@ -144,6 +144,9 @@ class Watch:
     def save(self, state: TrainState) -> None:
         """A run takes seconds."""
 
+    def way_back(self) -> str:
+        return "The demo keeps no checkpoints"
+
 
 def run_one(config: DemoConfig, models: Models, objective: Objective, seed: int, tick: Callable[[float], None]) -> Run:
     """One probe of the ratio and one training run, both from the pretrained weights; `tick` gets the proxy reward."""

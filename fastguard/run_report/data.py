@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastguard.config import Recipe
-from fastguard.metrics import EpochLog, RatioLog, RewardLog, UpdateLog
+from pydantic import TypeAdapter, ValidationError
+
+from fastguard.config import LARGEST_FLOAT, LARGEST_INT, Recipe
+from fastguard.metrics import EpochLog
 from fastguard.monitor import EvaluationLog
 from fastguard.recipe import parse_recipe
-from fastguard.run import read_rows
+from fastguard.rows import parse_row, read_lines
+
+Log = TypeVar("Log", EpochLog, EvaluationLog)
 
 
 @dataclass(frozen=True)
@@ -53,34 +57,53 @@ def read_run(path: Path) -> TrainingRun:
         )
     try:
         content = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path / 'recipe.json'} is damaged: {error}") from None
     recipe = parse_recipe(content, str(path / "recipe.json"))
-    epochs, odd = _logs(path / "metrics.jsonl", _epoch_log)
-    evaluations, more = _logs(path / "evaluations.jsonl", lambda row: EvaluationLog(**row))
-    skipped = [str(row.get("message", row)) for row in read_rows(path / "skipped.jsonl")]
-    return TrainingRun(path, recipe, epochs, evaluations, skipped, odd + more)
+    epochs, odd = _logs(path / "metrics.jsonl", EpochLog)
+    evaluations, more = _logs(path / "evaluations.jsonl", EvaluationLog)
+    rows = [parse_row(line) for line in read_lines(path / "skipped.jsonl")]
+    skipped = [_text(row.get("message", row)) for row in rows if row is not None]
+    return TrainingRun(path, recipe, epochs, evaluations, skipped, odd + more + rows.count(None))
 
 
-def _logs(file: Path, build: Callable[[dict[str, Any]], Any]) -> tuple[list[Any], int]:
+def _text(value: Any) -> str:
+    """A value as text that a page can hold; JSON knows halves of characters, UTF-8 does not."""
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _logs(file: Path, kind: type[Log]) -> tuple[list[Log], int]:
     """Logs in the order of their epochs, the last written one of each; and how many rows are none."""
-    found: dict[int, Any] = {}
+    build = TypeAdapter(kind)
+    found: dict[int, Log] = {}
     unread = 0
-    for row in read_rows(file):
+    for line in read_lines(file):
         try:
-            log = build(row)
+            log = build.validate_json(line, strict=True)
+        except ValidationError:  # odd, or written by another version
+            unread += 1
+            continue
+        if _could_be_written(log):
             found[log.epoch] = log
-        except (TypeError, KeyError, AttributeError):  # written by another version
+        else:
             unread += 1
     return [found[epoch] for epoch in sorted(found)], unread
 
 
-def _epoch_log(row: dict[str, Any]) -> EpochLog:
-    """The inverse of `dataclasses.asdict`."""
-    nested = {
-        "rewards": {name: RewardLog(**reward) for name, reward in row["rewards"].items()},
-        "updates": tuple(UpdateLog(**{**update, "ratio": RatioLog(**update["ratio"])}) for update in row["updates"]),
-        "steps": tuple(row["steps"]),
-        "per_step": tuple(RatioLog(**ratio) for ratio in row["per_step"]),
-    }
-    return EpochLog(**{**row, **nested})
+def _could_be_written(log: EpochLog | EvaluationLog) -> bool:
+    """Whether its numbers are float32's, and fit each other: what draws and computes with them relies on that."""
+    if not 0 <= log.epoch <= LARGEST_INT or any(LARGEST_FLOAT < abs(x) != math.inf for x in _numbers(asdict(log))):
+        return False
+    if isinstance(log, EvaluationLog):
+        return True
+    ranges = [log.clip_range_for_10_percent, log.clip_range_for_30_percent]
+    return len(log.steps) == len(log.per_step) and all(r is None or not r < 0 for r in ranges)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in nested values."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
