@@ -19,7 +19,8 @@ import pytest
 
 from fastguard import cli, doctor
 from fastguard.checkpoint import verify
-from fastguard.run import checkpoint_of, read_rows
+from fastguard.rows import read_rows
+from fastguard.run import checkpoint_of
 from fastguard.terminal import Unfailing, printable, say, unfailing_output
 
 TESTS = Path(__file__).parent
