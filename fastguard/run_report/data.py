@@ -53,7 +53,7 @@ def read_run(path: Path) -> TrainingRun:
         )
     try:
         content = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path / 'recipe.json'} is damaged: {error}") from None
     recipe = parse_recipe(content, str(path / "recipe.json"))
     epochs, odd = _logs(path / "metrics.jsonl", _epoch_log)
