@@ -8,6 +8,8 @@ denoising step of one image; a *process* is one GPU (or one CPU process).
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -15,11 +17,19 @@ from typing import Any, ClassVar, Literal, get_args
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4e38
 """Numbers beyond float32, in which losses are computed; products of smaller ones fit into float64."""
+SMALLEST_FLOAT = 1.2e-38
+"""Smaller numbers count as 0 in float32, or with few digits."""
 MOST_AT_ONCE = 65_536
 """Images of a batch or of a group, processes, and ranks of an adapter."""
 MOST_PROMPTS = 1_000_000
 MOST_STEPS = 1000
 """Denoising steps."""
+MOST_IMAGES = 1_000_000
+"""Of a rollout, or of an evaluation: its transitions take terabytes of memory, at a megabyte an image."""
+MOST_DRAWS = 100_000_000
+"""Of noise in a rollout or an evaluation: a process may hold the seeds of all of them, in 8 bytes each."""
+MOST_UPDATES = 100_000
+"""Of an epoch, which writes a few hundred bytes about each of them into one line of metrics.jsonl."""
 
 Objective = Literal["flow_grpo", "grpo_guard", "flow_dppo"]
 Recompute = Literal["none", "pointwise", "mlp", "block"]
@@ -56,9 +66,24 @@ def _at_most(high: float, **values: float) -> None:
         _require(value <= high, f"{name} must be at most {high:.10g}, got {value}")
 
 
+def _within(low: float, high: float, **values: float) -> None:
+    for name, value in values.items():
+        _require(low <= value <= high, f"{name} must lie in [{low:.10g}, {high:.10g}], got {value}")
+
+
 def recompute_levels(fuse: bool) -> tuple[Recompute, ...]:
     """The levels of model.recompute that there are with model.fuse, from the fastest to the smallest."""
     return get_args(Recompute) if fuse else ("none", "block")
+
+
+def _check_images(images: int, called: str, num_steps: int, steps_called: str) -> None:
+    """A rollout or an evaluation that begins within minutes, and whose seeds fit into memory."""
+    _require(images <= MOST_IMAGES, f"{called} = {images} images must be at most {MOST_IMAGES}: lower one of the two")
+    draws = images * (num_steps + 1)
+    _require(
+        draws <= MOST_DRAWS,
+        f"{called} * ({steps_called} + 1) = {draws} draws of noise must be at most {MOST_DRAWS}: lower one of them",
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +166,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, rank=self.rank, alpha=self.alpha)
-        _at_most(MOST_AT_ONCE, rank=self.rank)
+        _at_most(MOST_AT_ONCE, rank=self.rank, alpha=self.alpha)
         _require(len(self.targets) > 0, "lora.targets must name at least one layer")
 
 
@@ -175,7 +200,7 @@ class SamplerConfig:
     shift: float | Literal["auto"] = "auto"
     """schedule shift (1 = uniform steps); larger values spend more steps near the noise; auto asks the model"""
     noise_level: float = 0.9
-    """eta of the stochastic step; scales the noise that it adds"""
+    """eta of the stochastic step; scales the noise that it adds (at most 1 for cps)"""
     sde_steps: int = 5
     """steps in the window: stochastic and trained; all others are deterministic (ODE) and not trained"""
     window: Literal["fixed", "random", "sliding"] = "fixed"
@@ -203,8 +228,10 @@ class SamplerConfig:
         )
         _at_most(MOST_STEPS, num_steps=self.num_steps)
         _at_most(MOST_AT_ONCE, batch_size=self.batch_size, decode_batch=self.decode_batch, group_size=self.group_size)
-        _at_least(0, window_start=self.window_start, noise_level=self.noise_level)
-        _at_most(100, noise_level=self.noise_level)
+        _at_least(0, window_start=self.window_start)
+        # Without noise a step has no density; the smallest standard deviations are 1e-6 of this, and their squares have
+        # to fit into float32. Recipes use about 1: ten times as much drowns every image.
+        _within(1e-6 if self.sde_steps else 0, 1 if self.kind == "cps" else 10, noise_level=self.noise_level)
         _require(self.group_size >= 2, f"group_size must be at least 2 to compare images, got {self.group_size}")
         _require(self.shift == "auto" or self.shift > 0, f"shift must be positive or auto, got {self.shift}")
         _require(
@@ -221,8 +248,17 @@ class SamplerConfig:
         )
 
     def shift_for(self, model_shift: float) -> float:
-        """The schedule shift: as set, or the model's own."""
-        return model_shift if self.shift == "auto" else self.shift
+        """The schedule shift: as set, or the model's own. Raises ValueError if that leaves no steps between 1 and 0.
+
+        A model's own grows with the exponential of the image's area.
+        """
+        shift = model_shift if self.shift == "auto" else self.shift
+        _require(
+            1e-9 <= shift <= 1e9,
+            f'sampler.shift = "auto" takes the model\'s own shift, which at this size of images is {shift:g}: set '
+            "sampler.shift to a number in [0.001, 1000], or lower model.height and model.width",
+        )
+        return shift
 
     @property
     def last_window_end(self) -> int:
@@ -296,8 +332,8 @@ class ScoringConfig:
     def __post_init__(self) -> None:
         _at_least(1, threads=self.threads)
         _at_most(256, threads=self.threads)
-        _at_most(10**9, timeout_s=self.timeout_s)  # Python's locks wait no longer than 2**63 nanoseconds
-        _require(self.timeout_s > 0, f"timeout_s must be positive, got {self.timeout_s}")
+        # No thread answers sooner, and Python's locks wait no longer than 2**63 nanoseconds.
+        _within(0.001, 10**9, timeout_s=self.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -342,13 +378,16 @@ class UpdateConfig:
             max_bad_updates=self.max_bad_updates,
         )
         _at_most(MOST_STEPS, inner_epochs=self.inner_epochs)
+        _at_most(MOST_UPDATES, **{"inner_epochs * minibatches": self.inner_epochs * self.minibatches})
         _at_least(0, micro_batch=self.micro_batch, parity=self.parity)
         _at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         _at_most(10, learning_rate=self.learning_rate)
         _at_most(1000, weight_decay=self.weight_decay)
-        _at_most(1, eps=self.eps)
-        for name in ("max_grad_norm", "eps"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        # An update multiplies every weight by 1 minus this product.
+        _at_most(1, **{"learning_rate * weight_decay": self.learning_rate * self.weight_decay})
+        # AdamW divides by the root of a mean of squares, which float32 takes for 0 where gradients are below 1e-22.
+        _within(1e-20, 1, eps=self.eps)
+        _require(self.max_grad_norm > 0, f"max_grad_norm must be positive, got {self.max_grad_norm}")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 
@@ -388,6 +427,7 @@ class MonitorConfig:
         _at_most(MOST_PROMPTS, prompts=self.prompts)
         _at_most(MOST_AT_ONCE, images_per_prompt=self.images_per_prompt)
         _at_most(MOST_STEPS, num_steps=self.num_steps)
+        _check_images(self.prompts * self.images_per_prompt, "prompts * images_per_prompt", self.num_steps, "num_steps")
         _require(not self.every or len(self.gold) > 0, "monitor.every needs a reward in [[monitor.gold]]")
 
 
@@ -438,12 +478,14 @@ class Recipe:
     """what it is planned for"""
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        self._check_values()
         _require(len(self.rewards) > 0, "a recipe needs at least one [[rewards]] entry")
-        labels = [reward.label for reward in self.rewards + self.monitor.gold]
-        twice = {label for label in labels if labels.count(label) > 1}
-        _require(not twice, f"two rewards are called {sorted(twice)}; give one of them a `name`")
+        labels = Counter(reward.label for reward in self.rewards + self.monitor.gold)
+        twice = sorted(label for label, count in labels.items() if count > 1)
+        _require(not twice, f"two rewards are called {twice}; give one of them a `name`")
         _require(self.sampler.sde_steps >= 1, "sampler.sde_steps must be at least 1: only those steps are trained")
+        images, steps = ("prompts.per_epoch * sampler.group_size", "sampler.num_steps")
+        _check_images(self.images_per_epoch, images, self.sampler.num_steps, steps)
         self._check_divisions()
         sharded = self.hardware.sharding == "fsdp2"
         for name, works, value in (
@@ -456,20 +498,16 @@ class Recipe:
                 "which is sharded too",
             )
 
-    def _check_numbers(self) -> None:
-        """Every number is finite, and of a size that somebody may mean."""
+    def _check_values(self) -> None:
+        """Every number is finite, and of a size that somebody may mean; every text can be handed to the system."""
         sections = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rewards"}
         sections |= {f"rewards.{i}": reward for i, reward in enumerate(self.rewards)}
         sections |= {f"monitor.gold.{i}": reward for i, reward in enumerate(self.monitor.gold)}
         for section, values in sections.items():
             for f in fields(values):
                 value = getattr(values, f.name)
-                for number in value if isinstance(value, tuple) else (value,):
-                    if isinstance(number, float):
-                        _require(math.isfinite(number), f"{section}.{f.name} must be finite, got {value}")
-                    if isinstance(number, int | float) and f.name != "seed":  # which has 32 bits
-                        most = LARGEST_FLOAT if isinstance(number, float) else LARGEST_INT
-                        _require(abs(number) <= most, f"{section}.{f.name} must lie in +-{most:.10g}, got {value}")
+                for one in value if isinstance(value, tuple) else (value,):
+                    _check_value(f"{section}.{f.name}", one)
 
     def _check_divisions(self) -> None:
         """Work divides evenly over processes, batches and minibatches, so that every rank takes the same steps."""
@@ -535,6 +573,24 @@ class Recipe:
     def micro_batch(self) -> int:
         """Transitions per forward and backward pass, per process (the last pass of an update may have fewer)."""
         return min(self.update.micro_batch or self.transitions_per_update, self.transitions_per_update)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""NUL ends a text for the system, and others act on a terminal that shows them."""
+
+
+def _check_value(name: str, value: Any) -> None:
+    for text in (*value, *value.values()) if isinstance(value, dict) else (value,):
+        found = _CONTROL.search(str(text)) if isinstance(text, str | Path) else None
+        _require(found is None, f"{name}: {str(text)!r} holds a control character; remove it")
+    if isinstance(value, float):
+        _require(math.isfinite(value), f"{name} must be finite, got {value}")
+        _require(
+            value == 0 or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT,
+            f"{name} must be 0 or lie in +-[{SMALLEST_FLOAT}, {LARGEST_FLOAT}], as float32 does, got {value}",
+        )
+    elif isinstance(value, int) and not name.endswith(".seed"):  # which has 32 bits
+        _require(abs(value) <= LARGEST_INT, f"{name} must lie in +-{LARGEST_INT}, got {value}")
 
 
 def _changed(recipe: Recipe, path: str) -> list[str]:

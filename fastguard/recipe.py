@@ -80,10 +80,17 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
         # As JSON, whose strict mode takes lists for tuples but no string or bool for a number.
         return _ADAPTER.validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
-        problems = [_problem(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
-        raise ValueError("\n".join([f"{where}:", *(f"  {problem}" for problem in problems)])) from None
+        found = error.errors()
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, nesting
+        raise ValueError(f"{where} is no recipe: {error}") from None
+    problems = [_problem(e["loc"], e["type"], e["msg"], e["input"]) for e in found[:MOST_PROBLEMS]]
+    if len(found) > MOST_PROBLEMS:
+        problems.append(f"and {len(found) - MOST_PROBLEMS} more")
+    raise ValueError("\n".join([f"{where}:", *(f"  {_shortened(problem)}" for problem in problems)]))
 
 
+MOST_PROBLEMS = 20
+"""of a recipe that are told"""
 _ADAPTER = TypeAdapter(Recipe)
 _REPLACED = {"model.checkpointing": "model.recompute"}
 """Fields of earlier versions, and what to set now."""
@@ -104,7 +111,14 @@ def _problem(location: tuple[int | str, ...], kind: str, message: str, value: An
     if kind == "value_error":
         prefix = f"{field}: " if field else ""
         return prefix + message.removeprefix("Value error, ")
+    if kind == "json_invalid":  # not the user's JSON, which was read: nested too deeply, or half of a character
+        return f"not valid: {message}"
     return f"{field}: {message[0].lower()}{message[1:]}, got {value!r}"
+
+
+def _shortened(text: str, most: int = 500) -> str:
+    """The beginning and the end of a long text; a value may be as long as its file."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _element(section: Any, part: int | str) -> Any:

@@ -280,7 +280,8 @@ def test_looking_changes_no_settings_of_the_libraries(folder: Path) -> None:
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     half = {key: weight.bfloat16() for key, weight in load_file(folder / WEIGHTS["transformer"]).items()}
     save_file(half, folder / WEIGHTS["transformer"])
-    is_set("transformer/config.json", num_layers="one")(folder)  # raises while diffusers has bfloat16 as the default
+    # A width of 2**32 raises while diffusers has bfloat16 as the default.
+    is_set("transformer/config.json", num_attention_heads=65_536, attention_head_dim=65_536)(folder)
     assert "transformer cannot be loaded" in next(pipeline_problems(folder))
     assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
     assert torch.get_default_dtype() == torch.float32

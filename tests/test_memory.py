@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from fastguard.backbones.flux import prepare_transformer
+from fastguard.backbones.folder import pipeline_problems
 from fastguard.backbones.tiny import _pipeline, make_tiny_flux
 from fastguard.config import (
     HardwareConfig,
@@ -34,13 +37,14 @@ from fastguard.memory import (
     compare_kept,
     executed_flops,
     kept_activations,
+    passes,
     plan,
     rollout_flops,
     update_flops,
 )
 from fastguard.memory.live import Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.memory.passes import PassSettings, Sizes, as_built, rollout_pass, update_pass, weights_of
-from fastguard.memory.phases import optimizer_bytes, planned_phases
+from fastguard.memory.phases import optimizer_bytes, planned_phases, sampling_settings
 from fastguard.optim import build_optimizer
 
 GIB = 2**30
@@ -342,6 +346,66 @@ def test_a_pipeline_folder_is_planned_from_its_config_files(tmp_path: Path) -> N
         weights.unlink()  # only configurations are read
     small = tiny()
     assert plan(recipe_with(small, "model", path=str(folder))).phases == plan(small).phases
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("transformer", "num_layers", 10**9),
+        ("transformer", "num_single_layers", 10**9),
+        ("transformer", "in_channels", 10**12),
+        ("transformer", "attention_head_dim", 0),
+        ("transformer", "joint_attention_dim", "32"),
+        ("vae", "block_out_channels", [8, 10**9]),
+        ("vae", "block_out_channels", [8] * 1000),
+        ("vae", "layers_per_block", 10**9),
+        ("text_encoder", "num_hidden_layers", 10**9),
+        ("text_encoder_2", "num_layers", -1),
+        ("scheduler", "num_train_timesteps", 10**12),
+    ],
+)
+def test_absurd_sizes_of_a_pipeline_are_named_before_anything_is_built(
+    tmp_path: Path, part: str, key: str, value: Any
+) -> None:
+    folder = make_tiny_flux(tmp_path / "tiny")
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    message = rf"{re.escape(str(file))}: {key} must be a whole number in \[\d, \d+\], got .{{,90}}: download it again"
+    assert re.fullmatch(message, "; ".join(pipeline_problems(folder)))
+    if part != "scheduler":  # which the planner does not read
+        with pytest.raises(ValueError, match=f"^model.path: {message}$"):
+            plan(recipe_with(tiny(), "model", path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("vae", "act_fn", 3), ("vae", "scaling_factor", "x"), ("text_encoder", "hidden_act", "no"),
+     ("transformer", "axes_dims_rope", [2, 2, 2])],
+)  # fmt: skip
+def test_odd_settings_of_a_pipeline_are_named_on_one_line(tmp_path: Path, part: str, key: str, value: Any) -> None:
+    folder = make_tiny_flux(tmp_path / "tiny")
+    file = folder / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    odd = recipe_with(tiny(), "model", path=str(folder))
+    with pytest.raises(ValueError, match=rf"^model\.path: what {folder}\S* describes cannot be planned \(\w+: .+\)"):
+        plan(odd)
+
+
+def test_parts_of_a_batch_that_are_not_decoded_take_the_memory_that_they_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peaks() -> list[int]:
+        passes.decode_pass.cache_clear()
+        cases = ((15, 1), (16, 3), (20, 4))
+        return [passes.decode_pass(sampling_settings(many(batch)), part).peak for batch, part in cases]
+
+    def many(batch: int) -> Recipe:
+        return tiny(sampler={"batch_size": batch}, prompts={"per_epoch": batch})
+
+    few = peaks()
+    with monkeypatch.context() as patched:
+        patched.setattr(passes, "DECODED_PARTS", 10**6)
+        assert few == peaks()
+    thousands = passes.decode_pass(sampling_settings(many(65_536)), 1)  # in seconds, not in hours
+    assert thousands.peak > 65_536 * 3 * 64**2
 
 
 def test_trajectories_are_counted_where_they_are_stored() -> None:

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from toys import RECIPE
+import torch
+from torch import nn
+from toys import RECIPE, MemoryRun, ToyBackbone, ToyPolicy, pool
 
 from fastguard.cli import RECIPE_COMMANDS, parse_recipe_command
-from fastguard.config import ModelConfig, Recipe, recompute_levels
+from fastguard.config import ModelConfig, Recipe, SamplerConfig, UpdateConfig, recompute_levels
 from fastguard.launch import gather_prompts
+from fastguard.optim import build_optimizer
 from fastguard.prompts import read_prompts
 from fastguard.recipe import as_dict, differences, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
 from fastguard.state import for_processes
+from fastguard.trainer import train
 
 SHIPPED = sorted(path.stem for path in shipped_recipes().glob("*.toml"))
 
@@ -162,14 +166,99 @@ def test_a_number_beyond_float32_is_refused(tmp_path: Path, section: str, field:
         load_recipe(with_value(tmp_path, section, field, value))
 
 
+@pytest.mark.parametrize("value", ["1e-300", "1e-45", "-1e-39"])
+@pytest.mark.parametrize(("section", "field"), numbers((float,)))
+def test_a_number_that_float32_takes_for_0_is_refused(tmp_path: Path, section: str, field: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field}\b.* must"):
+        load_recipe(with_value(tmp_path, section, field, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # Without noise a step has no density.
+        ("[sampler]\nnoise_level = 0.0", r"sampler: noise_level must lie in \[1e-06, 10\], got 0"),
+        ("[sampler]\nnoise_level = 1e-30", r"noise_level must lie in \[1e-06, 10\], got 1e-30"),
+        ("[sampler]\nnoise_level = 1e30", r"noise_level must lie in \[1e-06, 10\], got 1e\+30"),
+        ("[sampler]\nkind = 'cps'\nnoise_level = 1.5\nsde_steps = 4", r"noise_level must lie in \[1e-06, 1\], got"),
+        ("[lora]\nalpha = 0", r"lora: alpha must be at least 1, got 0"),
+        ("[lora]\nalpha = 2147483647", r"lora: alpha must be at most 65536"),
+        ("[scoring]\ntimeout_s = 1e30", r"scoring: timeout_s must lie in \[0.001, 1000000000\], got 1e\+30"),
+        ("[scoring]\ntimeout_s = 1e-30", r"scoring: timeout_s must lie in \[0.001, 1000000000\], got 1e-30"),
+        ("[scoring]\nthreads = 100000", r"scoring: threads must be at most 256, got 100000"),
+        ("[update]\nlearning_rate = 1e308", r"update: learning_rate must be at most 10, got 1e\+308"),
+        ("[update]\neps = 1e-30", r"update: eps must lie in \[1e-20, 1\], got 1e-30"),
+        ("[update]\nlearning_rate = 1.0\nweight_decay = 2.0", r"learning_rate \* weight_decay must be at most 1, got"),
+        ("[update]\ninner_epochs = 1000\nminibatches = 20000", r"inner_epochs \* minibatches must be at most 100000"),
+        (
+            "[prompts]\nper_epoch = 1000000\n[sampler]\ngroup_size = 65536\nsde_steps = 5",
+            r"prompts.per_epoch \* sampler.group_size = 65536000000 images must be at most 1000000: lower one",
+        ),
+        (
+            "[prompts]\nper_epoch = 1000\n[sampler]\ngroup_size = 1000\nnum_steps = 1000",
+            r"group_size \* \(sampler.num_steps \+ 1\) = 1001000000 draws of noise must be at most 100000000: lower",
+        ),
+        (
+            "[monitor]\nevery = 1\nprompts = 1000000\nimages_per_prompt = 65536\n[[monitor.gold]]\nuse = 'ocr'",
+            r"monitor: prompts \* images_per_prompt = 65536000000 images must be at most 1000000: lower one",
+        ),
+        ('[run]\ndir = "a\\u0000b"', r"run.dir: 'a\\x00b' holds a control character"),
+        ('[model]\npath = "a\\u001b[31mb"', r"model.path: 'a\\x1b\[31mb' holds a control character"),
+        ('[[rewards]]\nuse = "a"\noptions = {"\\u009b" = 1}', r"rewards.0.options: '\\x9b' holds a control character"),
+        ("[[rewards]]\nuse = 'x'\nweight = 1e-300", r"rewards.0.weight must be 0 or lie in"),
+        ("n = 0x" + "f" * 5000, r"recipe.toml is no recipe: Exceeds the limit"),
+        ("[" + ".".join("a" * 5000) + "]", r"recipe.toml is no recipe: maximum recursion"),
+        ("[run]\ndir = [" + "'x'," * 100_000 + "]", r"run.dir: input should be a valid string, got \['x', .{,500}\]$"),
+        ("[run]\n" + "\n".join(f"n{i} = 1" for i in range(1000)), r"(?s)run.n19: there is no such.*and 980 more$"),
+    ],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_what_nobody_means_is_refused_at_once_with_the_range(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("flow_sde", 10.0), ("dance_sde", 10.0), ("cps", 1.0)])
+def test_the_least_and_the_most_noise_train(kind: Any, most: float) -> None:
+    for noise in (1e-6, most):
+        sampler = replace(RECIPE.sampler, kind=kind, noise_level=noise, group_size=4, batch_size=8)
+        recipe = replace(RECIPE, run=replace(RECIPE.run, epochs=1), sampler=sampler)
+        policy, run = ToyPolicy(), MemoryRun()
+        backbone = ToyBackbone(policy)
+        with pool(recipe, backbone) as rewards:
+            train(backbone, recipe, rewards, run)
+        assert not run.messages
+        assert policy.image.isfinite().all()
+        assert policy.image.abs().max() > 1e-3
+    assert SamplerConfig(kind=kind, noise_level=0.0, sde_steps=0).noise_level == 0  # deterministic sampling alone
+
+
+def test_the_smallest_eps_takes_no_step_from_gradients_of_zero() -> None:
+    """As those of the first layer of every adapter are before the first update."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = build_optimizer([weight], UpdateConfig(eps=1e-20, weight_decay=0.0))
+    for size in (0.0, 1e-30, 1e-21):
+        weight.grad = torch.full_like(weight, size)
+        optimizer.step()
+        assert (weight - 1).abs().max() < 1e-2
+
+
+def test_a_models_own_shift_leaves_steps_or_is_refused() -> None:
+    assert SamplerConfig().shift_for(3.15) == 3.15
+    assert SamplerConfig(shift=2.0).shift_for(1e30) == 2.0
+    for shift in (1e30, 0.0, float("nan")):
+        with pytest.raises(ValueError, match=r'sampler\.shift = "auto" takes the model\'s own shift, which .* is'):
+            SamplerConfig().shift_for(shift)
+
+
 def test_settings_that_divide_are_found_among_divisors() -> None:
-    """Without a search through billions of images, which prime numbers make the longest."""
-    with pytest.raises(ValueError, match="= 65497 or prompts.per_epoch = 982455 or hardware.processes = 1$"):
+    """Without a search through all numbers up to the images, which prime numbers make the longest."""
+    with pytest.raises(ValueError, match="= 983 or prompts.per_epoch = 983 or hardware.processes = 1$"):
         replace(
             RECIPE,
-            prompts=replace(RECIPE.prompts, per_epoch=999_983),
-            sampler=replace(RECIPE.sampler, group_size=65_521, batch_size=1),
-            hardware=replace(RECIPE.hardware, processes=65_497),
+            prompts=replace(RECIPE.prompts, per_epoch=991),
+            sampler=replace(RECIPE.sampler, group_size=997, batch_size=1),
+            hardware=replace(RECIPE.hardware, processes=983),
         )
 
 
@@ -191,9 +280,9 @@ def test_a_file_that_is_not_utf8_is_told_by_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (r'{"prompt": "a \ud800 cat"}', r"line 2: the prompt 'a \\ud800 cat' holds '\\ud800', half of a character"),
+        (r'{"prompt": "a \ud800 cat"}', r"line 2: not JSON: it holds '\\ud800', half of a character"),
         ('{"prompt": "a cat", "n": ' + "1" * 5000 + "}", "line 2: not JSON: .*4300"),
-        ("[" * 100_000, "line 2: not JSON: .*recursion"),
+        ("[" * 100_000, "line 2: not JSON: it is nested deeper than 64 levels"),
     ],
     ids=["surrogate", "digits", "nesting"],
 )

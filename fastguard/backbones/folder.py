@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from fastguard.backbones.flux import schedule_shift
+from fastguard.backbones.sizes import size_problems
 from fastguard.files import fitting, out_of_memory, parse_json
 from fastguard.weights import a_few
 
@@ -119,7 +120,11 @@ def _unreadable(folder: Path, settings: str) -> Iterator[str]:
 
 
 def _part_problems(folder: Path, part: str) -> Iterator[str]:
-    if part in MODULES:
+    file = folder / part / SETTINGS[part]
+    odd = list(size_problems(part, file, read_json(file)))
+    if odd:
+        yield from odd
+    elif part in MODULES:
         yield from _module_problems(folder, part)
     elif part in TOKENIZERS:
         yield from _tokenizer_problems(folder, part)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +14,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from fastguard.backbones.folder import read_json
+from fastguard.backbones.folder import AGAIN, read_json
+from fastguard.backbones.sizes import size_problems
 from fastguard.backbones.tiny import _pipeline
 
 FLUX_TRANSFORMER = {
@@ -66,6 +69,8 @@ class PipelineConfigs:
     vae: dict[str, Any]
     clip: dict[str, Any]
     t5: dict[str, Any]
+    folder: Path | None = None
+    """where they were read"""
 
 
 FLUX_DEV = PipelineConfigs(FLUX_TRANSFORMER, FLUX_VAE, FLUX_CLIP, FLUX_T5)
@@ -88,8 +93,8 @@ def pipeline_configs(path: str) -> PipelineConfigs:
         missing = [name for name in names if not (folder / name / "config.json").is_file()]
         if missing:
             raise ValueError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')
-        read = [read_json(folder / name / "config.json") for name in names]
-        return PipelineConfigs(*read)
+        transformer, vae, clip, t5 = (_settings(folder, name) for name in names)
+        return PipelineConfigs(transformer, vae, clip, t5, folder)
     if path == "tiny":
         return _tiny_configs()
     if path in KNOWN:
@@ -98,6 +103,15 @@ def pipeline_configs(path: str) -> PipelineConfigs:
         f'model.path = "{path}" is neither a local folder nor one of {", ".join(["tiny", *KNOWN])}; '
         "the planner downloads nothing, so download the pipeline and give its folder"
     )
+
+
+def _settings(folder: Path, part: str) -> dict[str, Any]:
+    """A part's config.json. Raises ValueError for one that is damaged, or has sizes that nobody means."""
+    file = folder / part / "config.json"
+    values = read_json(file)
+    for problem in size_problems(part, file, values):
+        raise ValueError(f"model.path: {problem}")
+    return values
 
 
 @lru_cache(maxsize=1)
@@ -112,24 +126,47 @@ def _tiny_configs() -> PipelineConfigs:
     )
 
 
+@contextmanager
+def described_by(file: Path | None) -> Iterator[None]:
+    """Inside, what a library raises about modules that a file or folder describes becomes a ValueError that names it.
+
+    None: a known configuration, whose errors are nobody's but ours.
+    """
+    try:
+        yield
+    except Exception as error:  # there is no telling what a library raises about odd settings
+        if file is None:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"model.path: what {file} describes cannot be planned ({reason}): {AGAIN}") from error
+
+
+@contextmanager
+def _meta_modules(configs: PipelineConfigs, part: str) -> Iterator[None]:
+    file = None if configs.folder is None else configs.folder / part / "config.json"
+    with described_by(file), torch.device("meta"):
+        yield
+
+
 def _from_config(cls: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    with torch.device("meta"):
-        module = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    return _cast(module, dtype)
+    return _cast(cls.from_config({k: v for k, v in config.items() if not k.startswith("_")}), dtype)
 
 
 def meta_transformer(configs: PipelineConfigs, dtype: torch.dtype) -> Any:
-    return _from_config(FluxTransformer2DModel, configs.transformer, dtype)
+    with _meta_modules(configs, "transformer"):
+        return _from_config(FluxTransformer2DModel, configs.transformer, dtype)
 
 
 def meta_vae(configs: PipelineConfigs, dtype: torch.dtype) -> Any:
-    return _from_config(AutoencoderKL, configs.vae, dtype).requires_grad_(False)
+    with _meta_modules(configs, "vae"):
+        return _from_config(AutoencoderKL, configs.vae, dtype).requires_grad_(False)
 
 
 def meta_encoders(configs: PipelineConfigs, dtype: torch.dtype) -> tuple[Any, Any]:
     """(CLIP, T5), as `FluxPipeline.from_pretrained` holds them: T5 keeps its `wo` in float32 under float16."""
-    with torch.device("meta"):
+    with _meta_modules(configs, "text_encoder"):
         clip = CLIPTextModel(CLIPTextConfig(**configs.clip))
+    with _meta_modules(configs, "text_encoder_2"):
         t5 = T5EncoderModel(T5Config(**configs.t5))
     _cast(clip, dtype)
     _cast(t5, dtype)

@@ -21,7 +21,14 @@ from fastguard.backbones.flux import FluxBackbone, latent_grid, prepare_transfor
 from fastguard.config import LoraConfig, ModelConfig, ObjectiveConfig, Recompute
 from fastguard.flux import FuseReport
 from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
-from fastguard.memory.models import materialize, meta_encoders, meta_transformer, meta_vae, pipeline_configs
+from fastguard.memory.models import (
+    described_by,
+    materialize,
+    meta_encoders,
+    meta_transformer,
+    meta_vae,
+    pipeline_configs,
+)
 from fastguard.prompts import ENCODE_BATCH, EncodedPrompts
 from fastguard.sampler import Transitions, predict_velocity
 from fastguard.sde import Transition
@@ -173,10 +180,11 @@ def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tu
     """
     model, weights = settings.model, weights_of(settings.model, settings.lora)
     transformer, fused = _prepared_transformer(model, settings.lora, settings.recompute, settings.adapter_dtype)
-    vae = meta_vae(pipeline_configs(model.path), dtype_of(model))
+    configs = pipeline_configs(model.path)
+    vae = meta_vae(configs, dtype_of(model))
     scheduler = SimpleNamespace(config=SimpleNamespace(use_dynamic_shifting=False, shift=1.0))
     recipe: Any = SimpleNamespace(model=model, sampler=SimpleNamespace(decode_batch=decode_batch))
-    with FakeTensorMode():
+    with described_by(configs.folder), FakeTensorMode():
         if settings.cuda_kernels:
             for name in [""] if fused is None else fused.left:  # fused blocks have kernels of their own
                 use_cuda_kernels(transformer.get_submodule(name))
@@ -222,8 +230,9 @@ def _some_step(n: int) -> Transition:
 @lru_cache(maxsize=16)
 def encode_pass(path: str, dtype: torch.dtype, max_tokens: int) -> Pass:
     """CLIP and T5 on a batch of `ENCODE_BATCH` prompts, one after the other, as `FluxPipeline.encode_prompt` does."""
-    clip, t5 = meta_encoders(pipeline_configs(path), dtype)
-    with FakeTensorMode(), torch.no_grad():
+    configs = pipeline_configs(path)
+    clip, t5 = meta_encoders(configs, dtype)
+    with described_by(configs.folder), FakeTensorMode(), torch.no_grad():
         live = LiveBytes()
         for module in (clip, t5):
             materialize(module)
@@ -250,13 +259,24 @@ def rollout_pass(settings: PassSettings) -> Pass:
     return Pass(0, live.peak, live.at_peak)
 
 
+DECODED_PARTS = 3
+"""of a rollout batch: a batch may have thousands, at a tenth of a second each"""
+
+
 @lru_cache(maxsize=64)
 def decode_pass(settings: PassSettings, decode_batch: int) -> Pass:
-    """The VAE's decoder on the `micro_batch` images of a rollout batch, `decode_batch` at once; without its weights."""
+    """The VAE's decoder on the `micro_batch` images of a rollout batch, `decode_batch` at once; without its weights.
+
+    Only the last parts are decoded: all are alike, and the images of the others are there.
+    """
+    n = settings.micro_batch
+    skipped = max(0, n // decode_batch - DECODED_PARTS) * decode_batch
     with _fake_backbone(settings, decode_batch) as (backbone, live):
-        latents = torch.empty(settings.micro_batch, *backbone.latent_shape, dtype=backbone.dtype)
+        latents = torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype)
+        height, width = settings.model.height, settings.model.width
         with live:
-            backbone.decode(latents)
+            earlier = torch.empty(skipped, 3, height, width, dtype=torch.uint8)
+            torch.cat([earlier, backbone.decode(latents[skipped:])])
     return Pass(0, live.peak, live.at_peak)
 
 

@@ -60,7 +60,8 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Sequence[Any]]]:
             yield "model.recompute", stronger
         yield "update.micro_batch", _smaller(recipe.micro_batch, recipe, "update.micro_batch")
     if "rollout" in over:
-        yield "sampler.batch_size", _smaller(recipe.sampler.batch_size, recipe, "sampler.batch_size")
+        images = recipe.images_per_process
+        yield "sampler.batch_size", _smaller(recipe.sampler.batch_size, recipe, "sampler.batch_size", images)
     if "decode" in over:
         yield "sampler.decode_batch", _smaller(recipe.sampler.decode_batch, recipe, "sampler.decode_batch")
     if over & {"rollout", "decode", "update"}:
@@ -81,12 +82,12 @@ def _last_resorts(recipe: Recipe) -> Iterator[Change]:
             yield path, values[-1]
 
 
-def _smaller(value: int, recipe: Recipe, path: str) -> list[int]:
-    """Halvings of a count, each moved down to the next value that the recipe accepts."""
+def _smaller(value: int, recipe: Recipe, path: str, dividend: int = 0) -> list[int]:
+    """Halvings of a count, each moved down to the next value that divides `dividend` and that the recipe accepts."""
     found: list[int] = []
     target = value // 2
     while target >= 1:
-        works = next((v for v in range(target, 0, -1) if _accepts(recipe, path, v)), None)
+        works = next((v for v in range(target, 0, -1) if dividend % v == 0 and _accepts(recipe, path, v)), None)
         if works is None:
             break
         found.append(works)
