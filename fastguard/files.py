@@ -112,7 +112,8 @@ def writing(path: Path, consequence: str = "", then: str = "start again") -> Ite
     except (OSError, SafetensorError) as error:
         number, text = _number(error), getattr(error, "strerror", None) or " ".join(str(error).split())
         cause, remedy = _CAUSES.get(number, (text, "Mend that"))
-        where = getattr(error, "filename", None) or path
+        # Of a rename, the second name: the first is of a temporary file.
+        where = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
         message = f"{where}: {cause}{consequence}. {remedy}, and {then}"
         raise (OSError(number, message) if number else OSError(message)) from error
 

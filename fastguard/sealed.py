@@ -1,4 +1,4 @@
-"""Files that can be made again: sealed with a digest of every byte, written aside, and renamed.
+"""Files that can be made again: sealed with a digest of folder, name and content, written aside, and renamed.
 
 They outlive the runs that made them. What a disk has changed since then is noticed, and made anew. What a killed
 process left unfinished is removed.
@@ -32,9 +32,10 @@ class DamagedError(ValueError):
 
 
 def save_sealed(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write host tensors to a safetensors file whose header has a SHA-256 of the whole file, at once or not at all."""
+    """Write host tensors to a safetensors file, at once or not at all. Its header has a SHA-256 of its folder's
+    name, its own, and all its bytes."""
     content = save(tensors, {"sha256": _UNSEALED})
-    digest = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(_named(path) + content).hexdigest()
     with scratch(path.parent) as folder:
         (folder / path.name).write_bytes(content.replace(_UNSEALED.encode(), digest.encode(), 1))
         os.replace(folder / path.name, path)
@@ -43,11 +44,11 @@ def save_sealed(tensors: dict[str, Tensor], path: Path) -> None:
 def load_sealed(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by `save_sealed`, on the host. The file is read once: what is compared is what is returned.
 
-    Raises DamagedError if any bit differs from what was written, or if there is no seal.
+    Raises DamagedError if any bit differs from what was written, if that was another file, or if there is no seal.
     """
     content = path.read_bytes()
     seal = _SEAL.search(content)
-    if seal is None or _digest_of(content, seal) != seal[1].decode():
+    if seal is None or _digest_of(path, content, seal) != seal[1].decode():
         raise DamagedError(f"{path} is damaged")
     return load(content)
 
@@ -61,8 +62,13 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def _digest_of(content: bytes, seal: re.Match[bytes]) -> str:
-    digest = hashlib.sha256(content[: seal.start(1)] + _UNSEALED.encode())
+def _named(path: Path) -> bytes:
+    """Goes before the content: a file in another's place is whole, but not what its name and folder say."""
+    return f"{path.parent.name}/{path.name}\n".encode()
+
+
+def _digest_of(path: Path, content: bytes, seal: re.Match[bytes]) -> str:
+    digest = hashlib.sha256(_named(path) + content[: seal.start(1)] + _UNSEALED.encode())
     digest.update(memoryview(content)[seal.end(1) :])
     return digest.hexdigest()
 
@@ -112,7 +118,7 @@ def clear_scratch(folder: Path) -> None:
     """Remove temporary folders that killed processes left in `folder`: those that no living one has locked."""
     for left in folder.glob(f"{_SCRATCH}*"):
         with suppress(OSError):
-            lock = os.open(left, os.O_RDONLY)
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY)  # opening a fifo would wait for a writer
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(left, ignore_errors=True)

@@ -119,6 +119,41 @@ def test_other_damage_is_noticed(tmp_path: Path, how: str) -> None:
         load_sealed(file)
 
 
+def test_a_whole_file_in_anothers_place_is_noticed(tmp_path: Path) -> None:
+    one = tmp_path / "a" / "one.safetensors"
+    others = tmp_path / "a" / "other.safetensors", tmp_path / "b" / "one.safetensors"
+    for other in others:
+        other.parent.mkdir(exist_ok=True)
+    save_sealed(TENSORS, one)
+    assert is_whole(one)
+    for other in others:
+        shutil.copy(one, other)
+        assert not is_whole(other)
+
+
+def test_an_entry_in_anothers_place_is_encoded_anew(encode: Callable[..., EncodedPrompts]) -> None:
+    encoded = encode("a cat", "a dog")
+    before = encoded.load([0, 1])
+    shutil.copy(encoded.files[1], encoded.files[0])
+    after = encode("a cat", "a dog").load([0, 1])
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_the_cache_may_be_moved(encode: Callable[..., EncodedPrompts], tmp_path: Path) -> None:
+    file = encode("a").files[0]
+    moved = tmp_path / "moved"
+    (tmp_path / "c").rename(moved)
+    assert is_whole(moved / file.relative_to(tmp_path / "c"))
+
+
+def test_a_folder_in_the_place_of_an_entry_is_named(encode: Callable[..., EncodedPrompts]) -> None:
+    file = encode("a").files[0]
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(OSError, match=rf"{file}: Is a directory"):
+        encode("a")
+
+
 def flip(file: Path, place: int) -> None:
     content = bytearray(file.read_bytes())
     content[place] ^= 1
@@ -255,6 +290,54 @@ def test_another_process_may_make_the_tiny_pipeline_meanwhile(
     assert os.listdir(tmp_path) == ["tiny_flux"]
 
 
+def test_another_process_may_replace_the_tiny_pipeline_meanwhile(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real, theirs = tmp_path / "tiny_flux", os.rename, tmp_path / "theirs"
+    fill(made, "flipped", folder)
+    shutil.copytree(folder, theirs)
+
+    def meanwhile(source: Path, target: Path) -> None:
+        real(source, target)
+        if source == made:
+            real(theirs, made)
+
+    monkeypatch.setattr(tiny.os, "rename", meanwhile)
+    make_tiny_flux(made)
+    assert sealed.is_sealed_folder(made)
+    assert os.listdir(tmp_path) == ["tiny_flux"]
+
+
+def test_what_another_process_has_just_moved_away_is_no_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = tmp_path / "tiny_flux", os.rename
+    fill(made, "flipped", folder)
+
+    def moved(source: Path, target: Path) -> None:
+        if source == made and made.exists():
+            shutil.rmtree(made)
+        real(source, target)
+
+    monkeypatch.setattr(tiny.os, "rename", moved)
+    make_tiny_flux(made)
+    assert sealed.is_sealed_folder(made)
+
+
+def test_somebodys_work_is_not_replaced_by_the_tiny_pipeline(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "tiny_flux"
+    fill(made, "flipped", folder)
+    (made / "my_lora").mkdir()
+    (made / "my_lora" / "weights").write_text("months")
+    with pytest.raises(ValueError, match="tiny_flux is the place of the tiny pipeline, but holds my_lora: move that"):
+        make_tiny_flux(made)
+    assert (made / "my_lora" / "weights").read_text() == "months"
+    assert "made anew" not in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["tiny_flux"]
+
+
 # --- weights of the demo
 
 
@@ -304,7 +387,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
 def test_every_start_clears_what_a_kill_left(
     encode: Callable[..., EncodedPrompts], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FASTGUARD_CACHE", str(tmp_path / "demo"))
+    monkeypatch.setenv("FASTGUARD_CACHE", str(tmp_path))
     settings = ClassifierConfig()
     starts = {
         encode("a").files[0].parent: lambda: encode("a"),
@@ -318,6 +401,12 @@ def test_every_start_clears_what_a_kill_left(
         (left / "half").write_text("half")
         start()
         assert not left.exists()
+
+
+def test_a_fifo_among_what_is_left_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"{sealed._SCRATCH}fifo")
+    code = "import sys, pathlib; from fastguard.sealed import clear_scratch; clear_scratch(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
 
 
 def test_a_temporary_folder_that_goes_before_it_is_locked_is_made_again(
@@ -381,7 +470,7 @@ def test_no_room_for_the_demos_weights(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("FASTGUARD_CACHE", str(tmp_path))
     with pytest.raises(OSError, match=rf"big-.*\.safetensors: {TOLD} set FASTGUARD_CACHE"):
         demo_cache.load_or_train(torch.nn.Linear(100, 100), "big", ClassifierConfig(), lambda: None)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_no_room_for_images_leaves_the_earlier_ones(folder: Path, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTGUARD_CACHE", str(folder))
-        yield folder
+        (folder / "demo").mkdir()
+        yield folder / "demo"
 
 
 @pytest.fixture(scope="module")

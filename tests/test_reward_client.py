@@ -334,6 +334,7 @@ def test_numbers_in_answers_come_in_many_kinds() -> None:
         (with_body(b"\x1b[2J\xff\xfe", "Content-Type: text/plain; charset=none"), r"got \\x1b\[2J"),
         (with_body(b'{"error": "' + b"x" * 900_000 + b'"}', status="404 No"), r"answered 404: x+\.\.\."),
         (with_body(b"{}", status="301 Moved"), "answered 301: {}"),
+        (with_body(b"", "Location: http://b/score/", status="307 No"), r"answered 307: \(it names http://b/score/; "),
         (with_body(b"", status="204 No"), "answered 204:"),
         (with_body(b'{"scores": [1]}').replace(b": 15", b": 16"), "gave no answer: .*IncompleteRead"),
         (b"\x1b[2J", r"gave no answer: .*x1b\[2J"),
@@ -341,7 +342,7 @@ def test_numbers_in_answers_come_in_many_kinds() -> None:
     ],
     ids=[
         "deep", "deep score", "beyond float64", "beyond int", "escaped score", "escaped error", "error that is no text",
-        "escaped text", "long error", "moved", "empty", "short", "no HTTP", "closed",
+        "escaped text", "long error", "moved", "moved there", "empty", "short", "no HTTP", "closed",
     ],
 )  # fmt: skip
 def test_what_a_hostile_server_says_is_told_in_one_printable_line(answer: bytes, message: str) -> None:
@@ -349,6 +350,13 @@ def test_what_a_hostile_server_says_is_told_in_one_printable_line(answer: bytes,
         call(built(address, retries=0), noise(1))
     assert str(failure.value).isprintable()
     assert len(str(failure.value)) < 1100
+
+
+@pytest.mark.parametrize("encoding", ["", "identity", "Identity"])
+def test_an_answer_may_say_that_it_is_not_compressed(encoding: str) -> None:
+    answer = with_body(b'{"scores": [1, 2]}', f"Content-Encoding: {encoding}")
+    with listening(HostileServer(lambda send: send(answer))) as address:
+        assert call(built(address, retries=0), noise(2)) == [1.0, 2.0]
 
 
 ANSWERS = [

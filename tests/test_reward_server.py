@@ -143,18 +143,37 @@ def test_a_request_above_the_size_limit_is_refused_unread() -> None:
     assert scored == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM as the CLI maps it"])
-def test_run_server_says_where_it_listens_and_ends_with_0(number: signal.Signals) -> None:
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("number", "host", "shown"),
+    [
+        (signal.SIGINT, "127.0.0.1", "127.0.0.1"),
+        (signal.SIGTERM, "127.0.0.1", "127.0.0.1"),
+        pytest.param(
+            signal.SIGINT, "::1", "[::1]", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
+        ),
+    ],
+    ids=["Ctrl-C", "SIGTERM as the CLI maps it", "IPv6"],
+)
+def test_run_server_says_where_it_listens_and_ends_with_0(
+    number: signal.Signals, host: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", host)
     code = (
         f"import signal, sys; signal.signal({int(number)}, signal.default_int_handler)\n"
         "from fastguard.config import RewardConfig; from fastguard.rewards.server import run_server\n"
-        "sys.exit(run_server(RewardConfig('jpeg_compressibility'), '127.0.0.1', 0))"
+        f"sys.exit(run_server(RewardConfig('jpeg_compressibility'), {host!r}, 0))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith("reward 'jpeg_compressibility' listens on http://127.0.0.1:")
+        assert line.startswith(f"reward 'jpeg_compressibility' listens on http://{shown}:")
         images = noise(2)
         assert call(built(line.split()[-1]), images) == call(built("jpeg_compressibility"), images)
         process.send_signal(number)

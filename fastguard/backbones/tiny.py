@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fastguard.files import writing
 from fastguard.prompts import ANOTHER_CACHE
 from fastguard.sealed import clear_scratch, is_sealed_folder, scratch, seal_folder
 from fastguard.terminal import say
+from fastguard.weights import a_few
 
 TEXT_DIM = 32
 
@@ -27,34 +30,46 @@ TEXT_DIM = 32
 def make_tiny_flux(folder: Path, seed: int = 0) -> Path:
     """Write the pipeline to `folder`, all or nothing; one that is there and whole stays. Returns the folder.
 
-    An empty, unfinished or damaged one is replaced.
+    An empty, unfinished or damaged one is replaced. Raises ValueError for a folder that holds something else.
     """
     with writing(folder, then=ANOTHER_CACHE):
         folder.parent.mkdir(parents=True, exist_ok=True)
         clear_scratch(folder.parent)
         if is_sealed_folder(folder):
             return folder
-        if folder.is_dir() and any(folder.iterdir()):
-            say(f"{folder} is damaged, or of an earlier version, and is made anew")
+        replaced = any(folder.glob("*"))
         with scratch(folder.parent) as aside:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 _pipeline().save_pretrained(aside / "new")
             seal_folder(aside / "new")
+            _require_ours(folder, os.listdir(aside / "new"))
+            if replaced:
+                say(f"{folder} is damaged, or of an earlier version, and is made anew")
             _put(aside / "new", folder, aside / "old")
     return folder
 
 
+def _require_ours(folder: Path, names: Sequence[str]) -> None:
+    """What is replaced is deleted, and must not be somebody's work."""
+    others = sorted({path.name for path in folder.glob("*")}.difference(names))
+    if others:
+        raise ValueError(
+            f"{folder} is the place of the tiny pipeline, but holds {a_few(others)}: move that away, or choose another "
+            "prompts.cache"
+        )
+
+
 def _put(new: Path, folder: Path, old: Path) -> None:
-    """Rename a folder to one that may be there already, and may be put there by another process meanwhile."""
-    try:
-        os.rename(new, folder)  # replaces an empty one
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if not is_sealed_folder(folder):
-            os.rename(folder, old)
-            os.rename(new, folder)
+    """Rename a folder to one that may be there already; another process may do the same meanwhile."""
+    while not is_sealed_folder(folder):
+        try:
+            os.rename(new, folder)  # replaces an empty one
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            with suppress(FileNotFoundError):  # the other process has just moved it away
+                os.rename(folder, old)
 
 
 def _pipeline() -> Any:  # diffusers hides save_pretrained from mypy

@@ -24,7 +24,7 @@ RECIPE = 1
 def cache_path(name: str, settings: Any) -> Path:
     """The file for `name` trained with the dataclass `settings`; any changed field gives another file."""
     content = json.dumps([RECIPE, dataclasses.asdict(settings)], sort_keys=True)
-    return cache_folder() / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+    return cache_folder() / "demo" / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
 
 
 def load_or_train(module: nn.Module, name: str, settings: Any, fit: Callable[[], None]) -> bool:

@@ -120,6 +120,7 @@ class _Answer:
     status: int
     body: bytes
     retry_after_s: float
+    location: str
 
     def json(self) -> Any:
         """The body's value, or None for what is no JSON, perhaps a proxy's page."""
@@ -171,7 +172,8 @@ class _Exchange(HTTPAdapter):
         settings = session.merge_environment_settings(self._url, {}, True, None, None)  # proxies, certificates
         # Not by the session, which reads the whole body of a redirection, and decompresses it.
         with closing(self), self.send(request, timeout=(min(CONNECT_S, self._seconds), None), **settings) as response:
-            if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            encoding = response.headers.get("Content-Encoding", "")
+            if encoding.lower() not in ("", "identity"):
                 raise RewardError(one_line(f"{self._url}: expected an answer without Content-Encoding, got {encoding}"))
             body = bytearray()
             while piece := response.raw.read(1 << 16, decode_content=False):
@@ -179,7 +181,8 @@ class _Exchange(HTTPAdapter):
                 if len(body) > self._most_bytes:
                     raise RewardError(f"{self._url}: the answer is longer than {self._most_bytes} bytes")
         asked = response.headers.get("Retry-After", "").strip()
-        return _Answer(response.status_code, bytes(body), float(asked) if asked.isascii() and asked.isdecimal() else 0)
+        asked_s = float(asked) if asked.isascii() and asked.isdecimal() else 0.0
+        return _Answer(response.status_code, bytes(body), asked_s, response.headers.get("Location", ""))
 
     def get_connection_with_tls_context(self, *args: Any, **options: Any) -> HTTPConnectionPool:
         """A pool whose connections `answer` can cut."""
@@ -208,6 +211,8 @@ def _complaint(url: str, answer: _Answer) -> str:
     said = answer.json()
     error = said.get("error") if isinstance(said, dict) else None
     words = error if isinstance(error, str) else answer.body[:500].decode("utf-8", "replace")
+    if 300 <= answer.status < 400 and answer.location:
+        words += f" (it names {answer.location}; redirections are not followed)"
     return one_line(f"{url} answered {answer.status}: {words}")
 
 

@@ -76,6 +76,8 @@ class RewardServer(ThreadingHTTPServer):
         self.max_pixels = max_pixels
         self.receive_s = receive_s
         self._deadlines: dict[Any, float] = {}  # of connections that send, or that are sent to
+        if ":" in host:
+            self.address_family = socket.AF_INET6
         super().__init__((host, port), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -123,7 +125,8 @@ def serve(reward: Reward, host: str = "127.0.0.1", port: int = 8000, *, name: st
     except (OSError, ValueError) as error:  # ValueError: a name that no host can have
         raise ValueError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
     with server:
-        print(f"reward {name!r} listens on http://{host}:{server.server_port}", flush=True)
+        where = f"[{host}]" if ":" in host else host
+        print(f"reward {name!r} listens on http://{where}:{server.server_port}", flush=True)
         server.serve_forever()
 
 
