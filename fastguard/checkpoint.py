@@ -76,6 +76,10 @@ class CheckpointFolder:
         """Checkpoints, newest first, good or not."""
         return checkpoints_in(self.folder)
 
+    def holds(self, path: Path) -> bool:
+        """Whether a checkpoint is one of these; the folder, and each of them, may be a link to another disk."""
+        return self.folder.resolve() in (path.parent.resolve(), path.resolve().parent)
+
     def newest_good(self) -> Path | None:
         """The newest checkpoint that `verify` passes; others are named on stderr and passed over."""
         found: list[str | None] = [None]

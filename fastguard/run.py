@@ -107,7 +107,7 @@ class RunFolder:
             return newest
         chosen = Path(resume)
         require(chosen)
-        if there and chosen.resolve().parent != self.checkpoints.folder.resolve():
+        if there and not self.checkpoints.holds(chosen):
             raise ValueError(
                 f"run.dir = {self._recipe.run.dir} holds another run than {chosen}: choose another --run.dir to branch "
                 "off from it"
@@ -212,7 +212,7 @@ class RunFolder:
         self._earlier_best = content.get("earlier_best", [])
         anew = self._restore_monitor(content, state)
         restore_rng(path, self._accelerator)
-        if path.resolve().parent == self.checkpoints.folder.resolve():
+        if self.checkpoints.holds(path):
             self._saved = None if anew else state.epoch
         elif self._best != path.name:  # the best stayed in the other run's folder
             self._best = None
@@ -356,8 +356,10 @@ def _lock(folder: Path) -> Any:
         handle = open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb")  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"run.dir = {folder} is in use by another process; choose another --run.dir") from None
+    except OSError as error:  # NFS without its lock service, Lustre without -o flock
+        say(f"warning: run.dir = {folder} cannot be locked ({error.strerror}): start no second run there meanwhile")
     return handle
 
 

@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 from unicodedata import category
@@ -32,8 +32,9 @@ def say(message: str, file: TextIO | None = None) -> None:
     # ValueError: a closed file. RuntimeError: a signal's message, while the signal interrupted another one.
     with suppress(OSError, ValueError, RuntimeError):
         stream = file or sys.stderr
-        tqdm.write(printable(message), file=stream)
-        stream.flush()
+        if stream is not None:  # closed before Python began; tqdm would take stdout instead
+            tqdm.write(printable(message), file=stream)
+            stream.flush()
 
 
 class Unfailing:
@@ -47,6 +48,9 @@ class Unfailing:
     def write(self, text: str) -> int:
         self._try(self._stream.write, text)
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
 
     def flush(self) -> None:
         self._try(self._stream.flush)
@@ -80,8 +84,9 @@ class Unfailing:
 def unfailing_output() -> Iterator[Unfailing]:
     """Inside, sys.stdout (which is yielded) and sys.stderr are `Unfailing`; closed ones lead nowhere, for good."""
     _occupy_closed()
-    lost = [_closed() if stream is None else None for stream in (sys.stdout, sys.stderr)]
-    held = [sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")]  # noqa: SIM115
+    there = [None if stream is None or stream.closed else stream for stream in (sys.stdout, sys.stderr)]
+    lost = [_closed() if stream is None else None for stream in there]
+    held = [stream or open(os.devnull, "w") for stream in there]  # noqa: SIM115
     errors = [stream.errors for stream in held]
     for stream in held:
         _on_unknown_characters(stream, "backslashreplace")
@@ -103,8 +108,10 @@ def _closed() -> OSError:
 
 def _on_unknown_characters(stream: TextIO, errors: str | None) -> None:
     """What a stream does with what its encoding does not know (half characters of a path, say)."""
-    if isinstance(stream, io.TextIOWrapper) and not stream.closed:
-        stream.reconfigure(errors=errors)
+    # It flushes first, which a full disk, or who closed or detached the stream, may not allow.
+    with suppress(OSError, ValueError):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _occupy_closed() -> None:

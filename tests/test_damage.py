@@ -24,7 +24,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from test_run import TESTS, assert_same_end, in_process, newest, toy
+from test_run import MONITOR, TESTS, assert_same_end, in_process, newest, toy
 from torch import Tensor
 from toys import ToyPolicy
 
@@ -190,6 +190,22 @@ def test_every_damage_is_named_and_the_checkpoint_before_is_used(
     counted(f"{named} of {named + len(failed)} damaged checkpoints were named, and the one before was used")
     assert not failed
     assert named > 130
+
+
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_a_run_goes_on_from_links_to_checkpoints_on_another_disk(tmp_path: Path, resume: str) -> None:
+    """And keeps the best of them."""
+    recipe = toy(tmp_path / "run", run={"epochs": 4, "keep_last": 1})
+    recipe = replace(recipe, monitor=replace(MONITOR, every=3))
+    in_process(recipe)
+    folder = recipe.run.dir / "checkpoints"
+    (tmp_path / "disk").mkdir()
+    for path in checkpoints_in(folder):
+        path.rename(tmp_path / "disk" / path.name)
+        path.symlink_to(tmp_path / "disk" / path.name)
+    longer = replace(recipe, run=replace(recipe.run, epochs=5))
+    in_process(longer, resume="auto" if resume == "auto" else str(folder / "epoch_000004"))
+    assert [path.name for path in checkpoints_in(folder)] == ["epoch_000005", "epoch_000003"]
 
 
 def test_a_resume_says_which_checkpoint_it_passes_over(copy: Recipe, capfd: pytest.CaptureFixture[str]) -> None:

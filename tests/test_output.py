@@ -137,10 +137,46 @@ def test_a_stream_that_recovers_is_written_again() -> None:
     inside = Full()
     stream = Unfailing(inside)
     print("lost", file=stream)
+    stream.writelines(["lost ", "too\n"])
     inside.full = False
     print("written", file=stream)
     assert inside.getvalue() == "written\n"
     assert stream.lost is not None
+
+
+@needs_full
+def test_what_the_caller_has_not_yet_written_does_not_fail_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        print("still in the buffer")
+        with unfailing_output() as stdout:
+            print("a line")
+        monkeypatch.undo()
+        full.flush()
+    assert stdout.lost is not None
+    assert stdout.lost.errno == errno.ENOSPC
+
+
+def test_streams_that_the_caller_has_closed_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, closed)
+    assert cli.main(["doctor"]) == 2  # its result is lost
+
+
+def test_without_stderr_nothing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    say("a line")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stream_without_its_buffer_does_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with unfailing_output() as stdout:
+        stdout.detach()
+        print("lost")
+    assert stdout.lost is not None
 
 
 def test_streams_are_put_back() -> None:

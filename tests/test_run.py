@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -398,6 +399,18 @@ def test_two_processes_cannot_share_a_run_folder(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_disk_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert RunFolder(toy(tmp_path), Accelerator(cpu=True)).path == tmp_path
+    said = capfd.readouterr().err
+    assert f"warning: run.dir = {tmp_path} cannot be locked (No locks available): start no second run there" in said
 
 
 def save_once(folder: CheckpointFolder, epoch: int) -> Path:
