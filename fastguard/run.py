@@ -203,6 +203,8 @@ class RunFolder:
             raise ValueError(f"checkpoint {path} does not fit this recipe: {error}{since}") from None
         state.epoch, state.updates = content["epoch"], content["updates"]
         state.bad_in_a_row = content["bad_in_a_row"]
+        if self._main and state.bad_in_a_row:
+            say(f"  its last {state.bad_in_a_row} updates were skipped (skipped.jsonl). {self.way_back()}", sys.stdout)
         prompts = _trained_prompts(state)
         if self._main and content.get("trained_prompts", prompts) != prompts:
             say("  prompts.file holds other prompts than before", sys.stdout)

@@ -84,10 +84,10 @@ class Unfailing:
 def unfailing_output() -> Iterator[Unfailing]:
     """Inside, sys.stdout (which is yielded) and sys.stderr are `Unfailing`; closed ones lead nowhere, for good."""
     _occupy_closed()
-    there = [None if stream is None or stream.closed else stream for stream in (sys.stdout, sys.stderr)]
+    there = [None if getattr(stream, "closed", stream is None) else stream for stream in (sys.stdout, sys.stderr)]
     lost = [_closed() if stream is None else None for stream in there]
     held = [stream or open(os.devnull, "w") for stream in there]  # noqa: SIM115
-    errors = [stream.errors for stream in held]
+    errors = [getattr(stream, "errors", None) for stream in held]
     for stream in held:
         _on_unknown_characters(stream, "backslashreplace")
     ours = [Unfailing(stream, why) for stream, why in zip(held, lost, strict=True)]

@@ -471,12 +471,15 @@ def skipping(folder: Path, minibatches: int = 1) -> Recipe:
     )  # fmt: skip
 
 
-def test_nothing_is_pruned_while_updates_are_skipped(tmp_path: Path) -> None:
+def test_nothing_is_pruned_while_updates_are_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FloatingPointError, match=r"3 updates in a row.*last good checkpoint: --resume .*epoch_000002$"):
         in_process(skipping(tmp_path), policy=Failing(3, 100))
     names = [path.name for path in checkpoints_in(tmp_path / "checkpoints")]
     assert names == ["epoch_000004", "epoch_000003", "epoch_000002"]
     assert [read_state(p)["bad_in_a_row"] for p in checkpoints_in(tmp_path / "checkpoints")] == [2, 1, 0]
+    in_process(skipping(tmp_path), resume="auto")
+    said = capfd.readouterr().out
+    assert re.search(r"its last 2 updates were skipped .*last good checkpoint: --resume .*epoch_000002\n", said)
 
 
 def test_pruning_goes_on_after_a_good_update(tmp_path: Path) -> None:
