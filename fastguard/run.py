@@ -4,6 +4,7 @@ recipe.json          the recipe, every field
 metrics.jsonl        an `EpochLog` per line
 evaluations.jsonl    an `EvaluationLog` per line
 skipped.jsonl        updates that were not finite, and reward failures
+*_odd.jsonl          damaged lines of these three, moved there by a resume
 images/              grids: epoch_000010.png (training), evaluation_000010.png
 checkpoints/         see checkpoint.py; each holds diffusers/, for others to load
 fastguard/           what TensorBoard's tracker writes

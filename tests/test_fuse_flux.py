@@ -189,26 +189,24 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("recompute", LEVELS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_a_batch_gives_the_bits_of_its_samples(adapters: str, dtype: torch.dtype, recompute: Any) -> None:
-    """A rollout of six images without gradients, then updates of one with them: the first ratio is 1, to the bit."""
+    """A rollout of six images without gradients, then updates of one with them: the first ratio is 1, to the bit.
+
+    Where a CPU's matrix product itself rounds by its number of rows (in float32; in float16 with AVX512-FP16), neither
+    does diffusers give those bits, and the two are as near.
+    """
     model = ADAPTERS[adapters]().to(dtype)
+    own = distance(*batch_and_its_samples(model))
     fg.fuse_flux(model, recompute)
     old, new = batch_and_its_samples(model)
-    assert torch.equal(new, old)
+    assert distance(new, old) <= 2 * own
+    assert own < {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-6}[dtype]
     step = fg.flow_sde(0.7, 0.6)
     for objective in ("grpo_guard", "flow_grpo"):
         result = fg.guard_loss(new, old, torch.randn_like(old), torch.ones(6), step, objective=objective)
-        assert not result.log_ratio.any()
-
-
-def test_a_batch_in_float32_is_as_near_to_its_samples_as_with_diffusers() -> None:
-    """There a matrix product itself rounds by its number of rows, on a CPU."""
-    model = make_transformer("lora")
-    own = distance(*batch_and_its_samples(model))
-    fg.fuse_flux(model)
-    assert distance(*batch_and_its_samples(model)) <= 2 * own
+        assert result.log_ratio.any() == (own > 0)
 
 
 def test_kernels_give_a_batch_the_bits_of_its_samples(kernel_device: str) -> None:

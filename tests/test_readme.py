@@ -1,4 +1,4 @@
-"""The code of README.md, as it stands there."""
+"""The code of README.md, as it stands there, and the tests that a page of the docs names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from flux_models import make_transformer
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -51,3 +52,10 @@ def test_the_code_runs_in_one_session() -> None:
     assert names["weight"].grad.abs().sum() > 0
     assert names["result"].loss.requires_grad
     assert len(names["report"].fused) == 4
+
+
+def test_the_tests_behind_the_promises_are_there() -> None:
+    page = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:tests/)?(\w+\.py)`", page))
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []
