@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
+from toy_process import ToyProcess
 
+from fastguard import cli
 from fastguard.checkpoint import read_tensors
 from fastguard.recipe import shipped_recipes
 from fastguard.rows import read_rows
@@ -50,7 +53,8 @@ def launch(tmp_path: Path, kind: str, folder: Path, *options: str, code: int = 0
 
 
 def alone(folder: Path, *options: str) -> None:
-    subprocess.run([sys.executable, str(TESTS / "toy_run.py"), str(folder), *options], check=True, capture_output=True)
+    process = ToyProcess(folder, *options)
+    assert process.wait() == 0, process.said()
 
 
 @pytest.fixture(scope="module")
@@ -207,14 +211,16 @@ def test_a_signal_to_the_whole_group_saves(tmp_path: Path, number: signal.Signal
     assert done < 50
 
 
-def test_what_accelerate_was_told_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_what_accelerate_was_told_elsewhere_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for variable, value, message in (
         ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision = bf16"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps = 4"),
     ):
-        result = subprocess.run(
-            [sys.executable, "-m", "fastguard.cli", "train", "flux_tiny", "--run.dir", str(tmp_path / "run")],
-            capture_output=True, text=True, check=False, env={**os.environ, variable: value},
-        )  # fmt: skip
-        assert result.returncode == 2
-        assert message in result.stderr
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with monkeypatch.context() as told:
+            told.setenv(variable, value)
+            assert cli.main(["train", "flux_tiny", "--run.dir", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+    AcceleratorState._reset_state(reset_partial_state=True)

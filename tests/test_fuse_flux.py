@@ -309,7 +309,7 @@ def test_compiled_without_a_graph_break(train: str) -> None:
         assert distance(compiled(**make_inputs())[0], want[0]) <= FLOAT32
 
 
-@pytest.mark.parametrize("recompute", ["pointwise", "block"])
+@pytest.mark.parametrize("recompute", ["pointwise", pytest.param("block", marks=pytest.mark.slow)])
 def test_blocks_compiled_one_by_one_share_their_code(recompute: Any) -> None:
     """diffusers' compile_repeated_blocks: four blocks of a kind are compiled like one, not each anew."""
     model = make_transformer("lora", num_layers=4, num_single_layers=4)

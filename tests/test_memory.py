@@ -190,7 +190,12 @@ def reference_settings(side: int, fuse: bool, recompute: Recompute) -> PassSetti
 
 @pytest.mark.parametrize(
     ("side", "recompute", "kept", "peak"),
-    [(1024, "none", 24.3, 47.8), (1024, "block", 1.5, 25.4), (512, "none", 8.1, 31.4), (512, "block", 0.5, 23.9)],
+    [
+        (1024, "none", 24.3, 47.8),
+        pytest.param(1024, "block", 1.5, 25.4, marks=pytest.mark.slow),
+        pytest.param(512, "none", 8.1, 31.4, marks=pytest.mark.slow),
+        (512, "block", 0.5, 23.9),
+    ],
 )
 def test_unfused_flux_dev_with_bf16_adapters_takes_the_known_memory(
     side: int, recompute: Recompute, kept: float, peak: float
@@ -209,7 +214,10 @@ def test_unfused_flux_dev_with_bf16_adapters_takes_the_known_memory(
     "float32_adapters",
     [pytest.param(False, marks=pytest.mark.slow, id="bf16_adapters"), pytest.param(True, id="float32_adapters")],
 )
-@pytest.mark.parametrize(("recompute", "at_1024", "at_512"), [("pointwise", 15.5, 5.2), ("mlp", 9.5, 3.2)])
+@pytest.mark.parametrize(
+    ("recompute", "at_1024", "at_512"),
+    [pytest.param("pointwise", 15.5, 5.2, marks=pytest.mark.slow), ("mlp", 9.5, 3.2)],
+)
 def test_fused_flux_dev_keeps_no_more_than_it_must(
     recompute: Recompute, at_1024: float, at_512: float, float32_adapters: bool
 ) -> None:

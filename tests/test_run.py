@@ -27,6 +27,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from toy_process import ToyProcess
 from toys import RECIPE, ToyBackbone, pool, towards
 
 from fastguard import checkpoint, run
@@ -45,20 +46,14 @@ TESTS = Path(__file__).parent
 GROUPS = ("weights", "average", "optimizer")
 
 
-def command(folder: Path, epochs: int, *options: str) -> list[str]:
-    return [sys.executable, str(TESTS / "toy_run.py"), str(folder), str(epochs), *options]
-
-
 def finish(folder: Path, epochs: int, *options: str, code: int = 0) -> str:
-    result = subprocess.run(command(folder, epochs, *options), capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == code, result.stderr[-2000:]
-    return result.stdout + result.stderr
+    process = start(folder, epochs, *options)
+    assert process.wait() == code, process.said()[-2000:]
+    return process.said()
 
 
-def start(folder: Path, epochs: int, *options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(folder, epochs, *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(folder: Path, epochs: int, *options: str) -> ToyProcess:
+    return ToyProcess(folder, epochs, *options)
 
 
 def wait_for_epoch(folder: Path, epoch: int) -> None:
@@ -138,9 +133,8 @@ def test_a_signal_saves_exits_0_and_the_run_goes_on(tmp_path: Path, undisturbed:
     wait_for_epoch(folder, 1)
     process.send_signal(number)
     process.send_signal(number)  # a launcher forwards what the scheduler has sent to everyone
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert '"stopped": true' in output
+    assert process.wait() == 0, process.said()
+    assert '"stopped": true' in process.said()
     assert read_state(newest(folder))["epoch"] < 4
     finish(folder, 4, "--resume", "auto")
     assert_same_end(folder, undisturbed)
@@ -397,7 +391,7 @@ def test_two_processes_cannot_share_a_run_folder(tmp_path: Path) -> None:
         wait_for_epoch(tmp_path / "run", 1)
         assert "in use by another process" in finish(tmp_path / "run", 4, "--resume", "auto", code=1)
     finally:
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
 
 

@@ -139,11 +139,11 @@ def test_report_plan_and_doctor_answer(tiny: tuple[Path, str], here: Here) -> No
     assert "FAIL" not in here("doctor", "flux_tiny")
 
 
-def test_a_run_goes_on(tiny: tuple[Path, str], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_goes_on(tiny: tuple[Path, str], here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "flux_tiny", "--run.dir", str(tiny[0])]) == 2
     said = capsys.readouterr().err
     assert "holds a run (epoch_000012): go on with --resume auto" in said
-    said = fastguard(cache, "train", "flux_tiny", "--run.dir", str(tiny[0]), "--run.epochs", "13", "--resume", "auto")
+    said = here("train", "flux_tiny", "--run.dir", str(tiny[0]), "--run.epochs", "13", "--resume", "auto")
     assert "after 12 epochs" in said
     assert [row["epoch"] for row in read_rows(tiny[0] / "metrics.jsonl")] == list(range(13))
 

@@ -210,7 +210,11 @@ def watch(seen: dict[str, Tensor], accelerator: Accelerator) -> None:
     accelerator.clip_grad_norm_ = clipped  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def run_and_exit() -> None:
     with unfailing_output():  # as every command has it
         code = main()
     os._exit(code)  # gloo's threads now and then abort an interpreter that shuts down; GPUs talk through NCCL
+
+
+if __name__ == "__main__":
+    run_and_exit()
