@@ -10,12 +10,10 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from deadline import deadline
 from safetensors.torch import load_file, save_file
 from test_run import MONITOR, TESTS, assert_same_end, in_process, newest, toy
 from torch import Tensor
@@ -47,22 +46,6 @@ from fastguard.run import RunFolder
 from fastguard.sample import _trained_weights
 
 Counted = Callable[[str], None]
-
-
-@contextmanager
-def deadline(seconds: int = 300) -> Iterator[None]:
-    """A file that blocks its reader fails the test instead of the whole session."""
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"still not done after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")

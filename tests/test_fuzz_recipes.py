@@ -7,16 +7,15 @@ import datetime
 import io
 import json
 import random
-import signal
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from deadline import deadline
 from test_recipe import numbers
 
 from fastguard.backbones.folder import pipeline_problems
@@ -28,8 +27,6 @@ from fastguard.recipe import as_dict, find_recipe, load_recipe, parse_recipe, sh
 from fastguard.run_report.data import read_run
 from fastguard.terminal import say
 
-DEADLINE_S = 300
-"""for one recipe: reading one takes milliseconds, planning one on the tiny pipeline a second or two, seldom ten"""
 FIELDS = [
     (section, field.name)
     for section, kind in get_type_hints(Recipe).items()
@@ -178,22 +175,6 @@ def recipes(rng: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
             written = json.dumps(changed, default=str) if run else as_toml(changed)
             data = written.replace(f'"{DEEP}"', "[" * 5000 + "]" * 5000).encode()
         yield "recipe.json" if run else "recipe.toml", data
-
-
-@contextmanager
-def deadline(what: object) -> Iterator[None]:
-    """A hang is a failure that says what hung."""
-
-    def fail(*_: Any) -> None:
-        pytest.fail(f"no end after {DEADLINE_S} s: {what!r}")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(DEADLINE_S)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def assert_told(error: ValueError, *names: str) -> None:
