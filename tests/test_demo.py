@@ -150,7 +150,7 @@ def test_interrupt_before_any_measurement(tmp_path: Path, monkeypatch: pytest.Mo
     assert "before anything was measured" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=str)
 def test_workers_end_with_the_demo_however_it_ends(quick: Path, tmp_path: Path, number: signal.Signals) -> None:
     """kill, timeout and docker stop leave a partial report; and not even a killed demo leaves its workers behind."""
     script = Path(sys.executable).parent / "fastguard"

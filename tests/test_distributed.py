@@ -161,7 +161,12 @@ FULL = ("--model.train", "full")
 
 @pytest.mark.parametrize(
     ("trained", "kind"),
-    [("lora", "ddp"), ("lora", "fsdp2"), ("full", "fsdp2"), pytest.param("full", "ddp", marks=pytest.mark.slow)],
+    [
+        ("lora", "ddp"),
+        ("full", "fsdp2"),
+        pytest.param("lora", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("full", "ddp", marks=pytest.mark.slow),
+    ],
 )
 def test_flux_on_two_processes_is_flux_on_one(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, trained: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import cases
@@ -133,12 +134,16 @@ def test_losses_on_the_torch_backend(dtype: str) -> None:
     assert cases.check(lambda case: loss_outputs(case, "cpu", "torch"), dtype, has_density) > 3000
 
 
-def test_losses_on_the_kernels(kernel_device: str) -> None:
-    # The large groups cost the interpreter minutes, and nothing in them is new to a kernel.
-    def small(case: cases.Case) -> bool:
-        return has_density(case) and (kernel_device == "cuda" or case["x"].size < 10_000)
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_losses_on_the_kernels(kernel_device: str, every: int) -> None:
+    number = itertools.count()
 
-    assert cases.check(lambda case: loss_outputs(case, kernel_device, "triton"), "float32", small) > 2500
+    # The interpreter is slow: every other case, and none of the large groups, where nothing is new to a kernel.
+    def chosen(case: cases.Case) -> bool:
+        on_gpu = kernel_device == "cuda"
+        return (on_gpu or (next(number) % every == 0 and case["x"].size < 10_000)) and has_density(case)
+
+    assert cases.check(lambda case: loss_outputs(case, kernel_device, "triton"), "float32", chosen) > 2500 // every
 
 
 def loss_and_gradient(

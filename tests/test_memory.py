@@ -191,7 +191,7 @@ def reference_settings(side: int, fuse: bool, recompute: Recompute) -> PassSetti
 @pytest.mark.parametrize(
     ("side", "recompute", "kept", "peak"),
     [
-        (1024, "none", 24.3, 47.8),
+        pytest.param(1024, "none", 24.3, 47.8, marks=pytest.mark.slow),
         pytest.param(1024, "block", 1.5, 25.4, marks=pytest.mark.slow),
         pytest.param(512, "none", 8.1, 31.4, marks=pytest.mark.slow),
         (512, "block", 0.5, 23.9),
