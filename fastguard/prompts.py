@@ -9,7 +9,6 @@ import gc
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +167,7 @@ def _encode(
     require_finite(pipe.text_encoder_2, "text_encoder_2", path)
     starts = tqdm(range(0, len(missing), ENCODE_BATCH), desc="encoding prompts", unit="batch", disable=None)
     if starts.disable:  # stderr is a file or a pipe
-        starts.write(f"encoding prompts: {len(missing)}", file=sys.stderr)
+        say(f"encoding prompts: {len(missing)}")
     for start in starts:
         part = missing[start : start + ENCODE_BATCH]
         embeds, pooled, _ = pipe.encode_prompt([text for _, text in part], max_sequence_length=max_tokens)

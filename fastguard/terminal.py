@@ -43,7 +43,7 @@ class Unfailing:
     def __init__(self, stream: TextIO, lost: OSError | None = None) -> None:
         self._stream = stream
         self.lost = lost
-        """why something could not be written; a reader that went away (`| head`) had what it wanted, and counts not"""
+        """why something could not be written; a reader that went away (`| head`) does not count"""
 
     def write(self, text: str) -> int:
         self._try(self._stream.write, text)

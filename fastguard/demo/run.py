@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -22,6 +21,7 @@ from fastguard.demo.page import PICTURE_KINDS, write_demo_page
 from fastguard.demo.workers import Task, run_here, run_in_workers
 from fastguard.files import write_text, writing
 from fastguard.report import write_page
+from fastguard.terminal import say
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -88,7 +88,7 @@ def train_all(results: Results, models: Models, workers: int) -> None:
                 results.runs.append(run)
                 bar.update(config.train.run.epochs - len(run.logs))  # what it saved by reaching its target early
                 if bar.disable:  # stderr is a file or a pipe
-                    bar.write(f"{len(results.runs)} of {len(tasks)} runs: {run.objective}, seed {run.seed}", sys.stderr)
+                    say(f"{len(results.runs)} of {len(tasks)} runs: {run.objective}, seed {run.seed}")
     results.runs.sort(key=lambda run: (run.objective, run.seed))
     results.seconds["training runs"] = time.perf_counter() - start
 

@@ -6,7 +6,6 @@ of the policy after 12 epochs of training.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fastguard.config import LARGEST_FLOAT, LARGEST_INT, Recipe
+from fastguard.files import parse_json
 from fastguard.metrics import EpochLog
 from fastguard.monitor import EvaluationLog
 from fastguard.recipe import parse_recipe
@@ -56,8 +56,8 @@ def read_run(path: Path) -> TrainingRun:
             "give the run.dir of a recipe"
         )
     try:
-        content = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json((path / "recipe.json").read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path / 'recipe.json'} is damaged: {error}") from None
     recipe = parse_recipe(content, str(path / "recipe.json"))
     epochs, odd = _logs(path / "metrics.jsonl", EpochLog)
