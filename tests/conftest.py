@@ -1,9 +1,11 @@
 """Where there is no GPU, kernels run through Triton's interpreter, which must be chosen before triton is imported."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +89,21 @@ def count_graphs() -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], 
         return backend.frame_count
 
     return count
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline of toy size; read it only."""
+    from fastguard.backbones.tiny import make_tiny_flux  # not before the interpreter is chosen
+
+    return make_tiny_flux(tmp_path_factory.mktemp("session") / "tiny_flux")
+
+
+@pytest.fixture
+def folder(tiny_flux: Path, tmp_path: Path) -> Path:
+    """A copy of it, to break."""
+    shutil.copytree(tiny_flux, tmp_path / "flux")
+    return tmp_path / "flux"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -35,16 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TENSORS = {"embeds": torch.linspace(-1, 1, 24).view(4, 6).bfloat16(), "pooled": torch.arange(3.0)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_flux(tmp_path_factory.mktemp("cache") / "tiny")
-
-
 @pytest.fixture
-def encode(folder: Path, tmp_path: Path) -> Callable[..., EncodedPrompts]:
+def encode(tiny_flux: Path, tmp_path: Path) -> Callable[..., EncodedPrompts]:
     def encoded(*texts: str) -> EncodedPrompts:
         prompts = [Prompt(text) for text in texts]
-        return encode_prompts(prompts, str(folder), 16, tmp_path / "c", torch.float32, torch.device("cpu"))
+        return encode_prompts(prompts, str(tiny_flux), 16, tmp_path / "c", torch.float32, torch.device("cpu"))
 
     return encoded
 
@@ -219,7 +214,7 @@ def test_damage_after_the_start_is_one_line(encode: Callable[..., EncodedPrompts
 
 
 def test_two_processes_may_write_an_entry_at_once(
-    folder: Path, encode: Callable[..., EncodedPrompts], monkeypatch: pytest.MonkeyPatch
+    tiny_flux: Path, encode: Callable[..., EncodedPrompts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one finds nothing either, and is done first."""
     real = prompts_module._encode
@@ -261,13 +256,13 @@ def fill(folder: Path, how: str, whole: Path) -> None:
 
 @pytest.mark.parametrize("how", ["empty", "half", "without a digest", "flipped", "another file"])
 def test_a_tiny_pipeline_that_is_not_whole_is_made_anew(
-    folder: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+    tiny_flux: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = tmp_path / "tiny_flux"
-    fill(made, how, folder)
+    fill(made, how, tiny_flux)
     make_tiny_flux(made)
     assert {p.relative_to(made): p.read_bytes() for p in made.rglob("*") if p.is_file()} == {
-        p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+        p.relative_to(tiny_flux): p.read_bytes() for p in tiny_flux.rglob("*") if p.is_file()
     }
     assert os.listdir(tmp_path) == ["tiny_flux"]
     assert ("tiny_flux is damaged, or of an earlier version, and is made anew" in capsys.readouterr().err) == (
@@ -276,12 +271,12 @@ def test_a_tiny_pipeline_that_is_not_whole_is_made_anew(
 
 
 def test_another_process_may_make_the_tiny_pipeline_meanwhile(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, real = tmp_path / "tiny_flux", tiny._pipeline
 
     def meanwhile() -> Any:
-        shutil.copytree(folder, made)
+        shutil.copytree(tiny_flux, made)
         return real()
 
     monkeypatch.setattr(tiny, "_pipeline", meanwhile)
@@ -291,11 +286,11 @@ def test_another_process_may_make_the_tiny_pipeline_meanwhile(
 
 
 def test_another_process_may_replace_the_tiny_pipeline_meanwhile(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, real, theirs = tmp_path / "tiny_flux", os.rename, tmp_path / "theirs"
-    fill(made, "flipped", folder)
-    shutil.copytree(folder, theirs)
+    fill(made, "flipped", tiny_flux)
+    shutil.copytree(tiny_flux, theirs)
 
     def meanwhile(source: Path, target: Path) -> None:
         real(source, target)
@@ -309,10 +304,10 @@ def test_another_process_may_replace_the_tiny_pipeline_meanwhile(
 
 
 def test_what_another_process_has_just_moved_away_is_no_error(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, real = tmp_path / "tiny_flux", os.rename
-    fill(made, "flipped", folder)
+    fill(made, "flipped", tiny_flux)
 
     def moved(source: Path, target: Path) -> None:
         if source == made and made.exists():
@@ -325,10 +320,10 @@ def test_what_another_process_has_just_moved_away_is_no_error(
 
 
 def test_somebodys_work_is_not_replaced_by_the_tiny_pipeline(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = tmp_path / "tiny_flux"
-    fill(made, "flipped", folder)
+    fill(made, "flipped", tiny_flux)
     (made / "my_lora").mkdir()
     (made / "my_lora" / "weights").write_text("months")
     with pytest.raises(ValueError, match="tiny_flux is the place of the tiny pipeline, but holds my_lora: move that"):
@@ -385,13 +380,13 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
 
 
 def test_every_start_clears_what_a_kill_left(
-    encode: Callable[..., EncodedPrompts], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encode: Callable[..., EncodedPrompts], tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTGUARD_CACHE", str(tmp_path))
     settings = ClassifierConfig()
     starts = {
         encode("a").files[0].parent: lambda: encode("a"),
-        folder.parent: lambda: make_tiny_flux(folder),
+        tiny_flux.parent: lambda: make_tiny_flux(tiny_flux),
         tmp_path / "demo": lambda: demo_cache.load_or_train(torch.nn.Linear(1, 1), "one", settings, lambda: None),
     }
     for where, start in starts.items():
@@ -473,10 +468,10 @@ def test_no_room_for_the_demos_weights(tmp_path: Path, monkeypatch: pytest.Monke
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_no_room_for_images_leaves_the_earlier_ones(folder: Path, tmp_path: Path) -> None:
+def test_no_room_for_images_leaves_the_earlier_ones(tiny_flux: Path, tmp_path: Path) -> None:
     tiny = load_recipe(find_recipe("flux_tiny"))
     recipe = replace(
-        tiny, model=replace(tiny.model, path=str(folder)), prompts=replace(tiny.prompts, cache=tmp_path / "c")
+        tiny, model=replace(tiny.model, path=str(tiny_flux)), prompts=replace(tiny.prompts, cache=tmp_path / "c")
     )
 
     def draw(seed: int) -> dict[str, bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fastguard import cli, doctor
 from fastguard.backbones.folder import SETTINGS, pipeline_problems
-from fastguard.backbones.tiny import _bytes_vocabulary, make_tiny_flux
+from fastguard.backbones.tiny import _bytes_vocabulary
 from fastguard.config import Recipe
 from fastguard.launch import gather_prompts, load_backbone
 from fastguard.recipe import find_recipe, load_recipe
@@ -38,18 +37,6 @@ KEYS = {
     "text_encoder_2": "encoder.block.0.layer.0.SelfAttention.q.weight",
 }
 """A weight of each part."""
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_flux(tmp_path_factory.mktemp("folder") / "whole")
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A pipeline to break."""
-    shutil.copytree(whole, tmp_path / "flux")
-    return tmp_path / "flux"
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from fastguard.backbones.flux import FluxBackbone
 from fastguard.backbones.folder import pipeline_problems
-from fastguard.backbones.tiny import make_tiny_flux
 from fastguard.config import Recipe
 from fastguard.files import fitting, parse_json
 from fastguard.launch import announce, gather_prompts, load_backbone
@@ -30,17 +29,6 @@ CPU = torch.device("cpu")
 DEEP = "[" * 5000 + "]" * 5000
 DEEP_ENOUGH = "[" * 300 + "]" * 300
 """Python reads it; others stop at it."""
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_flux(tmp_path_factory.mktemp("folder") / "whole")
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    shutil.copytree(whole, tmp_path / "flux")
-    return tmp_path / "flux"
 
 
 def recipe_for(folder: Path) -> Recipe:
@@ -308,16 +296,16 @@ def test_prompt_files_changed_at_random(tmp_path: Path, counted: Callable[[str],
     counted(f"5000 prompt files changed at random: {outcomes['used']} used, {outcomes['refused']} refused by name")
 
 
-def fuzz_pipelines(whole: Path, tmp_path: Path, count: int, seed: int) -> Counter[str]:
-    files = sorted(file.relative_to(whole) for file in whole.rglob("*.json"))
+def fuzz_pipelines(tiny_flux: Path, tmp_path: Path, count: int, seed: int) -> Counter[str]:
+    files = sorted(file.relative_to(tiny_flux) for file in tiny_flux.rglob("*.json"))
     rng = random.Random(seed)
     outcomes: Counter[str] = Counter()
     accelerator = Accelerator(cpu=True)
     for i in range(count):
         folder = tmp_path / f"flux{i}"
-        shutil.copytree(whole, folder)
+        shutil.copytree(tiny_flux, folder)
         file = files[i % len(files)]
-        (folder / file).write_bytes(mutated((whole / file).read_bytes(), rng))
+        (folder / file).write_bytes(mutated((tiny_flux / file).read_bytes(), rng))
         recipe = recipe_for(folder)
 
         def start(recipe: Recipe = recipe, planned: bool = file.name == "config.json") -> None:
@@ -330,13 +318,13 @@ def fuzz_pipelines(whole: Path, tmp_path: Path, count: int, seed: int) -> Counte
     return outcomes
 
 
-def test_changed_pipelines_are_used_or_refused_by_name(whole: Path, tmp_path: Path) -> None:
-    assert fuzz_pipelines(whole, tmp_path, 4, seed=0).total() == 4
+def test_changed_pipelines_are_used_or_refused_by_name(tiny_flux: Path, tmp_path: Path) -> None:
+    assert fuzz_pipelines(tiny_flux, tmp_path, 4, seed=0).total() == 4
 
 
 @pytest.mark.slow
-def test_pipelines_changed_at_random(whole: Path, tmp_path: Path, counted: Callable[[str], None]) -> None:
-    outcomes = fuzz_pipelines(whole, tmp_path, 300, seed=1)
+def test_pipelines_changed_at_random(tiny_flux: Path, tmp_path: Path, counted: Callable[[str], None]) -> None:
+    outcomes = fuzz_pipelines(tiny_flux, tmp_path, 300, seed=1)
     counted(
         f"300 pipelines with JSON changed at random: {outcomes['used']} used, {outcomes['refused']} refused by name"
     )

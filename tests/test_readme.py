@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from flux_models import make_transformer
 
+from fastguard.rewards.remote import RemoteReward
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -59,3 +61,9 @@ def test_the_tests_behind_the_promises_are_there() -> None:
     named = set(re.findall(r"`(?:tests/)?(\w+\.py)`", page))
     assert len(named) > 10
     assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []
+
+
+def test_the_docs_state_how_long_a_remote_call_may_take() -> None:
+    longest_s = RemoteReward("http://that-machine:8000").longest_s
+    assert f"({longest_s:g} s by default" in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert f"({longest_s:g} s unless" in (RemoteReward.__doc__ or "")
