@@ -14,6 +14,8 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	@echo "== types: mypy"
 	$(BIN)/mypy
+	@echo "== imports go one way: import-linter"
+	$(BIN)/lint-imports
 	@echo "== machine code for H100: no spills, wide accesses (compiled here, no GPU needed)"
 	$(BIN)/python benchmarks/h100_code.py --faults-only
 	@echo "== tests: pytest (kernels run in Triton's interpreter where there is no GPU)"

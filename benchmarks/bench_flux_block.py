@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastguard.blocks import torch_backend
+from fastguard.blocks.flux import Fusion, fuse_block
 from fastguard.config import Recompute
-from fastguard.flux import torch_backend
-from fastguard.flux.blocks import Fusion, fuse_block
 from fastguard.kernels import adaln, gated_residual, gelu, qk_norm_rope
 
 KERNELS = (adaln, gated_residual, qk_norm_rope, gelu)

@@ -23,7 +23,7 @@ from timing import call_times, copy_times, graph_times, peak_bytes, rotations, w
 
 import fastguard as fg
 from fastguard import ops
-from fastguard.checks import build_options
+from fastguard.loss.checks import build_options
 
 SECTION = "kernels"
 TOKENS_512, TOKENS_1024 = (1024, 64), (4096, 64)

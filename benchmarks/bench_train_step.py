@@ -128,7 +128,7 @@ def measure_training(case: Case, dry: bool, row: dict[str, Any]) -> None:
     row["attention"] = attention_kernel(backbone.dtype, cuda)
     row["parameters"] = sum(p.numel() for p in state.policy.parameters())
     row["trained_parameters"] = sum(p.numel() for p in state.parameters.values())
-    backbone.hold([0])
+    backbone.load_prompts([0])
     row["phase"] = "rollout"
     transitions = sample(state)
     assert all(bool(torch.isfinite(part.velocity).all()) for part in transitions), "a velocity is not finite"

@@ -15,10 +15,10 @@ from train_step_cases import Case
 from fastguard.backbones.flux import FluxBackbone, prepare_transformer
 from fastguard.memory.models import meta_transformer, meta_vae, pipeline_configs
 from fastguard.prompts import EncodedPrompts, Prompt
-from fastguard.rollouts import images_to_sample
-from fastguard.sampler import Transitions, rollout, training_schedule
-from fastguard.state import TrainState, build_state
-from fastguard.update import minibatches, policy_loss, update_weights
+from fastguard.train.collect import images_to_sample
+from fastguard.train.rollout import RolloutBatch, rollout, training_schedule
+from fastguard.train.state import TrainState, build_state
+from fastguard.train.update import minibatches, policy_loss, update_weights
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def build(case: Case, dry: bool) -> TrainState:
     return build_state(backbone, recipe, accelerator, None)
 
 
-def sample(state: TrainState) -> tuple[Transitions, ...]:
+def sample(state: TrainState) -> tuple[RolloutBatch, ...]:
     """The images of an epoch, as `sample_epoch` samples them, without decoding and rewards."""
     recipe, backbone, device = state.recipe, state.backbone, state.accelerator.device
     schedule = training_schedule(recipe.sampler, backbone.shift, recipe.run.seed, 0)
@@ -90,12 +90,12 @@ def sample(state: TrainState) -> tuple[Transitions, ...]:
         part = slice(first, first + recipe.sampler.batch_size)
         on_device = prompt_indices[part].to(device)
         rolled = rollout(state.policy, on_device, seeds[part], backbone.latent_shape, schedule, backbone.dtype)
-        batch = Transitions.cat(rolled.transitions)
+        batch = RolloutBatch.cat(rolled.transitions)
         transitions.append(replace(batch, sample=batch.sample + first).to(recipe.sampler.store))
     return tuple(transitions)
 
 
-def update(state: TrainState, transitions: Sequence[Transitions]) -> dict[str, float]:
+def update(state: TrainState, transitions: Sequence[RolloutBatch]) -> dict[str, float]:
     """One optimizer update on all transitions. Raises AssertionError unless it has a gradient and clips nothing."""
     recipe, index = state.recipe, next(minibatches(state))
     advantages = 1.0 - 2.0 * (torch.arange(recipe.images_per_epoch) % 2)
@@ -106,10 +106,10 @@ def update(state: TrainState, transitions: Sequence[Transitions]) -> dict[str, f
     return {"worst_log_ratio": worst, "grad_norm": norm}
 
 
-def kept_bytes(state: TrainState, transitions: Sequence[Transitions]) -> int:
+def kept_bytes(state: TrainState, transitions: Sequence[RolloutBatch]) -> int:
     """What the forward pass of one micro-batch leaves on the device for its backward pass."""
     index = next(minibatches(state))[: state.recipe.micro_batch]
-    batch = Transitions.select(transitions, index).to(state.accelerator.device)
+    batch = RolloutBatch.select(transitions, index).to(state.accelerator.device)
     advantages = torch.ones(len(batch), device=state.accelerator.device)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

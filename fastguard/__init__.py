@@ -7,7 +7,7 @@ from fastguard.sde import Transition, cps, dance_sde, flow_sde, ode
 from fastguard.step import SdeStep, sde_step
 
 if TYPE_CHECKING:
-    from fastguard.flux import fuse_flux, unfuse_flux
+    from fastguard.blocks import fuse_flux, unfuse_flux
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The Flux blocks on first use: they import diffusers and peft, which takes seconds."""
     if name in ("fuse_flux", "unfuse_flux"):
-        from fastguard import flux
+        from fastguard import blocks
 
-        return getattr(flux, name)
+        return getattr(blocks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,10 +23,9 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from fastguard.config import Recipe, RewardConfig
-from fastguard.files import writing
 from fastguard.recipe import find_recipe, load_recipe, overridden
-from fastguard.signals import ENDING, handled_by
-from fastguard.terminal import say, unfailing_output
+from fastguard.utils.signals import ENDING, handled_by
+from fastguard.utils.terminal import say, unfailing_output
 
 app = SubcommandApp()
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
@@ -41,7 +40,7 @@ class Train:
     """"auto" goes on from the newest good checkpoint in run.dir, a path from that checkpoint; "never" begins anew"""
 
     def __call__(self) -> int:
-        from fastguard.launch import train_recipe
+        from fastguard.commands.train import train_recipe
 
         return train_recipe(self.recipe, self.resume)
 
@@ -55,7 +54,7 @@ class Plan:
     """show what an update keeps for its backward pass instead, tensor by tensor, at each level of model.recompute"""
 
     def __call__(self) -> int:
-        from fastguard.launch import print_plan
+        from fastguard.commands.plan import print_plan
 
         return print_plan(self.recipe, self.kept)
 
@@ -67,7 +66,7 @@ class Doctor:
     recipe: RecipeFields
 
     def __call__(self) -> int:
-        from fastguard.doctor import examine
+        from fastguard.commands.doctor import examine
 
         return examine(self.recipe)
 
@@ -91,7 +90,7 @@ class Sample:
     """folder for the PNG files; none means run.dir/samples"""
 
     def __call__(self) -> int:
-        from fastguard.sample import sample_recipe
+        from fastguard.commands.sample import sample_recipe
 
         out = self.out or self.recipe.run.dir / "samples"
         return sample_recipe(self.recipe, self.prompt, self.checkpoint, self.images, self.steps, self.seed, out)
@@ -137,7 +136,7 @@ def doctor(recipe: tyro.conf.Positional[str] | None = None) -> int:
     Args:
         recipe: a TOML file, or the name of a shipped recipe; none checks the machine alone
     """
-    from fastguard.doctor import examine
+    from fastguard.commands.doctor import examine
 
     return examine(None) if recipe is None else main(["doctor", recipe])
 
@@ -159,12 +158,9 @@ def report(run: tyro.conf.Positional[Path]) -> int:
     Args:
         run: folder of a run (run.dir of its recipe)
     """
-    from fastguard.run_report import write_run_report
+    from fastguard.commands.report import report_run
 
-    with writing(run):
-        page = write_run_report(run)
-    say(str(page), sys.stdout)
-    return 0
+    return report_run(run)
 
 
 @app.command

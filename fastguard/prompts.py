@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastguard.files import fitting, parse_json, read_text, writing
-from fastguard.sealed import DamagedError, clear_scratch, is_whole, load_sealed, save_sealed
-from fastguard.terminal import say
-from fastguard.weights import a_few, is_finite, require_finite
+from fastguard.utils.files import fitting, parse_json, read_text, writing
+from fastguard.utils.finite import is_finite, require_finite
+from fastguard.utils.sealed import DamagedError, clear_scratch, is_whole, load_sealed, save_sealed
+from fastguard.utils.terminal import a_few, say
 
 ENCODE_BATCH = 16
 ANOTHER_CACHE = "start again, or choose another prompts.cache"

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from fastguard.config import Recipe
-from fastguard.files import read_text
+from fastguard.utils.files import read_text
 
 
 def shipped_recipes() -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard.checks import check_latents, check_step
+from fastguard.loss.checks import check_latents, check_step
 from fastguard.sde import Transition
 
 

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import TESTS
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])  # of processes
 
 
 LONGEST = (
     "test_distributed.py",
     "test_memory.py",
     "test_train.py",
-    "test_run.py",
+    "test_run_folder.py",
     "test_damage.py",
     "test_fuse_flux.py",
     "test_demo.py",
@@ -109,7 +111,7 @@ def folder(tiny_flux: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _signals_that_arrive() -> Iterator[None]:
     """A shell's background job ignores SIGINT, and one under nohup SIGHUP; processes of tests would inherit that."""
-    from fastguard.signals import ENDING  # not before the interpreter is chosen
+    from fastguard.utils.signals import ENDING  # not before the interpreter is chosen
 
     ignored = [n for n in ENDING if signal.getsignal(n) is signal.SIG_IGN]
     for number in ignored:

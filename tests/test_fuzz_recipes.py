@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from deadline import deadline
+from helpers.deadline import deadline
 from test_recipe import numbers
 
 from fastguard.backbones.folder import pipeline_problems
@@ -24,8 +24,8 @@ from fastguard.cli import parse_recipe_command
 from fastguard.config import Recipe, RewardConfig
 from fastguard.memory import passes, plan
 from fastguard.recipe import as_dict, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
-from fastguard.run_report.data import read_run
-from fastguard.terminal import say
+from fastguard.report.data import read_run
+from fastguard.utils.terminal import say
 
 FIELDS = [
     (section, field.name)

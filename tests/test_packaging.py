@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
@@ -10,8 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
 
 
 def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -84,52 +82,3 @@ def test_import_has_no_side_effects_and_needs_no_triton() -> None:
     modules, loss = result.stdout.splitlines()
     assert modules == "['fastguard']"
     assert float(loss) == pytest.approx(-10)
-
-
-# Data flows one way: whoever stands in a row may import the rows above it, and its own.
-LAYERS = [
-    {"sde", "files", "signals", "sealed", "terminal", "processes"},
-    {"reference", "torch_backend", "kernels"},
-    {"ops"},
-    {"checks"},
-    {"loss", "step"},
-    {"config", "advantages", "prompts", "rows", "weights", "report"},
-    {"sampler", "recipe", "optim", "rewards", "flux", "backbones"},
-    {"metrics", "monitor"},
-    {"state", "checkpoint"},
-    {"rollouts", "update"},
-    {"trainer"},
-    {"run", "demo", "memory"},
-    {"launch", "run_report", "sample", "doctor"},
-    {"cli"},
-]
-
-
-def imports_of(path: Path) -> set[str]:
-    """Modules of this package that a file imports, by their first name below fastguard."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-            if node.module == "fastguard":
-                names = [f"fastguard.{alias.name}" for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("fastguard.")}
-    return found
-
-
-def test_imports_go_one_way() -> None:
-    level = {module: index for index, layer in enumerate(LAYERS) for module in layer}
-    files = {
-        path: path.relative_to(ROOT / "fastguard").parts[0].removesuffix(".py")
-        for path in ROOT.glob("fastguard/**/*.py")
-    }
-    files |= dict.fromkeys(ROOT.glob("kernels/*.py"), "kernels")
-    assert len(files) > 15
-    for path, module in files.items():
-        if module == "__init__":
-            continue
-        for imported in imports_of(path):
-            # `import fastguard as fg` gives public names (flow_sde, guard_loss), which are not modules.
-            if imported in level:
-                assert level[imported] <= level[module], f"{path.name} ({module}) imports {imported}"

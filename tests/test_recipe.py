@@ -10,17 +10,17 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, pool
 from torch import nn
-from toys import RECIPE, MemoryRun, ToyBackbone, ToyPolicy, pool
 
 from fastguard.cli import RECIPE_COMMANDS, parse_recipe_command
 from fastguard.config import ModelConfig, Recipe, SamplerConfig, UpdateConfig, recompute_levels
-from fastguard.launch import gather_prompts
-from fastguard.optim import build_optimizer
 from fastguard.prompts import read_prompts
 from fastguard.recipe import as_dict, differences, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
-from fastguard.state import for_processes
-from fastguard.trainer import train
+from fastguard.train.build import gather_prompts
+from fastguard.train.optim import build_optimizer
+from fastguard.train.state import for_processes
+from fastguard.train.trainer import train
 
 SHIPPED = sorted(path.stem for path in shipped_recipes().glob("*.toml"))
 
@@ -223,7 +223,7 @@ def test_the_least_and_the_most_noise_train(kind: Any, most: float) -> None:
     for noise in (1e-6, most):
         sampler = replace(RECIPE.sampler, kind=kind, noise_level=noise, group_size=4, batch_size=8)
         recipe = replace(RECIPE, run=replace(RECIPE.run, epochs=1), sampler=sampler)
-        policy, run = ToyPolicy(), MemoryRun()
+        policy, run = ToyPolicy(), MemoryRecorder()
         backbone = ToyBackbone(policy)
         with pool(recipe, backbone) as rewards:
             train(backbone, recipe, rewards, run)
@@ -293,7 +293,7 @@ def test_a_prompt_line_that_cannot_be_used_is_told_by_its_number(tmp_path: Path,
 
 
 def test_levels_of_recompute_are_those_of_the_blocks(tmp_path: Path) -> None:
-    from fastguard.flux.blocks import Recompute
+    from fastguard.blocks.flux import Recompute
 
     assert recompute_levels(fuse=True) == get_args(Recompute)
     for fuse in (True, False):

@@ -43,7 +43,7 @@ class Backbone(Protocol):
     has_adapters: bool
     """whether adapters are trained, rather than the weights themselves"""
 
-    def hold(self, prompt_indices: Iterable[int]) -> None:
+    def load_prompts(self, prompt_indices: Iterable[int]) -> None:
         """Bring these prompts' embeddings to the device; the policy is asked for no other until the next call.
 
         Raises sealed.DamagedError if they were damaged since the start.

@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastguard.backbones import to_pixels
+from fastguard.blocks import FuseReport, fuse_flux
+from fastguard.blocks.linear import LowPrecisionLinear
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
-from fastguard.files import fitting
-from fastguard.flux import FuseReport, fuse_flux
-from fastguard.flux.linear import LowPrecisionLinear
 from fastguard.prompts import EncodedPrompts, Prompt
-from fastguard.weights import require_finite
+from fastguard.utils.files import fitting
+from fastguard.utils.finite import require_finite
 
 ADAPTER = "default"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
@@ -51,7 +51,7 @@ class FluxPolicy(nn.Module):
         self.image_ids = torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float()
         self.row_of = self.embeds = self.pooled = torch.empty(0)
 
-    def hold(self, indices: Sequence[int], embeds: Tensor, pooled: Tensor) -> None:
+    def set_prompts(self, indices: Sequence[int], embeds: Tensor, pooled: Tensor) -> None:
         """Keep the embeddings of these prompts: embeds (P, T, C) and pooled (P, C), on the policy's device."""
         row_of = torch.zeros(max(indices) + 1, dtype=torch.int64, device="cpu")
         row_of[torch.tensor(indices, device="cpu")] = torch.arange(len(indices), device="cpu")
@@ -219,10 +219,10 @@ class FluxBackbone:
         fused = prepare_transformer(transformer, recipe.model, recipe.lora, recompute)
         return cls(transformer, vae, scheduler, encoded, num_trained_prompts, recipe, device, fused)
 
-    def hold(self, prompt_indices: Iterable[int]) -> None:
+    def load_prompts(self, prompt_indices: Iterable[int]) -> None:
         indices = sorted(set(prompt_indices))
         embeds, pooled = self._encoded.load(indices)
-        self.policy.hold(indices, embeds.to(self._device, self.dtype), pooled.to(self._device, self.dtype))
+        self.policy.set_prompts(indices, embeds.to(self._device, self.dtype), pooled.to(self._device, self.dtype))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

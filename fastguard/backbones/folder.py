@@ -23,8 +23,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from fastguard.backbones.flux import schedule_shift
 from fastguard.backbones.sizes import size_problems
-from fastguard.files import fitting, out_of_memory, parse_json
-from fastguard.weights import a_few
+from fastguard.utils.files import fitting, out_of_memory, parse_json
+from fastguard.utils.terminal import a_few
 
 MODULES: dict[str, tuple[Any, str]] = {
     "transformer": (FluxTransformer2DModel, "diffusion_pytorch_model"),

@@ -18,11 +18,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from fastguard.files import writing
 from fastguard.prompts import ANOTHER_CACHE
-from fastguard.sealed import clear_scratch, is_sealed_folder, scratch, seal_folder
-from fastguard.terminal import say
-from fastguard.weights import a_few
+from fastguard.utils.files import writing
+from fastguard.utils.sealed import clear_scratch, is_sealed_folder, scratch, seal_folder
+from fastguard.utils.terminal import a_few, say
 
 TEXT_DIM = 32
 

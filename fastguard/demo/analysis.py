@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from fastguard.demo.experiment import Run
+from fastguard.demo.experiment import DemoRun
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,26 @@ def spread(values: list[float]) -> Spread:
     return Spread(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1)) * error)
 
 
-def paired_runs(runs: list[Run]) -> list[tuple[Run, Run]]:
+def paired_runs(runs: list[DemoRun]) -> list[tuple[DemoRun, DemoRun]]:
     """(Flow-GRPO, GRPO-Guard) runs of the seeds for which both are finished."""
     flow = {run.seed: run for run in runs if run.objective == "flow_grpo"}
     guard = {run.seed: run for run in runs if run.objective == "grpo_guard"}
     return [(flow[seed], guard[seed]) for seed in sorted(flow.keys() & guard.keys())]
 
 
-def proxies(run: Run) -> list[float]:
+def proxies(run: DemoRun) -> list[float]:
     """Proxy reward after 0, 1, ... iterations."""
     return [evaluation.metrics.proxy for evaluation in run.evaluations]
 
 
-def common_proxy(runs: list[Run]) -> float | None:
+def common_proxy(runs: list[DemoRun]) -> float | None:
     """The highest proxy reward that every run reached; None if some run never rose above its start."""
     level = min((max(proxies(run)) for run in runs), default=-math.inf)
     start = max((proxies(run)[0] for run in runs), default=math.inf)
     return level if level > start else None
 
 
-def crossing(run: Run, level: float) -> float:
+def crossing(run: DemoRun, level: float) -> float:
     """Iterations, interpolated linearly, after which the run's proxy first reaches `level` (which it must reach)."""
     values = proxies(run)
     after = next(i for i, value in enumerate(values) if value >= level)
@@ -71,16 +71,16 @@ def crossing(run: Run, level: float) -> float:
     return after - (values[after] - level) / (values[after] - values[after - 1])
 
 
-def at_crossing(run: Run, metric: str, level: float) -> float:
+def at_crossing(run: DemoRun, metric: str, level: float) -> float:
     """A metric, interpolated linearly, where the run's proxy first reaches `level`."""
     values = [getattr(evaluation.metrics, metric) for evaluation in run.evaluations]
     return float(np.interp(crossing(run, level), np.arange(len(values)), values))
 
 
-def compare(pairs: list[tuple[Run, Run]], metric: str, level: float) -> Comparison:
+def compare(pairs: list[tuple[DemoRun, DemoRun]], metric: str, level: float) -> Comparison:
     """A metric (a field of `Metrics`, or "iterations") at equal proxy."""
 
-    def value(run: Run) -> float:
+    def value(run: DemoRun) -> float:
         return crossing(run, level) if metric == "iterations" else at_crossing(run, metric, level)
 
     flow, guard = [value(a) for a, _ in pairs], [value(b) for _, b in pairs]

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastguard.backbones import to_pixels
+from fastguard.blocks import fuse_flux
 from fastguard.demo.cache import load_or_train
 from fastguard.demo.config import DemoConfig
 from fastguard.demo.data import NUM_CLASSES, Digits, GoldClassifier, ProxyClassifier, fit_gold, fit_proxy, load_images
 from fastguard.demo.model import LATENT_SHAPE, DigitPolicy, pretrain, unpatchify
-from fastguard.flux import fuse_flux
 from fastguard.prompts import Prompt
 
 
@@ -73,7 +73,7 @@ class DigitBackbone:
         """Load the pretrained model from the cache, or pretrain it (about a minute on two CPU cores)."""
         return cls(prepare(DemoConfig(), device).policy, fuse)
 
-    def hold(self, prompt_indices: Iterable[int]) -> None:
+    def load_prompts(self, prompt_indices: Iterable[int]) -> None:
         """Nothing to do: the policy holds all ten."""
 
     def decode(self, latents: Tensor) -> Tensor:

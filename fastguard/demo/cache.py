@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastguard.files import writing
 from fastguard.prompts import cache_folder
-from fastguard.sealed import DamagedError, clear_scratch, load_sealed, save_sealed
-from fastguard.terminal import say
+from fastguard.utils.files import writing
+from fastguard.utils.sealed import DamagedError, clear_scratch, load_sealed, save_sealed
+from fastguard.utils.terminal import say
 
 ANOTHER_CACHE = "start again, or set FASTGUARD_CACHE to another folder"
 RECIPE = 1

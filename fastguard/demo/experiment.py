@@ -27,12 +27,12 @@ from fastguard.demo.data import (
     frechet_distance,
 )
 from fastguard.demo.model import LATENT_SHAPE, unpatchify
-from fastguard.metrics import EpochLog
-from fastguard.monitor import Verdict
 from fastguard.rewards import RewardPool
-from fastguard.sampler import Policy, evaluation_images, ode_schedule, rollout
-from fastguard.state import TrainState
-from fastguard.trainer import train
+from fastguard.train.metrics import EpochLog
+from fastguard.train.monitor import Verdict
+from fastguard.train.rollout import Policy, evaluation_images, ode_schedule, rollout
+from fastguard.train.state import TrainState
+from fastguard.train.trainer import train
 
 OBJECTIVES: tuple[Objective, ...] = ("flow_grpo", "grpo_guard")
 GRID_ROWS = 4
@@ -48,7 +48,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """One finished training run."""
 
     objective: Objective
@@ -83,7 +83,7 @@ class Results:
     config: DemoConfig
     reference: Reference
     before: Evaluation
-    runs: list[Run]
+    runs: list[DemoRun]
     seconds: dict[str, float]
     """wall time by stage"""
 
@@ -148,7 +148,9 @@ class Watch:
         return "The demo keeps no checkpoints"
 
 
-def run_one(config: DemoConfig, models: Models, objective: Objective, seed: int, tick: Callable[[float], None]) -> Run:
+def run_one(
+    config: DemoConfig, models: Models, objective: Objective, seed: int, tick: Callable[[float], None]
+) -> DemoRun:
     """One probe of the ratio and one training run, both from the pretrained weights; `tick` gets the proxy reward."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     evaluations = [look(models.policy, models, config)]
@@ -168,4 +170,4 @@ def run_one(config: DemoConfig, models: Models, objective: Objective, seed: int,
 
     probe = start(config.probe(objective, seed), Watch(lambda policy: False))
     logs = start(config.run(objective, seed), Watch(after_epoch))
-    return Run(objective, seed, logs, evaluations, probe[0])
+    return DemoRun(objective, seed, logs, evaluations, probe[0])

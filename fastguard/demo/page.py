@@ -7,8 +7,9 @@ from pathlib import Path
 
 from fastguard.demo import text
 from fastguard.demo.analysis import common_proxy, crossing, paired_runs, proxies
-from fastguard.demo.experiment import Results, Run
-from fastguard.report import COLORS, NAMES, Line, Picture, Section, Table, plot_lines, save_grid, write_page
+from fastguard.demo.experiment import DemoRun, Results
+from fastguard.report.page import COLORS, NAMES, Line, Picture, Section, Table, plot_lines, write_page
+from fastguard.utils.grids import save_grid
 
 AXES = {
     "proxy": "proxy reward (logits)",
@@ -46,7 +47,7 @@ SAMPLES = (
 )
 
 
-def _lines(runs: list[Run], x: str, y: str) -> list[Line]:
+def _lines(runs: list[DemoRun], x: str, y: str) -> list[Line]:
     """One line per run: metric y over iterations, or against metric x."""
     lines = []
     for run in runs:
@@ -95,7 +96,7 @@ def _gold_against_proxy(results: Results, out: Path) -> list[Picture]:
     return pictures
 
 
-def _ratio(runs: list[Run], out: Path) -> list[Picture]:
+def _ratio(runs: list[DemoRun], out: Path) -> list[Picture]:
     if not runs:
         return []
     pictures = []
@@ -121,7 +122,7 @@ def _ratio(runs: list[Run], out: Path) -> list[Picture]:
     return pictures
 
 
-def _clipping(runs: list[Run], out: Path) -> list[Picture]:
+def _clipping(runs: list[DemoRun], out: Path) -> list[Picture]:
     pictures = []
     highest = max(
         (100 * max(log.clip_fraction_positive, log.clip_fraction_negative) for run in runs for log in run.logs),
@@ -165,7 +166,7 @@ def _samples(results: Results, out: Path) -> list[Picture]:
     level = common_proxy([run for pair in pairs for run in pair])
     chosen = pairs[0] if pairs else tuple(results.runs[:1])
 
-    def show(run: Run, index: int, key: str, when: str) -> None:
+    def show(run: DemoRun, index: int, key: str, when: str) -> None:
         path = save_grid(out / f"samples_{key}_{run.objective}.png", run.evaluations[index].tiles)
         title = f"{NAMES[run.objective]} {when}: iteration {index}, proxy {proxies(run)[index]:.1f}"
         pictures.append(Picture(path, title, f"generated digits, {title}"))

@@ -19,9 +19,9 @@ from fastguard.demo.config import DemoConfig
 from fastguard.demo.experiment import OBJECTIVES, Results, look, measure_reference
 from fastguard.demo.page import PICTURE_KINDS, write_demo_page
 from fastguard.demo.workers import Task, run_here, run_in_workers
-from fastguard.files import write_text, writing
-from fastguard.report import write_page
-from fastguard.terminal import say
+from fastguard.report.page import write_page
+from fastguard.utils.files import write_text, writing
+from fastguard.utils.terminal import say
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""

@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from fastguard.demo.analysis import Comparison, Spread, common_proxy, compare, paired_runs
-from fastguard.demo.experiment import Results, Run
-from fastguard.report import NAMES, Table
+from fastguard.demo.experiment import DemoRun, Results
+from fastguard.report.page import NAMES, Table
 
 METRICS = {
     "accuracy": "Gold accuracy",
@@ -118,7 +118,7 @@ def summary_table(results: Results) -> Table:
     return Table(header, rows, note)
 
 
-def ratio_text(runs: list[Run]) -> list[str]:
+def ratio_text(runs: list[DemoRun]) -> list[str]:
     """The importance ratio per denoising step, from the probe."""
     flow, guard = (probe_statistics(runs, name) for name in ("flow_grpo", "grpo_guard"))
     paragraphs = [
@@ -258,7 +258,7 @@ def limits_text(results: Results) -> list[str]:
     return paragraphs
 
 
-def clip_shares(runs: list[Run], name: str) -> tuple[float, float] | None:
+def clip_shares(runs: list[DemoRun], name: str) -> tuple[float, float] | None:
     """(positive, negative) clip fraction, mean over iterations and seeds; None without a finished run."""
     logs = [log for run in runs if run.objective == name for log in run.logs]
     if not logs:
@@ -267,7 +267,7 @@ def clip_shares(runs: list[Run], name: str) -> tuple[float, float] | None:
     return positive, float(np.mean([log.clip_fraction_negative for log in logs]))
 
 
-def probe_statistics(runs: list[Run], name: str) -> tuple[np.ndarray, np.ndarray] | None:
+def probe_statistics(runs: list[DemoRun], name: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Ratio bias and standard deviation per step (T,), mean over seeds."""
     probes = [run.probe for run in runs if run.objective == name]
     if not probes:

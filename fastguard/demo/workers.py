@@ -17,8 +17,8 @@ import torch
 from fastguard.config import Objective
 from fastguard.demo.backbone import Models, prepare
 from fastguard.demo.config import DemoConfig
-from fastguard.demo.experiment import Run, run_one
-from fastguard.signals import ENDING, handled_by
+from fastguard.demo.experiment import DemoRun, run_one
+from fastguard.utils.signals import ENDING, handled_by
 
 FOR_THE_PARENT = [number for number in ENDING if number != signal.SIGTERM]
 """Signals that workers leave to their parent, which ends them by SIGTERM."""
@@ -27,7 +27,7 @@ Tick = Callable[[Task, float], None]
 """called after each iteration with the run and its proxy reward"""
 
 
-def run_here(config: DemoConfig, models: Models, tasks: list[Task], tick: Tick) -> Generator[Run, None, None]:
+def run_here(config: DemoConfig, models: Models, tasks: list[Task], tick: Tick) -> Generator[DemoRun, None, None]:
     """One run after another, in this process."""
     for objective, seed in tasks:
 
@@ -37,7 +37,7 @@ def run_here(config: DemoConfig, models: Models, tasks: list[Task], tick: Tick) 
         yield run_one(config, models, objective, seed, tick_task)
 
 
-def run_in_workers(config: DemoConfig, tasks: list[Task], workers: int, tick: Tick) -> Generator[Run, None, None]:
+def run_in_workers(config: DemoConfig, tasks: list[Task], workers: int, tick: Tick) -> Generator[DemoRun, None, None]:
     """`workers` CPU processes of one thread each take the tasks in order; runs arrive as they finish.
 
     The models must be in the cache already: every worker loads them from there. Workers ignore Ctrl-C and what a

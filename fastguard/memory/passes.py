@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastguard.backbones.flux import FluxBackbone, latent_grid, prepare_transformer
+from fastguard.blocks import FuseReport
 from fastguard.config import LoraConfig, ModelConfig, ObjectiveConfig, Recompute
-from fastguard.flux import FuseReport
 from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.memory.models import (
     described_by,
@@ -30,10 +30,10 @@ from fastguard.memory.models import (
     pipeline_configs,
 )
 from fastguard.prompts import ENCODE_BATCH, EncodedPrompts
-from fastguard.sampler import Transitions, predict_velocity
 from fastguard.sde import Transition
 from fastguard.step import sde_step
-from fastguard.update import policy_loss
+from fastguard.train.rollout import RolloutBatch, predict_velocity
+from fastguard.train.update import policy_loss
 
 
 @dataclass(frozen=True)
@@ -212,11 +212,11 @@ def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tu
         yield backbone, live
 
 
-def _transitions(backbone: FluxBackbone, n: int, with_reference: bool) -> Transitions:
+def _transitions(backbone: FluxBackbone, n: int, with_reference: bool) -> RolloutBatch:
     """N transitions without values."""
     latents, velocity, noise, ref = (torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype) for _ in range(4))
     index = torch.empty(n, dtype=torch.int64)
-    return Transitions(
+    return RolloutBatch(
         latents, velocity, noise, torch.empty(n), index, index, index, _some_step(n), ref if with_reference else None
     )
 

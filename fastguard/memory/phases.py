@@ -173,7 +173,7 @@ def _update(recipe: Recipe, weights: Weights, recompute: Recompute) -> Phase:
 
 @dataclass(frozen=True)
 class OptimizerBytes:
-    """What `fastguard.optim` keeps, and what its step needs for a moment."""
+    """What `fastguard.train.optim` keeps, and what its step needs for a moment."""
 
     device: int
     host: int

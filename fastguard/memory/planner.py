@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fastguard.blocks import FuseReport
 from fastguard.config import Recipe, Recompute
-from fastguard.flux import FuseReport
 from fastguard.memory import passes
 from fastguard.memory.phases import (
     GIB,

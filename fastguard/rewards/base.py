@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.terminal import printable
+from fastguard.utils.terminal import printable
 
 LARGEST_SCORE = torch.finfo(torch.float32).max
 """Advantages are float32, and the squares of smaller scores add up in float64 without overflow."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from accelerate import Accelerator
 
-from fastguard.processes import on_all
 from fastguard.rewards.base import RewardError
 from fastguard.rewards.pool import RewardPool, Scores
+from fastguard.utils.processes import on_all
 
 
 def collect_scores(rewards: RewardPool, accelerator: Accelerator) -> Scores:

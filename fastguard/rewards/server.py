@@ -37,7 +37,7 @@ from fastguard.config import RewardConfig
 from fastguard.rewards.base import Reward, call_reward, one_line
 from fastguard.rewards.build import build_reward
 from fastguard.rewards.images import decode_png
-from fastguard.terminal import say
+from fastguard.utils.terminal import say
 
 MAX_REQUEST_BYTES = 256_000_000
 MAX_PIXELS = 2**27  # of a request's images together: 128 of 1024 x 1024, 400 MB decoded

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastguard.signals import ENDING
+from fastguard.utils.signals import ENDING
 
 
 def keep_settings() -> Callable[[], None]:

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: the builder, and the report of a run."""

@@ -1,0 +1,1 @@
+"""The trainer: rollouts, rewards to advantages, updates, checkpoints."""

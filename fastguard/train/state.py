@@ -1,0 +1,104 @@
+"""What changes while a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from fastguard.backbones import Backbone
+from fastguard.config import Recipe
+from fastguard.train.ema import Shadow
+from fastguard.train.monitor import Monitor
+from fastguard.train.optim import Optimizer, build_optimizer, state_tensors
+from fastguard.utils.finite import names_not_finite
+from fastguard.utils.sharding import trained_parameters
+from fastguard.utils.terminal import a_few
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while a run goes on, and so everything that a checkpoint holds."""
+
+    accelerator: Accelerator
+    recipe: Recipe
+    backbone: Backbone
+    policy: nn.Module
+    """the backbone's policy as accelerate wrapped it"""
+    parameters: dict[str, nn.Parameter]
+    """what is trained, by name"""
+    optimizer: Optimizer
+    average: Shadow | None
+    """averaged weights (EMA)"""
+    reference_policy: Callable[[], AbstractContextManager[None]] | None
+    """context in which the policy is the model before training; None where no KL is asked for"""
+    monitor: Monitor | None
+    epoch: int = 0
+    """epochs done"""
+    updates: int = 0
+    """optimizer updates done, without skipped ones"""
+    bad_in_a_row: int = 0
+    """updates skipped since the last good one"""
+    checked: bool = False
+    """whether this process has passed the parity preflight"""
+
+    def tensors(self) -> dict[str, Iterable[tuple[str, Tensor]]]:
+        """Group -> (name, live tensor) of what updates change: weights, average (none without one), optimizer."""
+        return {
+            "weights": self.parameters.items(),
+            "average": {} if self.average is None else self.average.tensors.items(),
+            "optimizer": state_tensors(self.optimizer, self.parameters),
+        }
+
+    def require_finite(self) -> None:
+        """Raise FloatingPointError, naming tensors, if these hold NaN or Inf. Collective: on one process, on all.
+
+        An infinite second moment is no exception: its weight would never move again.
+        """
+        own = [(group, name) for group, named in self.tensors().items() for name in names_not_finite(named)]
+        bad: dict[str, list[str]] = {}
+        for group, name in sorted(set(gather_object(own))):
+            bad.setdefault(group, []).append(name)
+        if bad:
+            where = "; ".join(f"{group}: {a_few(names)}" for group, names in bad.items())
+            raise FloatingPointError(
+                f"epoch {self.epoch}: after {self.updates} updates this state holds NaN or infinity ({where}), and was "
+                "not saved. Lower update.learning_rate or update.max_grad_norm"
+            )
+
+
+def build_state(backbone: Backbone, recipe: Recipe, accelerator: Accelerator, monitor: Monitor | None) -> TrainState:
+    """Wrap the policy for its processes and build what trains it."""
+    update = recipe.update
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Gradients are summed in float32 whatever the weights' dtype; the optimizer comes after the sharding.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        idle = torch.optim.SGD([p for p in backbone.policy.parameters() if p.requires_grad], lr=0.0)
+        policy, _ = accelerator.prepare(backbone.policy, idle)
+    else:
+        policy = accelerator.prepare(backbone.policy)
+    parameters = trained_parameters(policy)
+    reference_policy = None
+    if recipe.objective.kl_weight > 0:
+        reference_policy = backbone.adapters_off if backbone.has_adapters else Shadow(policy, update.copies).in_place
+    average = Shadow(policy, update.copies, torch.float32) if update.ema_decay > 0 else None
+    optimizer = build_optimizer(list(parameters.values()), update)
+    return TrainState(accelerator, recipe, backbone, policy, parameters, optimizer, average, reference_policy, monitor)
+
+
+def for_processes(recipe: Recipe, processes: int) -> Recipe:
+    """The recipe for as many processes as were launched. Raises ValueError, with what would work, if it cannot be."""
+    try:
+        return replace(recipe, hardware=replace(recipe.hardware, processes=processes))
+    except ValueError as error:
+        planned = recipe.hardware.processes
+        raise ValueError(f"launched on {processes} processes (hardware.processes = {planned}): {error}") from None

@@ -1,0 +1,191 @@
+"""Optimizer updates: minibatches, the loss of one, and what happens if it is not finite.
+
+Axes: N transition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from fastguard.config import ObjectiveConfig
+from fastguard.loss import GuardLoss, guard_loss
+from fastguard.train.metrics import Update
+from fastguard.train.recorder import Recorder
+from fastguard.train.rollout import Policy, RolloutBatch, predict_velocity
+from fastguard.train.state import TrainState
+from fastguard.utils.finite import not_finite
+from fastguard.utils.sharding import full_tensor, local_shard
+from fastguard.utils.terminal import a_few
+
+
+def minibatches(state: TrainState) -> Iterator[Tensor]:
+    """Host indices, into this process's transitions, of each update: every transition once per pass.
+
+    Each rollout batch is shuffled and shared out on its own, seeded by its place in the whole rollout: an update sees
+    the same transitions on 1, 2 or 8 processes.
+    """
+    recipe = state.recipe
+    size = recipe.sampler.batch_size * recipe.sampler.sde_steps
+    batches = recipe.images_per_process // recipe.sampler.batch_size
+    first = state.accelerator.process_index * batches
+    words = [[recipe.run.seed, state.epoch, first + i] for i in range(batches)]
+    generators = [np.random.default_rng(np.random.SeedSequence(w)) for w in words]
+    for _ in range(recipe.update.inner_epochs):
+        orders = [torch.from_numpy(g.permutation(size)) + i * size for i, g in enumerate(generators)]
+        shares = [order.tensor_split(recipe.update.minibatches) for order in orders]
+        for parts in zip(*shares, strict=True):
+            yield torch.cat(parts)
+
+
+def policy_loss(policy: Policy, batch: RolloutBatch, advantages: Tensor, objective: ObjectiveConfig) -> GuardLoss:
+    """`guard_loss` of a minibatch, with the velocity from the rollout's own step function."""
+    velocity = predict_velocity(policy, batch.latents, batch.sigma, batch.prompt_indices)
+    return guard_loss(
+        velocity,
+        batch.velocity,
+        batch.noise,
+        advantages,
+        batch.step.to(velocity.device),
+        objective=objective.name,
+        clip_range=objective.clip_range,
+        adv_clip=objective.adv_clip,
+        reweight=objective.reweight,
+        kl_threshold=objective.kl_threshold,
+        ref_velocity=batch.ref_velocity,
+        kl_weight=objective.kl_weight,
+        kl_type=objective.kl_type,
+    )
+
+
+def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None:
+    """Score rollout steps again in training mode, once before a process's first update.
+
+    Nothing has changed since the rollout, so that every ratio should be 1. Raises ValueError on all processes if one
+    is further away than `update.parity` times the clip range, or not finite.
+    """
+    recipe, accelerator = state.recipe, state.accelerator
+    if state.checked or recipe.update.parity == 0:
+        return
+    first = next(minibatches(state))
+    batch = RolloutBatch.select(transitions, first[: recipe.micro_batch]).to(accelerator.device)
+    ones = torch.ones(len(batch), dtype=torch.float32, device=accelerator.device)
+    result = policy_loss(state.policy, batch, ones, recipe.objective)
+    if recipe.objective.name == "flow_dppo":
+        name, limit, moved = "objective.kl_threshold", recipe.objective.kl_threshold, result.drift.detach() / 2
+    else:
+        name, limit, moved = "objective.clip_range", recipe.objective.clip_range, result.log_ratio.detach().abs()
+    worst = accelerator.gather(moved.max()[None]).max().item()
+    if not math.isfinite(worst):
+        raise ValueError(f"parity preflight: a rollout step scored again is {worst}: {_why_not_finite(state)}")
+    if not worst <= recipe.update.parity * limit:
+        raise ValueError(
+            f"parity preflight: a rollout step scored again in training mode is off by {worst:.2e}, more than "
+            f"update.parity = {recipe.update.parity:g} of {name} = {limit:g}, before any weight has changed. Look at: "
+            f"batch shape (sampler.batch_size = {recipe.sampler.batch_size}, transitions per pass "
+            f"{recipe.micro_batch}: make them equal), model.dtype = {recipe.model.dtype}, "
+            f"model.attention = {recipe.model.attention} (is it deterministic?), dropout or other layers that act "
+            "differently in training. update.parity = 0 skips this check"
+        )
+    state.checked = True
+
+
+def _why_not_finite(state: TrainState) -> str:
+    """Weights that are not finite on any process, in words; or where else to look."""
+    if names := sorted(set(gather_object(not_finite(state.policy)))):
+        return f"weights of the policy hold NaN or infinity ({a_few(names)}): start from other weights"
+    model = state.recipe.model
+    return (
+        f"the policy's weights are finite, so that a value overflows on the way: look at model.dtype = {model.dtype}, "
+        f"model.attention = {model.attention} and model.fuse = {model.fuse}. update.parity = 0 skips this check"
+    )
+
+
+def update_weights(
+    state: TrainState, transitions: Sequence[RolloutBatch], index: Tensor, advantages: Tensor, recorder: Recorder
+) -> Update:
+    """One optimizer update, in micro-batches; skipped on all processes if its loss or gradient is not finite.
+
+    Raises FloatingPointError once `update.max_bad_updates` were skipped in a row, or if it was the weights.
+    """
+    recipe, accelerator, policy = state.recipe, state.accelerator, state.policy
+    config, device = recipe.update, accelerator.device
+    results, batches, batch_advantages, losses = [], [], [], []
+    parts = index.split(recipe.micro_batch)
+    for part in parts:
+        batch = RolloutBatch.select(transitions, part).to(device)
+        batch_advantages.append(advantages[batch.sample.cpu()].to(device))
+        # DDP sums gradients over the processes once per update; FSDP2 each time, which keeps them sharded.
+        with accelerator.no_sync(policy) if part is not parts[-1] and not accelerator.is_fsdp2 else nullcontext():
+            result = policy_loss(policy, batch, batch_advantages[-1], recipe.objective)
+            loss = result.loss * (len(part) / len(index))
+            accelerator.backward(loss)
+        losses.append(loss.detach())
+        batches.append(batch.denoising_step)
+        results.append(result._replace(loss=result.loss.detach()))
+    grad_norm = full_tensor(accelerator.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm))
+    finite = accelerator.gather(torch.isfinite(torch.stack(losses).sum() + grad_norm)[None]).all().item()
+    update = Update(
+        advantages=torch.cat(batch_advantages),
+        denoising_step=torch.cat(batches),
+        log_ratio=torch.cat([r.log_ratio for r in results]),
+        clipped=torch.cat([r.clipped for r in results]),
+        kl=None if results[0].kl is None else torch.cat([r.kl for r in results if r.kl is not None]),
+        grad_norm=grad_norm,
+        skipped=not finite,
+    )
+    if finite:
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.updates += 1
+        state.bad_in_a_row = 0
+        if state.average is not None and state.updates % config.ema_every == 0:
+            state.average.move_towards(config.ema_decay)
+        return update
+    state.optimizer.zero_grad()
+    state.require_finite()  # else the transitions would be blamed for what an earlier update has done
+    state.bad_in_a_row += 1
+    message = blame(state, transitions, suspects(parts, losses, accelerator), advantages)
+    recorder.skipped(state.epoch, message)
+    if state.bad_in_a_row >= config.max_bad_updates:
+        raise FloatingPointError(f"{state.bad_in_a_row} updates in a row (update.max_bad_updates): {message}")
+    return update
+
+
+def suspects(parts: Sequence[Tensor], losses: Sequence[Tensor], accelerator: Accelerator) -> Tensor:
+    """Indices of the micro-batches whose loss was not finite on any process, or of all if only a gradient was.
+
+    The same micro-batches on every process, as sharded weights need the same passes on all of them.
+    """
+    bad = accelerator.gather(~torch.isfinite(torch.stack(list(losses)))[None]).any(0).tolist()
+    return torch.cat([part for part, guilty in zip(parts, bad, strict=True) if guilty or not any(bad)])
+
+
+def blame(state: TrainState, transitions: Sequence[RolloutBatch], index: Tensor, advantages: Tensor) -> str:
+    """Find the transitions whose own loss or gradient is not finite: slow, one at a time, and only on failure."""
+    accelerator, objective = state.accelerator, state.recipe.objective
+    guilty = []
+    for i in index.tolist():
+        one = RolloutBatch.select(transitions, torch.tensor([i], device="cpu")).to(accelerator.device)
+        weight = advantages[one.sample.cpu()].to(accelerator.device)
+        with nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(state.policy):
+            loss = policy_loss(state.policy, one, weight, objective).loss
+            loss.backward()
+        gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
+        if not all(torch.isfinite(local_shard(x)).all() for x in (loss, *gradients)):
+            prompt = state.backbone.prompts[int(one.prompt_indices.item())].text
+            guilty.append(
+                f"denoising step {one.denoising_step.item()} of sample {one.sample.item()} on process "
+                f"{accelerator.process_index} (prompt {one.prompt_indices.item()}: {prompt[:60]!r})"
+            )
+        state.optimizer.zero_grad()
+    everyone = gather_object(guilty)
+    where = "; ".join(everyone) or "no single transition, only their sum overflows"
+    return f"epoch {state.epoch}: the loss or its gradient is not finite, the weights were left as they are: {where}"

@@ -1,0 +1,107 @@
+"""Kernels that might replace one of the product's give its numbers. Their machine code: test_h100_code.py."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT
+from torch import Tensor
+
+from fastguard.kernels import transition
+from fastguard.kernels.common import LAUNCH
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# One program; several; more partial sums than a tile of the epilogue, and more samples.
+SHAPES = [(1, 5), (3, 9000), (21, 40), (1, 300_000)]
+
+
+@pytest.fixture
+def candidates(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import candidates
+
+    return candidates
+
+
+def arguments(shape: tuple[int, int], dtype: torch.dtype, device: str, reference: bool) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    old, delta, noise, ref = (torch.randn(shape, generator=generator) for _ in range(4))
+    latents = [(old + 0.05 * delta).to(dtype), old.to(dtype), noise.to(dtype), ref.to(dtype) if reference else None]
+    count = shape[0]
+    per_sample = [
+        torch.linspace(-1, 2, count),
+        torch.full((count,), -0.1),
+        torch.full((count,), 0.3),
+        torch.ones(count),
+    ]
+    return [None if t is None else t.to(device) for t in (*latents, *per_sample)]
+
+
+def options(objective: str, reduction: str, reference: bool) -> dict[str, Any]:
+    return {
+        "invert_weight": True, "objective": objective, "log_clip": (-1e-3, 1e-3), "adv_clip": 5.0, "kl_threshold": 1e-4,
+        "kl_weight": 0.1 * reference, "velocity_kl": False, "reduction": reduction,
+    }  # fmt: skip
+
+
+def two_launches(args: list[Tensor | None], chosen: dict[str, Any]) -> tuple[Tensor, ...]:
+    velocity, old, noise, ref, *per_sample = args
+    partials = transition.transition_partials(velocity, old, noise, ref, from_means=False)
+    return transition.guard_epilogue(partials, *per_sample, velocity[0].numel(), **chosen)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_dppo"])
+@pytest.mark.parametrize("reference", [False, True], ids=["", "reference"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_launch_gives_the_bits_of_two(
+    shape, reference, objective, reduction, kernel_device, candidates, poisoned, monkeypatch
+) -> None:
+    monkeypatch.setattr(transition, "EPILOGUE_WARPS", LAUNCH.num_warps)
+    args, chosen = arguments(shape, torch.float32, kernel_device, reference), options(objective, reduction, reference)
+    want = two_launches(args, chosen)
+    ticket = torch.zeros((), dtype=torch.int32, device=kernel_device)
+    for taken in (None, ticket, ticket):  # made by the launcher; given; and given once more, as the launch left it
+        for got, expected in zip(candidates.guard_forward_one_launch(*args, taken, **chosen), want, strict=True):
+            assert torch.equal(got, expected)
+    assert ticket.item() == 0
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 65_536), (8, 262_144), (32, 262_144)], ids=str)
+def test_one_launch_repeats_under_load(shape, dtype, candidates, monkeypatch) -> None:
+    """10,000 launches, each with its last program somewhere else: a sum read too early would show."""
+    # The epilogue adds in an order that follows from its warps, which are those of the sums in a single launch.
+    monkeypatch.setattr(transition, "EPILOGUE_WARPS", LAUNCH.num_warps)
+    args, chosen = arguments(shape, dtype, "cuda", False), options("grpo_guard", "mean", False)
+    want = two_launches(args, chosen)
+    ticket = torch.zeros((), dtype=torch.int32, device="cuda")
+    differ = torch.zeros((), dtype=torch.bool, device="cuda")
+    other, busy = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    for i in range(10_000):
+        if i % 2:
+            with torch.cuda.stream(other):
+                busy @ busy
+        for got, expected in zip(candidates.guard_forward_one_launch(*args, ticket, **chosen), want, strict=True):
+            differ |= (got != expected).any()
+    assert not differ.item()
+    assert ticket.item() == 0
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_early_epilogue_gives_the_same_bits(shape, candidates) -> None:
+    """1,000 launches behind each other. The interpreter knows no dependent launches."""
+    args, chosen = arguments(shape, torch.bfloat16, "cuda", False), options("grpo_guard", "mean", False)
+    want = two_launches(args, chosen)
+    with candidates.early_epilogue():
+        for _ in range(1000):
+            for got, expected in zip(two_launches(args, chosen), want, strict=True):
+                assert torch.equal(got, expected)
+    assert transition._guard_epilogue_kernel is candidates._guard_epilogue_kernel

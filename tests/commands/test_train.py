@@ -1,0 +1,210 @@
+"""`fastguard train` from end to end, as a user calls it, on the tiny Flux pipeline and on the digits."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from PIL import Image
+
+from fastguard import cli
+from fastguard.train.run_folder import checkpoint_of
+from fastguard.utils.rows import read_rows
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def fastguard(cache: Path, *args: str, code: int = 0, cwd: Path = ROOT) -> str:
+    import os
+
+    result = subprocess.run(
+        [sys.executable, "-m", "fastguard.cli", *args],
+        capture_output=True, timeout=300, check=False, cwd=cwd, env={**os.environ, "FASTGUARD_CACHE": str(cache)},
+    )  # fmt: skip
+    said = (result.stdout + result.stderr).decode()  # not as text, which turns carriage returns into line ends
+    assert result.returncode == code, said[-3000:]
+    return said
+
+
+Here = Callable[..., str]
+
+
+@pytest.fixture
+def here(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """A command in this process, which spares the seconds of its imports; returns what it printed."""
+    monkeypatch.setenv("FASTGUARD_CACHE", str(cache))
+
+    def run(*args: str) -> str:
+        capsys.readouterr()
+        code = cli.main(args)
+        said = "".join(capsys.readouterr())
+        assert code == 0, said
+        return said
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str]:
+    """The finished run of recipes/flux_tiny.toml, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return folder, fastguard(cache, "train", "recipes/flux_tiny.toml", "--run.dir", str(folder))
+
+
+def test_it_says_what_follows_before_any_weight_is_loaded(tiny: tuple[Path, str]) -> None:
+    said = tiny[1]
+    for line in (
+        "images per epoch: 32",
+        "updates per epoch: 4",
+        "trained steps: steps 0 to 4 of 6",
+        "fused blocks: 3 of 3",
+        "recompute: none (auto)",
+        "GiB per GPU; fits",
+    ):
+        assert line in said
+    assert said.index("images per epoch") < said.index("encoding prompts") < said.index("epoch 1 of 12")
+
+
+def test_a_file_or_pipe_gets_a_line_an_epoch_and_no_control_characters(tiny: tuple[Path, str]) -> None:
+    folder, said = tiny
+    assert not set(said) & {"\r", "\x1b", "\b"}
+    rows = read_rows(folder / "metrics.jsonl")[:12]
+    lines = re.findall(r"^epoch (\d+) of 12: reward (\S+), \d+\.\d s$", said, re.MULTILINE)
+    assert lines == [(str(row["epoch"] + 1), f"{row['reward_mean']:.4g}") for row in rows]
+
+
+def test_the_reward_rises_over_its_own_noise(tiny: tuple[Path, str]) -> None:
+    """Standard errors of the epoch means, from the spread of the 32 images of an epoch."""
+    rows = read_rows(tiny[0] / "metrics.jsonl")
+    first, last = rows[0], rows[-1]
+    error = (first["reward_std"] ** 2 / 32 + last["reward_std"] ** 2 / 32) ** 0.5
+    assert last["reward_mean"] - first["reward_mean"] > 5 * error
+    # And on the evaluation's fixed prompts and noise, in an independent setting of the codec.
+    evaluations = read_rows(tiny[0] / "evaluations.jsonl")
+    assert [row["epoch"] for row in evaluations] == [0, 6, 12]
+    assert evaluations[-1]["gold"] > evaluations[0]["gold"]
+
+
+def test_metrics_are_complete(tiny: tuple[Path, str]) -> None:
+    row = read_rows(tiny[0] / "metrics.jsonl")[3]
+    assert len(row["updates"]) == 4
+    assert len(row["per_step"]) == len(row["steps"]) == 5
+    assert row["updates"][0]["ratio"]["bias"] == 0  # on-policy
+    assert all(update["ratio"]["std"] > 0 for update in row["updates"][1:])
+    assert all(update["grad_norm"] > 0 for update in row["updates"])
+    assert set(row["seconds"]) == {"rollout", "decode", "rewards", "reference", "update"}
+    assert row["images_per_s"] > 0
+    assert row["peak_memory_gib"] is None  # no GPU here
+    assert 0 < row["clip_range_for_30_percent"] < row["clip_range_for_10_percent"]
+    assert list((tiny[0] / "fastguard").glob("events.out.tfevents.*"))
+    grid = Image.open(tiny[0] / "images" / "epoch_000004.png")
+    assert grid.size == (4 * 64 + 3 * 6, 4 * 64 + 3 * 6)
+
+
+def test_samples_of_a_checkpoint_are_those_of_plain_diffusers(
+    tiny: tuple[Path, str], here: Here, tmp_path: Path
+) -> None:
+    said = here(
+        "sample", "flux_tiny", "--run.dir", str(tiny[0]), "--checkpoint", "best", "--prompt", "a cat", "a dog",
+        "--images", "2", "--steps", "4", "--out", str(tmp_path / "best"),
+    )  # fmt: skip
+    assert "4 images of 2 prompts" in said
+    here(
+        "sample", "flux_tiny", "--run.dir", str(tiny[0]), "--checkpoint", "none", "--prompt", "a cat", "a dog",
+        "--images", "2", "--steps", "4", "--out", str(tmp_path / "none"),
+    )  # fmt: skip
+    names = {path.name for path in (tmp_path / "best").iterdir()}
+    assert names == {"grid.png", *(f"prompt{p:03d}_{i:02d}.png" for p in (0, 1) for i in (0, 1))}
+    one, other = ((tmp_path / kind / "prompt000_00.png").read_bytes() for kind in ("best", "none"))
+    assert one != other
+    assert checkpoint_of(tiny[0], "best").name in said
+
+
+def test_report_plan_and_doctor_answer(tiny: tuple[Path, str], here: Here) -> None:
+    here("report", str(tiny[0]))
+    assert "<html" in (tiny[0] / "report.html").read_text()
+    planned = here("plan", "flux_tiny", "--model.recompute", "mlp")
+    assert all(words in planned for words in ("fused blocks: 3 of 3", "recompute: mlp\n", "Peak"))
+    assert "fused blocks, recompute = pointwise" in here("plan", "flux_tiny", "--kept")
+    assert "FAIL" not in here("doctor", "flux_tiny")
+
+
+def test_a_run_goes_on(tiny: tuple[Path, str], here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "flux_tiny", "--run.dir", str(tiny[0])]) == 2
+    said = capsys.readouterr().err
+    assert "holds a run (epoch_000012): go on with --resume auto" in said
+    said = here("train", "flux_tiny", "--run.dir", str(tiny[0]), "--run.epochs", "13", "--resume", "auto")
+    assert "after 12 epochs" in said
+    assert [row["epoch"] for row in read_rows(tiny[0] / "metrics.jsonl")] == list(range(13))
+
+
+def test_ones_own_reward_from_the_working_directory(cache: Path, tmp_path: Path) -> None:
+    """The tutorial's way: a Python file beside the recipe, prompts with metadata, three lines of TOML."""
+    (tmp_path / "my_reward.py").write_text(
+        "import os, tempfile\n"
+        "def blue(images, prompts, metadata):\n"
+        "    os.chdir(tempfile.gettempdir())\n"  # as careless ones do: the run's own files are where they were
+        "    assert all(p.startswith('a ') for p in prompts) and all(m['shade'] for m in metadata)\n"
+        "    return images[:, 2].float().mean((1, 2)) - images[:, :2].float().mean((1, 2, 3))\n"
+    )
+    lines = [json.dumps({"prompt": f"a thing {i}", "shade": "blue"}) for i in range(4)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    recipe = (ROOT / "recipes" / "flux_tiny.toml").read_text()
+    recipe = recipe.replace('file = "prompts.txt"', 'file = "mine.jsonl"')
+    recipe = recipe.replace('[[rewards]]\nuse = "jpeg_compressibility"', '[[rewards]]\nuse = "my_reward:blue"')
+    recipe = recipe.replace("learning_rate = 1e-2", "learning_rate = 1e-2\nema_decay = 0.5\nema_every = 2")
+    (tmp_path / "mine.toml").write_text(recipe)
+    fastguard(cache, "train", "mine.toml", "--run.dir", "run", "--run.epochs", "4", cwd=tmp_path)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert set(rows[0]["rewards"]) == {"my_reward:blue"}
+    assert rows[-1]["reward_mean"] > rows[0]["reward_mean"]
+
+
+def test_a_reward_that_changes_the_process_while_it_is_built_changes_nothing(
+    tiny: tuple[Path, str], cache: Path, tmp_path: Path
+) -> None:
+    """The same weights to begin with, and the same updates of them."""
+    (tmp_path / "hostile.py").write_text(
+        "import os, random, signal, tempfile, numpy, torch\n"
+        "from fastguard.rewards.jpeg import JpegCompressibility\n"
+        "class Hostile(JpegCompressibility):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        os.chdir(tempfile.gettempdir())\n"
+        "        torch.manual_seed(7), random.seed(7), numpy.random.seed(7)\n"
+        "        torch.set_default_dtype(torch.float64), torch.set_default_device('meta')\n"
+        "        torch.set_grad_enabled(False), torch.use_deterministic_algorithms(True)\n"
+        "        signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+    )
+    recipe = (ROOT / "recipes" / "flux_tiny.toml").read_text()
+    recipe = recipe.replace('file = "prompts.txt"', f'file = "{ROOT / "recipes" / "prompts.txt"}"')
+    hostile = '[[rewards]]\nuse = "hostile:Hostile"\nname = "jpeg_compressibility"'
+    recipe = recipe.replace('[[rewards]]\nuse = "jpeg_compressibility"', hostile)
+    (tmp_path / "mine.toml").write_text(recipe)
+    fastguard(cache, "train", "mine.toml", "--run.dir", "run", "--run.epochs", "1", cwd=tmp_path)
+    rows = [read_rows(folder / "metrics.jsonl")[0] for folder in (tmp_path / "run", tiny[0])]
+    for row in rows:
+        del row["seconds"], row["images_per_s"]
+    assert rows[0] == rows[1]
+
+
+def test_mistakes_end_in_one_line(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for args, message in (
+        (["train", "flux_tiny", "--run.trackers", "wandb"], "pip install wandb"),
+        (["train", "nowhere.toml"], "there is no recipe nowhere.toml"),
+        (["train", "flux_tiny", "--prompts.file", "none.txt"], "no prompt file none.txt"),
+        (["train", "flux_tiny", "--hardware.sharding", "fsdp2"], "launched with"),
+    ):
+        assert cli.main(args) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error

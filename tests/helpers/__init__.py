@@ -1,0 +1,6 @@
+"""What several tests use: toy models, runs as processes, golden cases, every call of every operator."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+ROOT = TESTS.parent

@@ -1,0 +1,109 @@
+"""What holds for every kernel alike: the rules of torch.library, the plain backend's results, no races, CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import operators
+from torch import Tensor
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_no_operator_is_left_out() -> None:
+    called = {call.op.name() for call in operators.calls(FP32, "cpu")}
+    registered = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastguard::")}
+    assert called == registered
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, BF16], ids=str)
+def test_operators_keep_the_rules_of_torch_library(dtype: torch.dtype, kernel_device: str) -> None:
+    backend = "torch" if dtype == torch.float64 else "triton"
+    for call in operators.calls(dtype, kernel_device, backend=backend):
+        torch.library.opcheck(call.op, call.args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("size", [operators.SMALL, operators.ODD], ids=["small", "odd"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_kernels_agree_with_the_plain_backend_in_float64(dtype, size, kernel_device, poisoned) -> None:
+    """Each with every kind of arguments; the finer tests of values are in each kernel's own file.
+
+    compute-sanitizer runs this test (benchmarks/validate.py): it launches every kernel, at sizes that are no multiples
+    of anything.
+    """
+    # float32 sums of up to 2,886 terms; what is stored is rounded once (in the interpreter truncated: a whole ulp), and
+    # statistics follow from a sum as it was stored.
+    ulp = torch.finfo(dtype).eps
+    of_results = {FP32: max(2e-5, ulp / 2), dtype: max(2e-5, ulp), torch.bool: 0.0}
+    for call in operators.calls(dtype, kernel_device, size):
+        for got, want in zip(call(), call.in_float64()(), strict=True):
+            off = (got.double().cpu() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
+            assert off <= of_results[got.dtype], f"{call.name}: {float(off):.1e} off"
+
+
+# --- races ----------------------------------------------------------------------------------------------------------
+
+
+def assert_repeats(call: operators.Call, times: int, busy: Tensor | None = None) -> None:
+    """Every repetition gives the bits of the first; `busy` is multiplied on a second stream meanwhile."""
+    want = call()
+    differ = torch.zeros((), dtype=torch.bool, device=want[0].device)
+    other = None if busy is None else torch.cuda.Stream()
+    for _ in range(times):
+        if busy is not None:
+            with torch.cuda.stream(other):
+                busy @ busy
+        for got, first in zip(call(), want, strict=True):
+            differ |= (got != first).any()  # compared on the device: waiting for it would keep launches apart
+    assert not differ.item(), call.name
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_repeated_runs_are_bitwise_equal(dtype: torch.dtype, kernel_device: str) -> None:
+    """A race would show as a moving result: 1,000 runs of each kernel at Flux's sizes on a GPU, alone on it."""
+    cuda = kernel_device == "cuda"
+    for call in operators.calls(dtype, kernel_device, operators.FLUX if cuda else operators.SMALL):
+        assert_repeats(call, 1000 if cuda else 2)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_repeated_runs_under_load_are_bitwise_equal() -> None:
+    """The same while a second stream keeps taking multiprocessors away."""
+    busy = torch.randn(2048, 2048, device="cuda", dtype=BF16)
+    for call in operators.calls(BF16, "cuda", operators.FLUX):
+        assert_repeats(call, 1000, busy)
+
+
+def test_a_result_that_moves_is_seen() -> None:
+    moving = iter(range(9))
+    call = operators.Call("moving", lambda backend: torch.tensor([float(next(moving) == 2)]), ("torch",))
+    with pytest.raises(AssertionError, match="moving"):
+        assert_repeats(call, 3)
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_captured_in_a_cuda_graph(dtype: torch.dtype) -> None:
+    """Every operator, with its launches, waits for nobody on the host; replays give the eager bits."""
+    for call in operators.calls(dtype, "cuda", operators.ODD):
+        want = call()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for result in captured:
+            result.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        for got, first in zip(captured, want, strict=True):
+            assert torch.equal(got, first), call.name

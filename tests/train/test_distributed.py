@@ -1,0 +1,237 @@
+"""Two CPU processes over gloo, launched by accelerate with the shipped configuration files, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers import TESTS
+from helpers.toy_process import ToyProcess
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastguard import cli
+from fastguard.recipe import shipped_recipes
+from fastguard.train.checkpoint import read_tensors
+from fastguard.train.run_folder import checkpoint_of
+from fastguard.utils.rows import read_rows
+
+
+def accelerate(tmp_path: Path, kind: str) -> list[str]:
+    """accelerate launch with ddp.yaml or fsdp2.yaml, made to use two CPU processes instead of eight GPUs."""
+    config = (shipped_recipes() / "accelerate" / f"{kind}.yaml").read_text()
+    for gpu, cpu in (("use_cpu: false", "use_cpu: true"), ("num_processes: 8", "num_processes: 2")):
+        assert gpu in config
+        config = config.replace(gpu, cpu)
+    file = tmp_path / f"{kind}.yaml"
+    file.write_text(config)
+    options = ["--config_file", str(file), "--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options]
+
+
+def launch(tmp_path: Path, kind: str, folder: Path, *options: str, code: int = 0) -> str:
+    """The toy run on two processes."""
+    sharded = ["--fsdp_transformer_layer_cls_to_wrap", "Layer"] if kind == "fsdp2" else []
+    flag = ["--fsdp2"] if kind == "fsdp2" else []
+    result = subprocess.run(
+        [*accelerate(tmp_path, kind), *sharded, str(TESTS / "helpers/toy_run.py"), str(folder), *options, *flag],
+        capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ,  "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (result.returncode == 0) == (code == 0), result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def alone(folder: Path, *options: str) -> None:
+    process = ToyProcess(folder, *options)
+    assert process.wait() == 0, process.said()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs in one process: images in four rollout batches of 8, updates of 16 transitions in each."""
+    folder = tmp_path_factory.mktemp("one")
+    alone(folder / "run", "2", "--out", str(folder / "out"))
+    return folder
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return ((one - other).norm() / one.norm()).item()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_do_what_one_does(tmp_path: Path, one: Path, kind: str) -> None:
+    folder = tmp_path / "run"
+    launch(tmp_path, kind, folder, "2", "--out", str(tmp_path / "out"))
+    whole, parts = load_file(one / "out.0"), [load_file(tmp_path / f"out.{rank}") for rank in (0, 1)]
+    for name in ("latents", "noise", "advantages"):  # bitwise at the same rollout batch per process
+        assert torch.equal(whole[name], torch.cat([part[name] for part in parts])), name
+    compared = [name for name in whole if name.startswith(("gradient", "weights"))]
+    assert len(compared) == 6
+    for name in compared:
+        assert torch.equal(parts[0][name], parts[1][name]), name
+        assert relative(whole[name], parts[0][name]) < 1e-6, name
+    # Statistics, the KL to the model before training and evaluations are global: the logs agree too.
+    for file, keys in (("metrics.jsonl", ("reward_mean", "per_step")), ("evaluations.jsonl", ("gold", "proxy"))):
+        for ours, theirs in zip(read_rows(folder / file), read_rows(one / "run" / file), strict=True):
+            for key in keys:
+                flat_ours, flat_theirs = (json.dumps(row[key]) for row in (ours, theirs))
+                numbers = [torch.tensor(list(_numbers(json.loads(flat)))) for flat in (flat_ours, flat_theirs)]
+                assert torch.allclose(numbers[0], numbers[1], rtol=1e-4, atol=1e-8), key
+    for group in ("weights", "average", "optimizer"):
+        ours = read_tensors(checkpoint_of(folder, "newest"), group)
+        theirs = read_tensors(checkpoint_of(one / "run", "newest"), group)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].shape == tensor.shape
+            assert relative(tensor.double(), ours[name].double()) < 1e-5, f"{group} {name}"
+
+
+def _numbers(value: object) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for item in value for x in _numbers(item)] if isinstance(value, list) else [float(value)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, one: Path, kind: str) -> None:
+    """One epoch on two processes and one on a single one end where two epochs on one end."""
+    folder = tmp_path / "run"
+    launch(tmp_path, kind, folder, "1")
+    alone(folder, "2", "--resume", "auto")
+    ours, theirs = (read_tensors(checkpoint_of(f, "newest"), "weights") for f in (folder, one / "run"))
+    for name, tensor in theirs.items():
+        assert relative(tensor, ours[name]) < 1e-6, name
+
+
+def test_sharded_runs_resume_to_the_bit(tmp_path: Path) -> None:
+    launch(tmp_path, "fsdp2", tmp_path / "whole", "2")
+    launch(tmp_path, "fsdp2", tmp_path / "parts", "1")
+    launch(tmp_path, "fsdp2", tmp_path / "parts", "2", "--resume", "auto")
+    for group in ("weights", "average", "optimizer"):
+        ours, theirs = (read_tensors(checkpoint_of(tmp_path / name, "newest"), group) for name in ("parts", "whole"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_bad_input_on_one_process_ends_all(tmp_path: Path) -> None:
+    """A reward that fails on the second process only: every process stops, with that message, after saving."""
+    said = launch(tmp_path, "ddp", tmp_path / "run", "2", "--fail-on", "1", code=1)
+    assert "failed on purpose" in said
+    assert checkpoint_of(tmp_path / "run", "newest").name == "epoch_000000"
+
+
+def test_a_bad_update_is_skipped_on_all_processes(tmp_path: Path) -> None:
+    launch(tmp_path, "ddp", tmp_path / "run", "2", "--poison-on", "1")
+    updates = [update["skipped"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") for update in row["updates"]]
+    assert updates == [True] + [False] * 15
+    (line,) = read_rows(tmp_path / "run" / "skipped.jsonl")
+    assert "on process 1" in line["message"]
+    assert "on process 0" not in line["message"]
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_state_that_one_process_finds_ruined_is_saved_by_none(tmp_path: Path, kind: str) -> None:
+    said = launch(tmp_path, kind, tmp_path / "run", "2", "--ruin-on", "1", code=1)
+    assert re.search(r"holds NaN or infinity \(.*optimizer: .*\), and was not saved", said)
+    assert list((tmp_path / "run" / "checkpoints").glob("epoch_*")) == [tmp_path / "run/checkpoints/epoch_000000"]
+    assert f"last good checkpoint: --resume {tmp_path / 'run/checkpoints/epoch_000000'}" in said
+
+
+FLUX = (
+    "train", "flux_tiny", "--run.epochs", "2", "--run.trackers",
+    "--prompts.per-epoch", "2", "--sampler.batch-size", "4", "--objective.kl-weight", "0.01",
+    "--update.micro-batch", "20", "--update.inner-epochs", "1", "--update.ema-decay", "0.5", "--update.ema-every", "2",
+    "--monitor.every", "1", "--monitor.prompts", "1", "--monitor.num-steps", "2",
+    "--model.recompute", "mlp",  # its backward pass computes with weights that were sharded again after the forward
+    "--rewards.0.use", "toys:brightness",  # a reward that jumps would tell one order of sums from another
+)  # fmt: skip
+FULL = ("--model.train", "full")
+
+
+@pytest.mark.parametrize(
+    ("trained", "kind"),
+    [
+        ("lora", "ddp"),
+        ("full", "fsdp2"),
+        pytest.param("lora", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("full", "ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_flux_on_two_processes_is_flux_on_one(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, trained: str
+) -> None:
+    """The whole command, adapters and all weights: what diffusers loads is the same, but for the order of sums."""
+    cache = tmp_path_factory.getbasetemp() / "flux_cache"
+    options = FLUX + (FULL if trained == "full" else ())
+    alone = tmp_path_factory.getbasetemp() / f"flux_{trained}"
+    environment = {**os.environ, "FASTGUARD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    if not alone.exists():
+        command = [sys.executable, "-m", "fastguard.cli", *options, "--run.dir", str(alone)]
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+    sharding = ["--hardware.sharding", "fsdp2"] if kind == "fsdp2" else []
+    script = [str(TESTS / "helpers/flux_run.py")] if kind == "fsdp2" else ["-m", "fastguard.cli"]
+    result = subprocess.run(
+        [*accelerate(tmp_path, kind), *script, *options, *sharding, "--run.dir", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=300, check=False, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    ours, theirs = (checkpoint_of(folder, "newest") for folder in (tmp_path / "run", alone))
+    for file in (theirs / "diffusers").glob("*.safetensors"):
+        expected, exported = load_file(file), load_file(ours / "diffusers" / file.name)
+        assert exported.keys() == expected.keys()
+        assert all(relative(t, exported[n]) < 1e-3 for n, t in expected.items() if t.norm() > 0)
+    rows = [read_rows(folder / "metrics.jsonl") for folder in (tmp_path / "run", alone)]
+    assert [row["reward_mean"] for row in rows[0]] == pytest.approx([row["reward_mean"] for row in rows[1]], abs=2e-3)
+    assert rows[0][0]["reward_mean"] == rows[1][0]["reward_mean"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_saves(tmp_path: Path, number: signal.Signals) -> None:
+    """As a scheduler does it; the launcher, too, gets the signal and forwards it, SIGUSR1 when it is told to."""
+    command = [
+        *accelerate(tmp_path, "ddp"),
+        str(TESTS / "helpers/toy_run.py"),
+        str(tmp_path / "run"),
+        "50",
+        "--slow",
+        "0.2",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # as docs/training.md has it
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 100
+    while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    process.wait(timeout=60)
+    done = len(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert checkpoint_of(tmp_path / "run", "newest").name == f"epoch_{done:06d}"
+    assert done < 50
+
+
+def test_what_accelerate_was_told_elsewhere_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable, value, message in (
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision = bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps = 4"),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with monkeypatch.context() as told:
+            told.setenv(variable, value)
+            assert cli.main(["train", "flux_tiny", "--run.dir", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+    AcceleratorState._reset_state(reset_partial_state=True)
