@@ -11,13 +11,13 @@ import program
 from fastguard.config import (
     HardwareConfig,
     ModelConfig,
-    ObjectiveConfig,
     PromptsConfig,
     Recipe,
     Recompute,
     RewardConfig,
     SamplerConfig,
     UpdateConfig,
+    objective_config,
 )
 
 MEMORY_GB = 80.0
@@ -73,7 +73,7 @@ class Case:
                 decode_batch=1,
                 store="cpu",
             ),
-            objective=ObjectiveConfig(clip_range=0.5),  # of ratios that should be 1
+            objective=objective_config(clip_range=0.5),  # of ratios that should be 1
             rewards=(RewardConfig("jpeg_compressibility"),),  # a recipe needs one; nothing is scored here
             update=UpdateConfig(
                 minibatches=1,

@@ -23,12 +23,12 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from fastguard.config import Recipe, RewardConfig
-from fastguard.recipe import find_recipe, load_recipe, overridden
+from fastguard.recipe import find_recipe, load_recipe, overridden, with_objective
 from fastguard.utils.signals import ENDING, handled_by
 from fastguard.utils.terminal import say, unfailing_output
 
 app = SubcommandApp()
-RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
+RecipeFields = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def parse_recipe_command(args: Sequence[str]) -> Callable[[], int] | None:
     """`train RECIPE --section.field value ...` as a command; None if there is no recipe."""
     if len(args) < 2 or args[0] not in RECIPE_COMMANDS or args[1].startswith("-"):
         return None
-    name, recipe = args[0], load_recipe(find_recipe(args[1]))
+    name, recipe = args[0], with_objective(load_recipe(find_recipe(args[1])), args[2:])
     kind: Any = RECIPE_COMMANDS[name]
     command = tyro.cli(kind, default=kind(recipe), args=list(args[2:]), prog=f"fastguard {name} {args[1]}")
     overridden(recipe, command.recipe)

@@ -10,9 +10,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field
+
+from fastguard.loss.checks import KlType, Reweight
+from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective
 
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4e38
@@ -31,7 +38,6 @@ MOST_DRAWS = 100_000_000
 MOST_UPDATES = 100_000
 """Of an epoch, which writes a few hundred bytes about each of them into one line of metrics.jsonl."""
 
-Objective = Literal["flow_grpo", "grpo_guard", "flow_dppo"]
 Recompute = Literal["none", "pointwise", "mlp", "block"]
 FLUX_LORA_TARGETS = (
     "attn.to_q",
@@ -268,29 +274,50 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """What `guard_loss` minimizes."""
+class ObjectiveConfig(Objective):
+    """What `guard_loss` minimizes: an objective, whose own options stand beside these.
 
-    name: Objective = "grpo_guard"
-    """GRPO-Guard (RatioNorm and gradient reweighting), plain Flow-GRPO, or Flow-DPPO (a mask instead of clipping)"""
-    clip_range: float = 2e-6
-    """clip range of the ratio around 1; belongs to the objective and to the number of latent elements"""
-    adv_clip: float = 5.0
-    """advantages are clipped to +- this many standard deviations"""
-    reweight: Literal["inverse_dt", "equalized", "none"] = "inverse_dt"
+    Made by `objective_config`; each objective's class (see `fastguard.loss.objectives`) documents its options.
+    """
+
+    name: str = DEFAULT_OBJECTIVE
+    """the objective, which decides what other options there are; another one on the command line starts from its own
+    defaults"""
+    reweight: Reweight = "inverse_dt"
     """factor on each denoising step's loss: 1 / |dt| (GRPO-Guard), 1 / |velocity_coef|, or none (Flow-GRPO)"""
-    kl_threshold: float = 1e-5
-    """flow_dppo: KL from the rollout policy at which a sample that moves away is dropped"""
     kl_weight: float = 0.0
     """weight of the KL to the model before training; 0 computes none"""
-    kl_type: Literal["gaussian", "velocity"] = "gaussian"
+    kl_type: KlType = "gaussian"
     """KL of the step's Gaussians, or the mean squared velocity difference (about 100 times larger)"""
 
     def __post_init__(self) -> None:
-        _require(self.clip_range > 0, f"clip_range must be positive, got {self.clip_range}")
-        _require(self.adv_clip > 0, f"adv_clip must be positive, got {self.adv_clip}")
-        _at_least(0, kl_weight=self.kl_weight, kl_threshold=self.kl_threshold)
+        super().__post_init__()
+        _at_least(0, kl_weight=self.kl_weight)
         _at_most(10**6, kl_weight=self.kl_weight)
+
+
+def _with_options_of(name: str) -> type[ObjectiveConfig]:
+    """`ObjectiveConfig` with the options of one objective; it is such an objective itself."""
+    objective = OBJECTIVES[name]
+    named: Any = ("name", Literal[name], field(default=name))
+    made = make_dataclass(f"{objective.__name__}Config", [named], bases=(ObjectiveConfig, objective), frozen=True)
+    made.__doc__, made.__module__ = objective.__doc__, __name__
+    globals()[made.__name__] = made  # where pickle looks for it
+    return made
+
+
+OBJECTIVE_CONFIGS = {name: _with_options_of(name) for name in OBJECTIVES}
+if TYPE_CHECKING:
+    AnyObjectiveConfig = ObjectiveConfig
+else:
+    AnyObjectiveConfig = Annotated[reduce(or_, OBJECTIVE_CONFIGS.values()), Field(discriminator="name")]
+
+
+def objective_config(name: str = DEFAULT_OBJECTIVE, **options: Any) -> ObjectiveConfig:
+    """The [objective] table of a recipe. Raises ValueError for an unknown name, TypeError for an unknown option."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective.name must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+    return OBJECTIVE_CONFIGS[name](**options)
 
 
 RewardOption = bool | int | float | str
@@ -464,7 +491,7 @@ class Recipe:
     """what is drawn"""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """how it is drawn"""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: AnyObjectiveConfig = field(default_factory=objective_config)
     """the loss"""
     rewards: tuple[RewardConfig, ...] = ()
     """what the policy learns to raise"""
@@ -539,9 +566,6 @@ class Recipe:
             (model.kind == "digits", "prompts.cache", 'model.kind = "digits" has no text encoder'),
             (model.train == "full", "lora", 'model.train = "full" trains every weight'),
             (sampler.window != "sliding", "sampler.window_epochs", f"sampler.window = {sampler.window} does not slide"),
-            (objective.name == "flow_dppo", "objective.clip_range", 'objective.name = "flow_dppo" masks by KL'),
-            (objective.name == "flow_dppo", "objective.adv_clip", 'objective.name = "flow_dppo" masks by KL'),
-            (objective.name != "flow_dppo", "objective.kl_threshold", f'objective.name = "{objective.name}" clips'),
             (objective.kl_weight == 0, "objective.kl_type", "objective.kl_weight = 0 computes no KL"),
             (
                 self.update.ema_decay == 0 and (objective.kl_weight == 0 or model.train == "lora"),

@@ -7,12 +7,15 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from fastguard.config import Recipe
+from fastguard.config import OBJECTIVE_CONFIGS, Recipe, objective_config
+from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, OPTIONS, unknown_option
 from fastguard.utils.files import read_text
 
 
@@ -53,6 +56,24 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def with_objective(recipe: Recipe, args: Sequence[str]) -> Recipe:
+    """The recipe with the objective that `--objective.name` among the arguments names, at that objective's defaults.
+
+    Factors of the loss (reweight, kl_weight, kl_type) stay. The arguments that follow can then set its options.
+    """
+    given = [arg.partition("=")[2] for arg in args if arg.startswith("--objective.name=")]
+    given += [value for flag, value in pairwise(args) if flag == "--objective.name"]
+    current = recipe.objective
+    if not given or given[-1] == current.name:
+        return recipe
+    return replace(
+        recipe,
+        objective=objective_config(
+            given[-1], reweight=current.reweight, kl_weight=current.kl_weight, kl_type=current.kl_type
+        ),
+    )
+
+
 def refuse_unread(recipe: Recipe, unread: Mapping[str, str]) -> None:
     """Raise ValueError for values that are set but that nothing reads (from `Recipe.unread`)."""
     for field, reason in unread.items():
@@ -68,7 +89,7 @@ def overridden(recipe: Recipe, changed: Recipe) -> Recipe:
     unread = {}
     for field, reason in changed.unread().items():
         section, name = field.split(".")
-        if as_dict(changed)[section][name] != before[section][name]:
+        if as_dict(changed)[section][name] != before[section].get(name):
             unread[field] = reason
     refuse_unread(changed, unread)
     return changed
@@ -76,6 +97,9 @@ def overridden(recipe: Recipe, changed: Recipe) -> Recipe:
 
 def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     """A recipe from nested dictionaries; errors begin with `where`. As `load_recipe`."""
+    chosen = content.get("objective", {})
+    if isinstance(chosen, dict):
+        content = {**content, "objective": {"name": DEFAULT_OBJECTIVE, **chosen}}
     try:
         # As JSON, whose strict mode takes lists for tuples but no string or bool for a number.
         return _ADAPTER.validate_json(json.dumps(content, default=str), strict=True)
@@ -97,10 +121,17 @@ _REPLACED = {"model.checkpointing": "model.recompute"}
 
 
 def _problem(location: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
+    objective = location[1] if location[:1] == ("objective",) and len(location) > 1 else None
+    if objective in OBJECTIVES:  # which pydantic names in the location
+        location = ("objective", *location[2:])
     field = ".".join(str(part) for part in location)
+    if kind == "union_tag_invalid":
+        return f"{field}.name: must be one of {', '.join(OBJECTIVES)}, got {value['name']!r}"
     if kind == "unexpected_keyword_argument":
-        section: Any = Recipe
-        for part in location[:-1]:
+        if objective in OBJECTIVES and any(location[-1] in options for options in OPTIONS.values()):
+            return f"{field}: {unknown_option(str(objective), str(location[-1]))}"
+        section: Any = Recipe if objective not in OBJECTIVES else OBJECTIVE_CONFIGS[str(objective)]
+        for part in () if objective in OBJECTIVES else location[:-1]:
             section = _element(section, part)
         names = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
         close = [_REPLACED[field]] if field in _REPLACED else difflib.get_close_matches(str(location[-1]), names, n=1)

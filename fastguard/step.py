@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastguard import ops
 from fastguard.loss.checks import check_latents, check_step
+from fastguard.ops.registry import Backend, compute_dtype, resolve_backend
+from fastguard.ops.sde_step import sde_step as sde_step_operator
 from fastguard.sde import Transition
 
 
@@ -40,7 +41,7 @@ def sde_step(
     seeds: Tensor | None = None,
     noise_dtype: torch.dtype | None = None,
     return_log_prob: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> SdeStep:
     """Draw `x' = A x + B v + s eps`; eps is rounded to its storage dtype first, so that storing it is lossless.
 
@@ -72,14 +73,14 @@ def sde_step(
     if return_log_prob and not step.has_density:
         raise ValueError(f"return_log_prob needs std > 0 at every sample; the {step.kind} step has std == 0")
     # The backend serves both dtypes or neither: float64 on either side means torch.
-    backend = ops.resolve_backend(backend, velocity if velocity.dtype == torch.float64 else latents)
+    resolved = resolve_backend(backend, velocity if velocity.dtype == torch.float64 else latents)
 
-    dtype = ops.compute_dtype(velocity.dtype)
+    dtype = compute_dtype(velocity.dtype)
     coefs = [coef.to(dtype).contiguous() for coef in (step.latents_coef, step.velocity_coef, step.std)]
     if latents.shape[0] == 0:
         noise = torch.empty_like(latents, dtype=noise_dtype)
         return SdeStep(latents.clone(), None if seeds is None else noise, coefs[2] if return_log_prob else None)
-    next_latents, noise = ops.sde_step(latents, velocity, seeds, *coefs, noise_dtype, backend)
+    next_latents, noise = sde_step_operator(latents, velocity, seeds, *coefs, noise_dtype, resolved)
     log_prob = None
     if return_log_prob:
         energy = noise.to(dtype).flatten(1).square().mean(1)

@@ -23,7 +23,6 @@ EPILOGUE_TILE = 512
 EPILOGUE_WARPS = 4
 EPILOGUE_PARTIALS = (64, 16)
 
-OBJECTIVES = {"grpo_guard": 0, "flow_grpo": 1, "flow_dppo": 2}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 
@@ -302,7 +301,7 @@ def guard_epilogue(
     n_elements: int,
     *,
     invert_weight: bool,
-    objective: str,
+    objective: int,
     log_clip: tuple[float, float],
     adv_clip: float,
     kl_threshold: float,
@@ -319,7 +318,7 @@ def guard_epilogue(
     _guard_epilogue_kernel[(1,)](
         partials, advantages, velocity_coef, std, weight, loss, stats, coefs, clipped,
         *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
-        OBJECTIVE=OBJECTIVES[objective], REDUCTION=REDUCTIONS[reduction], FROM_MEANS=velocity_coef is None,
+        OBJECTIVE=objective, REDUCTION=REDUCTIONS[reduction], FROM_MEANS=velocity_coef is None,
         HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3, VELOCITY_KL=velocity_kl,
         BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, num_warps=EPILOGUE_WARPS,
     )  # fmt: skip

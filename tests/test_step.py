@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastguard as fg
-from fastguard import reference, torch_backend
+from fastguard.ops import transition as naive
+from fastguard.ops.sde_step import _box_muller, naive_sde_step
 
 SIZES = [1, 3, 4, 4095, 4096, 4097, 10_000]
 
@@ -25,7 +26,7 @@ def noise_of(seeds: list[int], size: int, device: str = "cpu", backend: str = "t
 def test_philox_known_answer() -> None:
     """Random123's known answer for Philox4x32-10 at counter 0, key 0: 6627e8d5 e169c58d bc57ac4c 9b00dbd8."""
     words = [torch.tensor([word]) for word in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)]
-    expected = torch.cat([*torch_backend._box_muller(*words[:2]), *torch_backend._box_muller(*words[2:])])
+    expected = torch.cat([*_box_muller(*words[:2]), *_box_muller(*words[2:])])
     assert torch.equal(noise_of([0], 4)[0], expected)
 
 
@@ -34,7 +35,7 @@ def test_box_muller_covers_the_circle() -> None:
     edges = [q * 2**30 + offset for q in range(4) for offset in (0, 1, 2**29, 2**30 - 1)]
     angles = torch.tensor(edges)
     for bits in (0, 1, 2**31, 2**32 - 1):
-        first, second = torch_backend._box_muller(torch.full_like(angles, bits), angles)
+        first, second = _box_muller(torch.full_like(angles, bits), angles)
         radius = math.sqrt(-2 * math.log((bits + 1) / 2**32))
         quadrant, rest = angles // 2**30, (angles % 2**30).double()
         # The offset runs from 0 to pi/4 and then from -pi/4 to 0 within a quadrant.
@@ -87,14 +88,14 @@ def test_the_step_uses_the_noise_that_it_returns(kind: str, dtype: torch.dtype, 
     assert out.log_prob is not None
     assert out.noise.dtype == out.latents.dtype == dtype
     noise = out.noise.cpu().double()
-    exact = reference.sde_step(latents.double(), velocity.double(), noise, step)
+    exact = naive_sde_step(latents.double(), velocity.double(), noise, step)
     # One rounding to the storage dtype (the interpreter truncates: a whole ulp) after float32 arithmetic.
     ulp = torch.finfo(dtype).eps
     torch.testing.assert_close(out.latents.cpu().double(), exact, rtol=ulp, atol=1e-6)
-    mean = reference.transition_mean(latents.double(), velocity.double(), step)
-    unrounded = mean + reference.per_sample(step.std, mean) * noise
+    mean = naive.transition_mean(latents.double(), velocity.double(), step)
+    unrounded = mean + naive.per_sample(step.std, mean) * noise
     torch.testing.assert_close(
-        out.log_prob.cpu().double(), reference.log_prob(unrounded, mean, step.std.double()), rtol=1e-5, atol=1e-6
+        out.log_prob.cpu().double(), naive.log_prob(unrounded, mean, step.std.double()), rtol=1e-5, atol=1e-6
     )
 
 
@@ -150,7 +151,7 @@ def test_float64_and_an_empty_batch() -> None:
     step = fg.dance_sde(torch.tensor([0.5, 0.6], dtype=torch.float64), 0.2)
     out = fg.sde_step(latents, latents, step, seeds=torch.arange(2))
     assert out.noise is not None
-    torch.testing.assert_close(out.latents, reference.sde_step(latents, latents, out.noise, step), rtol=1e-14, atol=0)
+    torch.testing.assert_close(out.latents, naive_sde_step(latents, latents, out.noise, step), rtol=1e-14, atol=0)
     empty = fg.sde_step(latents[:0], latents[:0], step[:0], seeds=torch.arange(0))
     assert empty.latents.shape == (0, 8)
 

@@ -42,14 +42,12 @@ from fastguard.blocks.linear import (
     linear_weights,
     project,
 )
-from fastguard.blocks.ops import (
-    AdaLNFunction,
-    BiasGeluFunction,
-    GatedResidualFunction,
-    QKNormRopeFunction,
-    autocast_to,
-)
 from fastguard.config import Recompute
+from fastguard.ops.adaln import AdaLNFunction
+from fastguard.ops.gated_residual import GatedResidualFunction
+from fastguard.ops.gelu import BiasGeluFunction
+from fastguard.ops.qk_norm_rope import QKNormRopeFunction
+from fastguard.ops.registry import autocast_to
 
 MAX_WIDTH = 16384
 """channels of a token: a row of them lies in the registers of one program"""

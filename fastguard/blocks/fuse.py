@@ -25,7 +25,7 @@ from fastguard.blocks.flux import (
 )
 from fastguard.blocks.linear import has_own_forward, linear_weights
 from fastguard.config import Recompute
-from fastguard.ops import BACKENDS
+from fastguard.ops.registry import Backend
 
 MODELS = (FluxTransformer2DModel, FluxControlNetModel)
 WRAPPED = ("module", "_orig_mod", "base_model", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -85,8 +85,8 @@ def fuse_flux(transformer: Any, recompute: Recompute = "pointwise", backend: str
     model = _unwrapped(transformer)
     if recompute not in get_args(Recompute):
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}; got {recompute!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
     blocks = dict(_blocks(model))
     if any("fusion" in vars(block) for block in blocks.values()):
         raise ValueError(

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from fastguard.blocks.ops import adaln_apply, backward_of_blocks, bias_gelu_bwd_, bias_gelu_fwd
+from fastguard.ops.adaln import adaln_apply
+from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
+from fastguard.ops.registry import backward_of_blocks
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 

@@ -24,8 +24,11 @@ import torch
 from packaging.requirements import Requirement
 from torch import Tensor, nn
 
-from fastguard import guard_loss, reference, sde_step
+from fastguard import guard_loss, sde_step
 from fastguard.config import Recipe, RewardConfig
+from fastguard.ops import transition as naive
+from fastguard.ops.registry import Backend
+from fastguard.ops.sde_step import naive_sde_step
 from fastguard.prompts import Prompt, cache_folder
 from fastguard.rewards import RewardPool, build_reward
 from fastguard.sde import flow_sde
@@ -172,8 +175,9 @@ def _driver() -> str:
 
 def _kernels() -> Iterator[Finding]:
     """A loss with its gradient and a rollout step, against the reference in float64."""
-    device, backend = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "torch")
-    for name, error in _kernel_errors(torch.device(device), backend).items():
+    backend: Backend = "triton" if torch.cuda.is_available() else "torch"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, error in _kernel_errors(device, backend).items():
         if not error <= TOLERANCE:
             yield Finding(
                 "FAIL",
@@ -184,7 +188,7 @@ def _kernels() -> Iterator[Finding]:
     yield Finding("ok", f"guard_loss, its gradient and sde_step of the {backend} backend agree with the reference")
 
 
-def _kernel_errors(device: torch.device, backend: str) -> dict[str, float]:
+def _kernel_errors(device: torch.device, backend: Backend) -> dict[str, float]:
     """Largest error of each output, as a share of the largest value of the reference."""
     generator = torch.Generator().manual_seed(0)
     latents, velocity, old, noise = torch.randn(4, 3, 4096, generator=generator, dtype=torch.float32, device="cpu")
@@ -200,9 +204,9 @@ def _kernel_errors(device: torch.device, backend: str) -> dict[str, float]:
     ).loss
     loss.backward()
     truth = velocity.double().requires_grad_()
-    cross, _ = reference.transition_moments(truth, old.double(), noise.double(), exact)
-    log_ratio = reference.ratio_norm(cross, exact.std)
-    expected = (reference.clipped_surrogate(log_ratio, advantages.double(), 1.0, 1.0) / exact.dt.abs()).mean()
+    cross, _ = naive.moments(truth, old.double(), noise.double(), exact)
+    log_ratio = naive.ratio_norm(cross, exact.std)
+    expected = (naive.clipped_surrogate(log_ratio, advantages.double(), 1.0, 1.0) / exact.dt.abs()).mean()
     expected.backward()
 
     seeds = torch.tensor([1, 2, 3], device="cpu")
@@ -211,7 +215,7 @@ def _kernel_errors(device: torch.device, backend: str) -> dict[str, float]:
     assert ours.grad is not None
     assert truth.grad is not None
     assert on_host.noise is not None
-    following = reference.sde_step(latents.double(), velocity.double(), on_host.noise.double(), exact)
+    following = naive_sde_step(latents.double(), velocity.double(), on_host.noise.double(), exact)
     pairs = {
         "the loss": (loss, expected),
         "the gradient": (ours.grad, truth.grad),

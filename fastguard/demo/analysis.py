@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from fastguard.demo.config import GUARDED, PLAIN
 from fastguard.demo.experiment import DemoRun
 
 
@@ -28,8 +29,8 @@ class Spread:
 class Comparison:
     """One quantity when both objectives have reached the same proxy reward."""
 
-    flow_grpo: Spread
-    grpo_guard: Spread
+    plain: Spread
+    guarded: Spread
     difference: Spread
     """GRPO-Guard minus Flow-GRPO, paired by seed"""
 
@@ -45,8 +46,8 @@ def spread(values: list[float]) -> Spread:
 
 def paired_runs(runs: list[DemoRun]) -> list[tuple[DemoRun, DemoRun]]:
     """(Flow-GRPO, GRPO-Guard) runs of the seeds for which both are finished."""
-    flow = {run.seed: run for run in runs if run.objective == "flow_grpo"}
-    guard = {run.seed: run for run in runs if run.objective == "grpo_guard"}
+    flow = {run.seed: run for run in runs if run.objective == PLAIN}
+    guard = {run.seed: run for run in runs if run.objective == GUARDED}
     return [(flow[seed], guard[seed]) for seed in sorted(flow.keys() & guard.keys())]
 
 

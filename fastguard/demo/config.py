@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fastguard.config import Objective, ObjectiveConfig, Recipe
+from fastguard.config import ObjectiveConfig, Recipe, objective_config
+from fastguard.loss.objectives import OBJECTIVES
 from fastguard.recipe import find_recipe, load_recipe
 
-
-def digits_recipe() -> Recipe:
-    """recipes/digits.toml: what both objectives share."""
-    return load_recipe(find_recipe("digits"))
+GUARDED_RECIPE = load_recipe(find_recipe("digits"))
+PLAIN_RECIPE = load_recipe(find_recipe("digits_plain"))
+GUARDED, PLAIN = GUARDED_RECIPE.objective.name, PLAIN_RECIPE.objective.name
+"""The two objectives that are compared, by name."""
+TITLES = {name: OBJECTIVES[name].title for name in (PLAIN, GUARDED)}
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ class DemoConfig:
     """images per evaluation (ODE sampling, the same initial noise every time)"""
     target_proxy: float = 11.0
     """mean proxy reward (logits) at which a run stops before its last iteration"""
-    clip_flow_grpo: float = 1.6e-3
-    """clip range of Flow-GRPO, on the plain ratio"""
-    clip_grpo_guard: float = 2.6e-4
-    """clip range of GRPO-Guard, on the normalized ratio; not comparable with the other by its value"""
-    train: Recipe = field(default_factory=digits_recipe)
+    plain: ObjectiveConfig = PLAIN_RECIPE.objective
+    """Flow-GRPO, whose clip range is on the plain ratio"""
+    guarded: ObjectiveConfig = GUARDED_RECIPE.objective
+    """GRPO-Guard, whose clip range is on the normalized ratio; not comparable with the other by its value"""
+    train: Recipe = GUARDED_RECIPE
     """what both objectives share; its seed and objective are replaced in each run"""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     """settings of the pretrained model"""
@@ -81,28 +83,25 @@ class DemoConfig:
                 f"got {self.eval_samples}"
             )
 
-    def run(self, objective: Objective, seed: int) -> Recipe:
+    def run(self, objective: str, seed: int) -> Recipe:
         """The recipe of one run: each objective with its own clip range and published reweighting."""
-        if objective == "flow_grpo":
-            chosen = ObjectiveConfig("flow_grpo", clip_range=self.clip_flow_grpo, reweight="none")
-        else:
-            chosen = ObjectiveConfig("grpo_guard", clip_range=self.clip_grpo_guard, reweight="inverse_dt")
+        chosen = self.plain if objective == PLAIN else self.guarded
         return replace(self.train, run=replace(self.train.run, seed=seed), objective=chosen)
 
-    def probe(self, objective: Objective, seed: int) -> Recipe:
+    def probe(self, objective: str, seed: int) -> Recipe:
         """One rollout and its updates with uniform steps and (in effect) no clipping, where the ratio moves freely."""
         recipe = self.run(objective, seed)
         return replace(
             recipe,
             run=replace(recipe.run, epochs=1),
             sampler=replace(recipe.sampler, shift=1.0),
-            objective=replace(recipe.objective, clip_range=1e3),
+            objective=objective_config(objective, clip_range=1e3, reweight=recipe.objective.reweight),
         )
 
 
 def quick_demo() -> DemoConfig:
     """A smoke setting: every stage runs, in seconds, and the numbers mean nothing."""
-    train = digits_recipe()
+    train = GUARDED_RECIPE
     return DemoConfig(
         smoke=True,
         seeds=1,

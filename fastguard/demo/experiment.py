@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fastguard.config import MonitorConfig, Objective, Recipe
+from fastguard.config import MonitorConfig, Recipe
 from fastguard.demo.backbone import DigitBackbone, Judge, Models
 from fastguard.demo.config import DemoConfig
 from fastguard.demo.data import (
@@ -34,7 +34,6 @@ from fastguard.train.rollout import Policy, evaluation_images, ode_schedule, rol
 from fastguard.train.state import TrainState
 from fastguard.train.trainer import train
 
-OBJECTIVES: tuple[Objective, ...] = ("flow_grpo", "grpo_guard")
 GRID_ROWS = 4
 
 
@@ -51,7 +50,7 @@ class Evaluation:
 class DemoRun:
     """One finished training run."""
 
-    objective: Objective
+    objective: str
     seed: int
     logs: list[EpochLog]
     evaluations: list[Evaluation]
@@ -148,9 +147,7 @@ class Watch:
         return "The demo keeps no checkpoints"
 
 
-def run_one(
-    config: DemoConfig, models: Models, objective: Objective, seed: int, tick: Callable[[float], None]
-) -> DemoRun:
+def run_one(config: DemoConfig, models: Models, objective: str, seed: int, tick: Callable[[float], None]) -> DemoRun:
     """One probe of the ratio and one training run, both from the pretrained weights; `tick` gets the proxy reward."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     evaluations = [look(models.policy, models, config)]

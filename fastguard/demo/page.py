@@ -7,10 +7,12 @@ from pathlib import Path
 
 from fastguard.demo import text
 from fastguard.demo.analysis import common_proxy, crossing, paired_runs, proxies
+from fastguard.demo.config import GUARDED, PLAIN, TITLES
 from fastguard.demo.experiment import DemoRun, Results
-from fastguard.report.page import COLORS, NAMES, Line, Picture, Section, Table, plot_lines, write_page
+from fastguard.report.page import PALETTE, Line, Picture, Section, Table, plot_lines, write_page
 from fastguard.utils.grids import save_grid
 
+COLORS = {PLAIN: PALETTE[1], GUARDED: PALETTE[0]}
 AXES = {
     "proxy": "proxy reward (logits)",
     "accuracy": "gold accuracy",
@@ -54,7 +56,7 @@ def _lines(runs: list[DemoRun], x: str, y: str) -> list[Line]:
         metrics = [evaluation.metrics for evaluation in run.evaluations]
         xs = [float(i) for i in range(len(metrics))] if x == "iteration" else [getattr(m, x) for m in metrics]
         ys = [getattr(m, y) for m in metrics]
-        lines.append(Line(NAMES[run.objective], COLORS[run.objective], xs, ys))
+        lines.append(Line(TITLES[run.objective], COLORS[run.objective], xs, ys))
     return lines
 
 
@@ -108,7 +110,7 @@ def _ratio(runs: list[DemoRun], out: Path) -> list[Picture]:
         for run in runs:
             values = list(getattr(run.probe, field))
             steps = [float(i + 1) for i in range(len(values))]
-            lines.append(Line(NAMES[run.objective], COLORS[run.objective], steps, values))
+            lines.append(Line(TITLES[run.objective], COLORS[run.objective], steps, values))
         path = plot_lines(
             out / f"{field}.png",
             lines,
@@ -129,7 +131,7 @@ def _clipping(runs: list[DemoRun], out: Path) -> list[Picture]:
         default=0.0,
     )
     longest = max((len(run.logs) for run in runs), default=1)
-    for name in NAMES:
+    for name in TITLES:
         lines = []
         for run in (run for run in runs if run.objective == name):
             xs = [float(log.epoch + 1) for log in run.logs]
@@ -147,8 +149,8 @@ def _clipping(runs: list[DemoRun], out: Path) -> list[Picture]:
                 ylim=(-0.02 * highest - 0.1, 1.08 * highest + 0.1),
                 xlim=(0.5, longest + 0.5),
             )
-            alt = f"share of clipped transitions of {NAMES[name]} by sign of the advantage"
-            pictures.append(Picture(path, NAMES[name], alt))
+            alt = f"share of clipped transitions of {TITLES[name]} by sign of the advantage"
+            pictures.append(Picture(path, TITLES[name], alt))
     return pictures
 
 
@@ -168,7 +170,7 @@ def _samples(results: Results, out: Path) -> list[Picture]:
 
     def show(run: DemoRun, index: int, key: str, when: str) -> None:
         path = save_grid(out / f"samples_{key}_{run.objective}.png", run.evaluations[index].tiles)
-        title = f"{NAMES[run.objective]} {when}: iteration {index}, proxy {proxies(run)[index]:.1f}"
+        title = f"{TITLES[run.objective]} {when}: iteration {index}, proxy {proxies(run)[index]:.1f}"
         pictures.append(Picture(path, title, f"generated digits, {title}"))
 
     last = {run.objective: len(run.evaluations) - 1 for run in chosen}

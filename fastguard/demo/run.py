@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from fastguard.demo import text
 from fastguard.demo.backbone import Models, prepare
-from fastguard.demo.config import DemoConfig
-from fastguard.demo.experiment import OBJECTIVES, Results, look, measure_reference
+from fastguard.demo.config import GUARDED, PLAIN, DemoConfig
+from fastguard.demo.experiment import Results, look, measure_reference
 from fastguard.demo.page import PICTURE_KINDS, write_demo_page
 from fastguard.demo.workers import Task, run_here, run_in_workers
 from fastguard.report.page import write_page
@@ -75,7 +75,7 @@ def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
 def train_all(results: Results, models: Models, workers: int) -> None:
     """Append every run to `results.runs` as it finishes."""
     config = results.config
-    tasks: list[Task] = [(objective, seed) for seed in range(config.seeds) for objective in OBJECTIVES]
+    tasks: list[Task] = [(objective, seed) for seed in range(config.seeds) for objective in (PLAIN, GUARDED)]
     start = time.perf_counter()
     with tqdm(total=len(tasks) * config.train.run.epochs, desc="training runs", unit="it", disable=None) as bar:
         tick = _tick(bar)

@@ -8,8 +8,9 @@ import math
 import numpy as np
 
 from fastguard.demo.analysis import Comparison, Spread, common_proxy, compare, paired_runs
+from fastguard.demo.config import GUARDED, PLAIN, TITLES
 from fastguard.demo.experiment import DemoRun, Results
-from fastguard.report.page import NAMES, Table
+from fastguard.report.page import Table
 
 METRICS = {
     "accuracy": "Gold accuracy",
@@ -54,14 +55,14 @@ def short_text(results: Results) -> list[str]:
     """The main findings, one line each; the sections below explain them."""
     runs, pairs = results.runs, paired_runs(results.runs)
     points = []
-    flow, guard = probe_statistics(runs, "flow_grpo"), probe_statistics(runs, "grpo_guard")
+    flow, guard = probe_statistics(runs, PLAIN), probe_statistics(runs, GUARDED)
     if flow is not None and guard is not None:
         shift = "Flow-GRPO's ratio shifts left" if _is_shifted(flow, guard) else "No clear left shift of the ratio"
         points.append(
             f"{shift}: the mean of ratio − 1 at the last trained step is {_small(flow[0][-1])} with Flow-GRPO and "
             f"{_small(guard[0][-1])} with GRPO-Guard."
         )
-    clipped = [(NAMES[name], clip_shares(runs, name)) for name in NAMES]
+    clipped = [(TITLES[name], clip_shares(runs, name)) for name in TITLES]
     shares = [f"{share[0]:.1%} and {share[1]:.1%} with {name}" for name, share in clipped if share is not None]
     if shares:
         points.append(f"Clipped among positive and among negative advantages: {'; '.join(shares)}.")
@@ -69,17 +70,17 @@ def short_text(results: Results) -> list[str]:
     if level is not None:
         iterations, frechet = compare(pairs, "iterations", level), compare(pairs, "frechet", level)
         points.append(
-            f"Proxy reward {level:.1f} takes {iterations.flow_grpo.mean:.1f} iterations with Flow-GRPO and "
-            f"{iterations.grpo_guard.mean:.1f} with GRPO-Guard."
+            f"Proxy reward {level:.1f} takes {iterations.plain.mean:.1f} iterations with Flow-GRPO and "
+            f"{iterations.guarded.mean:.1f} with GRPO-Guard."
         )
         points.append(
-            f"Fréchet distance there: {frechet.flow_grpo.mean:.1f} with Flow-GRPO and {frechet.grpo_guard.mean:.1f} "
+            f"Fréchet distance there: {frechet.plain.mean:.1f} with Flow-GRPO and {frechet.guarded.mean:.1f} "
             f"with GRPO-Guard ({results.before.metrics.frechet:.1f} before training); "
             f"{_verdict(frechet.difference, '', 1)}."
         )
         diversity = compare(pairs, "diversity", level)
         points.append(
-            f"Diversity within a class there: {diversity.flow_grpo.mean:.2f} and {diversity.grpo_guard.mean:.2f} "
+            f"Diversity within a class there: {diversity.plain.mean:.2f} and {diversity.guarded.mean:.2f} "
             f"({results.before.metrics.diversity:.2f} before); {_verdict(diversity.difference, '', 2)}. Of three gold "
             f"metrics at {_count(len(pairs), 'seed')}, one may differ by chance."
         )
@@ -120,7 +121,7 @@ def summary_table(results: Results) -> Table:
 
 def ratio_text(runs: list[DemoRun]) -> list[str]:
     """The importance ratio per denoising step, from the probe."""
-    flow, guard = (probe_statistics(runs, name) for name in ("flow_grpo", "grpo_guard"))
+    flow, guard = (probe_statistics(runs, name) for name in (PLAIN, GUARDED))
     paragraphs = [
         "The ratio between the new and the rollout policy decides what is clipped, so its distribution should be "
         "centred on 1 and alike at every denoising step. Measured here in a separate probe where nothing else "
@@ -150,21 +151,21 @@ def ratio_text(runs: list[DemoRun]) -> list[str]:
 
 def clip_text(results: Results) -> list[str]:
     """Who is clipped, by the sign of the advantage."""
-    shares = {name: clip_shares(results.runs, name) for name in NAMES}
+    shares = {name: clip_shares(results.runs, name) for name in TITLES}
     sentences = []
     for name, share in shares.items():
         if share is None:
             continue
         positive, negative = share
         sentences.append(
-            f"{NAMES[name]} clipped {positive:.1%} of the transitions with a positive advantage and {negative:.1%} of "
+            f"{TITLES[name]} clipped {positive:.1%} of the transitions with a positive advantage and {negative:.1%} of "
             f"those with a negative one, {_balance(positive, negative)}."
         )
     if not sentences:
         return ["No finished run."]
     config = results.config
     caveat = (
-        f"Clip ranges ({config.clip_flow_grpo:g} for Flow-GRPO, {config.clip_grpo_guard:g} for GRPO-Guard) apply to "
+        f"Clip ranges ({config.plain.limit:g} for Flow-GRPO, {config.guarded.limit:g} for GRPO-Guard) apply to "
         "differently scaled ratios, so their values say nothing about who is held tighter: compare measured shares."
     )
     if all(share is not None for share in shares.values()):
@@ -172,9 +173,9 @@ def clip_text(results: Results) -> list[str]:
         looser = min(totals, key=lambda name: totals[name])
         ratio = max(totals.values()) / max(min(totals.values()), 1e-9)
         caveat += (
-            f" Averaged over both signs, {totals['flow_grpo']:.1%} (Flow-GRPO) against "
-            f"{totals['grpo_guard']:.1%} (GRPO-Guard)"
-            + (f": {NAMES[looser]} is held less tightly here." if ratio > 1.5 else ": about the same.")
+            f" Averaged over both signs, {totals[PLAIN]:.1%} (Flow-GRPO) against "
+            f"{totals[GUARDED]:.1%} (GRPO-Guard)"
+            + (f": {TITLES[looser]} is held less tightly here." if ratio > 1.5 else ": about the same.")
         )
     return [" ".join(sentences), caveat]
 
@@ -183,7 +184,7 @@ def training_text(results: Results) -> list[str]:
     """Proxy against gold over the whole of each run."""
     sentences = []
     before = results.before.metrics
-    for name in NAMES:
+    for name in TITLES:
         runs = [run for run in results.runs if run.objective == name]
         if not runs:
             continue
@@ -192,7 +193,7 @@ def training_text(results: Results) -> list[str]:
             float(np.mean([getattr(m, field) for m in last])) for field in ("proxy", "accuracy", "frechet", "diversity")
         )
         sentences.append(
-            f"{NAMES[name]} moves the proxy from {before.proxy:.1f} to {proxy:.1f} in "
+            f"{TITLES[name]} moves the proxy from {before.proxy:.1f} to {proxy:.1f} in "
             f"{np.mean([len(run.logs) for run in runs]):.1f} iterations; meanwhile gold accuracy goes from "
             f"{before.accuracy:.3f} to {accuracy:.3f}, the Fréchet distance from {before.frechet:.1f} to "
             f"{frechet:.1f} and diversity from {before.diversity:.2f} to {diversity:.2f}."
@@ -221,11 +222,11 @@ def equal_proxy_text(results: Results) -> list[str]:
     if level is None:
         return [fairness, "Not every run raised the proxy above its start, so there is no such value here."]
     iterations = compare(pairs, "iterations", level)
-    factor = iterations.flow_grpo.mean / iterations.grpo_guard.mean
+    factor = iterations.plain.mean / iterations.guarded.mean
     faster, quotient = ("GRPO-Guard", factor) if factor >= 1 else ("Flow-GRPO", 1 / factor)
     speed = (
         f"At proxy {level:.2f}: {faster} gets there in {quotient:.1f} times fewer iterations at the same learning rate "
-        f"({iterations.flow_grpo.mean:.1f} for Flow-GRPO, {iterations.grpo_guard.mean:.1f} for GRPO-Guard); "
+        f"({iterations.plain.mean:.1f} for Flow-GRPO, {iterations.guarded.mean:.1f} for GRPO-Guard); "
         f"{_verdict(iterations.difference, 'iterations', 1)}."
     )
     findings = [
@@ -302,7 +303,7 @@ def _verdict(difference: Spread, unit: str, digits: int) -> str:
 
 def _cells(c: Comparison, digits: int) -> list[str]:
     half = "" if math.isnan(c.difference.half_width) else f" ± {c.difference.half_width:.{digits}f}"
-    means = [f"{s.mean:.{digits}f}" for s in (c.flow_grpo, c.grpo_guard)]
+    means = [f"{s.mean:.{digits}f}" for s in (c.plain, c.guarded)]
     return [*means, _signed(c.difference.mean, digits) + half]
 
 

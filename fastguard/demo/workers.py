@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from fastguard.config import Objective
 from fastguard.demo.backbone import Models, prepare
 from fastguard.demo.config import DemoConfig
 from fastguard.demo.experiment import DemoRun, run_one
@@ -22,7 +21,7 @@ from fastguard.utils.signals import ENDING, handled_by
 
 FOR_THE_PARENT = [number for number in ENDING if number != signal.SIGTERM]
 """Signals that workers leave to their parent, which ends them by SIGTERM."""
-Task = tuple[Objective, int]
+Task = tuple[str, int]
 Tick = Callable[[Task, float], None]
 """called after each iteration with the run and its proxy reward"""
 

@@ -7,20 +7,34 @@ over the elements, as in every public trainer; a clip range belongs to that redu
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastguard import ops
 from fastguard.loss.checks import (
-    build_options,
+    KlType,
+    Reduction,
+    Reweight,
     check_advantages,
     check_finite,
+    check_kl_and_reduction,
     check_latents,
+    check_objective,
     check_step,
     per_sample,
     weight_source,
 )
+from fastguard.loss.objectives import DEFAULT_OBJECTIVE, Objective
+from fastguard.ops.registry import Backend, compute_dtype, refuse_transforms, resolve_backend
+from fastguard.ops.transition import (
+    TransitionLossFunction,
+    TransitionSumsFunction,
+    epilogue,
+    transition_sums,
+)
+from fastguard.ops.transition import guard_loss as fused_loss
 from fastguard.sde import Transition
 
 
@@ -29,11 +43,11 @@ class GuardLoss(NamedTuple):
 
     Fields:
         loss: () float32 (float64 for float64 inputs), or (B,) with reduction="none".
-        log_ratio: (B,), what the objective clips: `std * cross` for grpo_guard (RatioNorm), else `cross - drift / 2`.
+        log_ratio: (B,), what the objective limits: RatioNorm's `std * cross`, or `cross - drift / 2`.
         ratio: (B,), `exp(log_ratio)`. In float32 it cannot show changes below 6e-8; log_ratio can.
         cross: (B,), `<eps, w> / D`, the whitened drift w along the rollout's noise eps.
         drift: (B,), `<w, w> / D`; the KL divergence from the rollout policy is `drift / 2` per element.
-        clipped: (B,) bool, whether the sample's policy gradient is zero because of the clip (flow_dppo: the mask).
+        clipped: (B,) bool, whether the sample's policy gradient is zero because of the clip or the mask.
         kl: (B,), KL to the reference (of kl_type), or None without a reference.
     """
 
@@ -61,17 +75,15 @@ def guard_loss(
     advantages: Tensor,
     step: Transition,
     *,
-    objective: str = "grpo_guard",
-    clip_range: float | tuple[float, float] = 2e-6,
-    adv_clip: float | None = 5.0,
-    reweight: str | Tensor = "inverse_dt",
-    kl_threshold: float = 1e-5,
+    objective: str | Objective = DEFAULT_OBJECTIVE,
+    reweight: Reweight | Tensor = "inverse_dt",
     ref_velocity: Tensor | None = None,
     kl_weight: float = 0.0,
-    kl_type: str = "gaussian",
-    reduction: str = "mean",
-    backend: str = "auto",
+    kl_type: KlType = "gaussian",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
     check_values: bool = False,
+    **options: Any,
 ) -> GuardLoss:
     """Policy loss of one denoising step per sample, from velocities; the gradient flows to `velocity` alone.
 
@@ -84,14 +96,10 @@ def guard_loss(
         noise: (B, ...) the noise that the rollout drew, in the rounding in which it was used; any floating dtype.
         advantages: (B,) floating.
         step: the Transition of each sample's step; every std must be positive.
-        objective: "grpo_guard", "flow_grpo", or "flow_dppo" (no clipping; a mask by `kl_threshold`).
-        clip_range: distance of the ratio from 1, or the distances (low, high) below and above. About 2e-6 for
-            grpo_guard at D = 65,536, 1e-5 to 1e-4 for flow_grpo. Not used by flow_dppo.
-        adv_clip: advantages are clipped to +-adv_clip; None leaves them. Not used by flow_dppo.
+        objective: a name of `fastguard.loss.objectives.OBJECTIVES`, or an objective that `build_objective` made.
         reweight: factor on each sample's policy loss: "inverse_dt" 1 / |dt| (the paper's), "equalized"
-            1 / |step.velocity_coef| (makes grpo_guard's gradient the same at every step for every sampler), "none"
+            1 / |step.velocity_coef| (makes RatioNorm's gradient the same at every step for every sampler), "none"
             (published Flow-GRPO), or a tensor (B,).
-        kl_threshold: flow_dppo drops a sample that moves away from the rollout once its KL (drift / 2) reaches this.
         ref_velocity: like velocity, of the reference policy; needed by kl_weight, reported in `.kl`.
         kl_weight: factor on the KL to the reference, which is not reweighted.
         kl_type: "gaussian" (per element), or "velocity" (mean squared velocity difference).
@@ -99,6 +107,8 @@ def guard_loss(
         backend: "auto" (Triton on CUDA, else torch), "triton" or "torch".
         check_values: raise on NaN or Inf in any input. Synchronizes with a GPU. Without it a non-finite sample gives
             NaN in its own outputs, and in the mean.
+        options: those of the objective, with a name: `clip_range` (about 2e-6 for RatioNorm at D = 65,536) and
+            `adv_clip` of the clipping ones, for instance. Its class documents them.
 
     Raises:
         ValueError, TypeError: what came and what was expected.
@@ -109,17 +119,17 @@ def guard_loss(
     check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
     step = check_step(step, "velocity", velocity, needs_density=True)
     weight, invert = weight_source(reweight, velocity, step.dt, step.velocity_coef)
-    options = build_options(
-        velocity, objective, clip_range, adv_clip, kl_threshold, ref_velocity is not None, kl_weight, kl_type,
-        invert, reduction, backend, ref_name="ref_velocity",
-    )  # fmt: skip
+    chosen = check_objective(objective, options)
+    check_kl_and_reduction(kl_weight, kl_type, reduction, ref_velocity, "ref_velocity")
     check_advantages(advantages, velocity)
     if check_values:
         coefs = {"the step's velocity_coef": step.velocity_coef, "the step's std": step.std}
         check_finite({**tensors, **coefs, "advantages": advantages, "reweight": weight})
     return _apply(
-        velocity, old_velocity, noise, ref_velocity, advantages, step.velocity_coef, step.std, weight, options
-    )
+        chosen, velocity, old_velocity, noise, ref_velocity, advantages, step.velocity_coef, step.std, weight,
+        invert_weight=invert, kl_weight=float(kl_weight), velocity_kl=kl_type == "velocity", reduction=reduction,
+        backend=backend,
+    )  # fmt: skip
 
 
 def guard_loss_from_means(
@@ -130,16 +140,14 @@ def guard_loss_from_means(
     dt: Tensor | float,
     advantages: Tensor,
     *,
-    objective: str = "grpo_guard",
-    clip_range: float | tuple[float, float] = 2e-6,
-    adv_clip: float | None = 5.0,
-    reweight: str | Tensor = "inverse_dt",
-    kl_threshold: float = 1e-5,
+    objective: str | Objective = DEFAULT_OBJECTIVE,
+    reweight: Reweight | Tensor = "inverse_dt",
     ref_prev_sample_mean: Tensor | None = None,
     kl_weight: float = 0.0,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
     check_values: bool = False,
+    **options: Any,
 ) -> GuardLoss:
     """The same loss for trainers that already have the means; the gradient flows to `prev_sample_mean` alone.
 
@@ -148,8 +156,8 @@ def guard_loss_from_means(
             that is recovered from it, by the rounding error over std. The first ratio stays 1.
         prev_sample_mean, old_prev_sample_mean, ref_prev_sample_mean: (B, ...) means of the step under the model now,
             the rollout policy, the reference; one dtype.
-        std: standard deviation of the step *including* sqrt(|dt|), where flow_grpo's `std_dev_t` does not include
-            it: a float, or a tensor with one entry, or one per sample (any trailing axes of size 1).
+        std: standard deviation of the step *including* sqrt(|dt|), which the `std_dev_t` of public Flow-GRPO code does
+            not include: a float, or a tensor with one entry, or one per sample (any trailing axes of size 1).
         dt: time step, of either sign; shapes as for std.
         The rest is as in `guard_loss`; reweight="equalized" and kl_type="velocity" need the velocities.
 
@@ -168,16 +176,15 @@ def guard_loss_from_means(
     std = per_sample("std", std, prev_sample_mean, check_values)
     dt = per_sample("dt", dt, prev_sample_mean, check_values)
     weight, invert = weight_source(reweight, prev_sample_mean, dt, None)
-    options = build_options(
-        prev_sample_mean, objective, clip_range, adv_clip, kl_threshold, ref_prev_sample_mean is not None, kl_weight,
-        "gaussian", invert, reduction, backend, ref_name="ref_prev_sample_mean",
-    )  # fmt: skip
+    chosen = check_objective(objective, options)
+    check_kl_and_reduction(kl_weight, "gaussian", reduction, ref_prev_sample_mean, "ref_prev_sample_mean")
     check_advantages(advantages, prev_sample_mean)
     if check_values:
         check_finite({**tensors, "std": std, "advantages": advantages, "reweight": weight})
     return _apply(
-        prev_sample_mean, old_prev_sample_mean, prev_sample, ref_prev_sample_mean, advantages, None, std, weight,
-        options,
+        chosen, prev_sample_mean, old_prev_sample_mean, prev_sample, ref_prev_sample_mean, advantages, None, std,
+        weight, invert_weight=invert, kl_weight=float(kl_weight), velocity_kl=False, reduction=reduction,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -188,7 +195,7 @@ def transition_moments(
     step: Transition,
     ref_velocity: Tensor | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Moments:
     """The numbers per sample from which any objective can be written in plain PyTorch, in one pass over the latents.
 
@@ -200,22 +207,23 @@ def transition_moments(
         tensors["ref_velocity"] = ref_velocity
     check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
     step = check_step(step, "velocity", velocity, needs_density=True)
-    ops.refuse_transforms("transition_moments")
-    backend = ops.resolve_backend(backend, velocity)
-    dtype = ops.compute_dtype(velocity.dtype)
+    refuse_transforms("transition_moments")
+    resolved = resolve_backend(backend, velocity)
+    dtype = compute_dtype(velocity.dtype)
     whiten = (step.velocity_coef / step.std).to(dtype)
     n_elements = math.prod(velocity.shape[1:])
     if velocity.shape[0] == 0:
         empty = whiten + 0 * velocity.sum().to(dtype)
         return Moments(empty, empty, None if ref_velocity is None else empty)
     ref = None if ref_velocity is None else ref_velocity.detach()
-    sums = ops.TransitionSumsFunction.apply(velocity, old_velocity.detach(), noise.detach(), ref, backend)
+    sums = TransitionSumsFunction.apply(velocity, old_velocity.detach(), noise.detach(), ref, resolved)
     drift_scale = whiten**2 / n_elements
     ref_drift = None if ref is None else drift_scale * sums[2]
     return Moments(whiten / n_elements * sums[0], drift_scale * sums[1], ref_drift)
 
 
 def _apply(
+    objective: Objective,
     velocity: Tensor,
     old: Tensor,
     noise: Tensor,
@@ -224,28 +232,69 @@ def _apply(
     velocity_coef: Tensor | None,
     std: Tensor,
     weight: Tensor | None,
-    options: ops.Options,
+    *,
+    backend: str,
+    **options: Any,
 ) -> GuardLoss:
-    ops.refuse_transforms("the loss")
-    dtype = ops.compute_dtype(velocity.dtype)
+    """The numbers of the forward pass without a graph, then the loss with its gradient attached.
+
+    Args:
+        options: invert_weight, kl_weight, velocity_kl and reduction, as `ops.transition.epilogue` has them.
+    """
+    refuse_transforms("the loss")
+    backend = resolve_backend(backend, velocity)
+    dtype = compute_dtype(velocity.dtype)
     if velocity.shape[0] == 0:
         empty = std.to(dtype)
-        loss = (velocity.sum() if options.reduction != "none" else velocity.flatten(1).sum(1)).to(dtype)
+        loss = (velocity.sum() if options["reduction"] != "none" else velocity.flatten(1).sum(1)).to(dtype)
         return GuardLoss(loss, empty, empty, empty, empty, empty.bool(), None if ref is None else empty)
 
-    def column(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach().to(dtype).contiguous()
+    def column(value: Tensor) -> Tensor:
+        return value.detach().to(dtype).contiguous()
 
-    loss, stats, clipped = ops.GuardLossFunction.apply(
+    old, noise, ref = old.detach(), noise.detach(), None if ref is None else ref.detach()
+    advantages, std = column(advantages), column(std)
+    velocity_coef = None if velocity_coef is None else column(velocity_coef)
+    weight = None if weight is None else column(weight)
+    fused = objective.fused()
+    if fused is None or _change((*fused, options["kl_weight"])):
+        n_elements = math.prod(velocity.shape[1:])
+        loss, stats, coefs, clipped = epilogue(
+            transition_sums(velocity.detach(), old, noise, ref, velocity_coef is None, backend),
+            lambda log_ratio, drift: objective.terms(log_ratio, drift, advantages, n_elements=n_elements),
+            velocity_coef,
+            std,
+            weight,
+            n_elements,
+            normalized=objective.ratio == "normalized",
+            moves_drift=objective.moves_drift,
+            **options,
+        )
+    else:
+        inputs = (velocity.detach(), old, noise, ref, advantages, velocity_coef, std, weight)
+        loss, stats, coefs, clipped = fused_loss(*inputs, **fused._asdict(), **options, backend=backend)
+    loss = TransitionLossFunction.apply(
         velocity,
-        old.detach(),
-        noise.detach(),
-        None if ref is None else ref.detach(),
-        column(advantages),
-        column(velocity_coef),
-        column(std),
-        column(weight),
-        options,
+        loss,
+        coefs,
+        noise,
+        old,
+        ref if options["kl_weight"] != 0 else None,
+        velocity_coef is None,
+        objective.ratio != "normalized" or objective.moves_drift,
+        backend,
     )
     log_ratio, ratio, cross, drift, kl = stats.unbind()
     return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if ref is None else kl)
+
+
+def _change(limits: Sequence[float]) -> bool:
+    """Whether torch.compile has made a symbol of one of the floats, because its values change between calls.
+
+    An operator's float makes a new graph for each value, so then the compiler gets the objective's own terms.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all(has_static_value(limit) for limit in limits)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastguard import ops
+from fastguard.loss.objectives import Objective, build_objective
+from fastguard.loss.objectives.base import is_number
+from fastguard.ops.registry import compute_dtype
 from fastguard.sde import Transition
 
-OBJECTIVES = ("grpo_guard", "flow_grpo", "flow_dppo")
-REWEIGHTINGS = ("none", "inverse_dt", "equalized")
-KL_TYPES = ("gaussian", "velocity")
-REDUCTIONS = ("mean", "sum", "none")
+Reweight = Literal["none", "inverse_dt", "equalized"]
+KlType = Literal["gaussian", "velocity"]
+Reduction = Literal["mean", "sum", "none"]
 LATENTS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -81,7 +83,7 @@ def per_sample(name: str, value: Tensor | float, latents: Tensor, check_values: 
     """
     n_samples = latents.shape[0]
     if isinstance(value, numbers.Real):
-        dtype = ops.compute_dtype(latents.dtype)
+        dtype = compute_dtype(latents.dtype)
         if torch.compiler.is_compiling():
             # torch.compile makes one graph for all factors of a product, but one for each value that fills a tensor.
             return torch.ones(n_samples, dtype=dtype, device=latents.device) * float(value)
@@ -124,8 +126,8 @@ def weight_source(
         if reweight.device != latents.device:
             raise ValueError(f"reweight is on {reweight.device}, the latents on {latents.device}")
         return reweight, False
-    if not isinstance(reweight, str) or reweight not in REWEIGHTINGS:
-        raise ValueError(f"reweight must be one of {', '.join(REWEIGHTINGS)}, or a tensor (B,); got {reweight!r}")
+    if not isinstance(reweight, str) or reweight not in get_args(Reweight):
+        raise ValueError(f"reweight must be one of {', '.join(get_args(Reweight))}, or a tensor (B,); got {reweight!r}")
     if reweight == "none":
         return None, False
     if reweight == "inverse_dt":
@@ -138,64 +140,29 @@ def weight_source(
     return velocity_coef, True
 
 
-def build_options(
-    velocity: Tensor,
-    objective: str,
-    clip_range: float | tuple[float, float],
-    adv_clip: float | None,
-    kl_threshold: float,
-    has_ref: bool,
-    kl_weight: float,
-    kl_type: str,
-    invert_weight: bool,
-    reduction: str,
-    backend: str,
-    *,
-    ref_name: str,
-) -> ops.Options:
-    for name, value, known in (
-        ("objective", objective, OBJECTIVES),
-        ("kl_type", kl_type, KL_TYPES),
-        ("reduction", reduction, REDUCTIONS),
-    ):
+def check_objective(objective: str | Objective, options: dict[str, Any]) -> Objective:
+    """The objective itself, or the one of this name with these options."""
+    if isinstance(objective, Objective):
+        if options:
+            raise TypeError(
+                f"{', '.join(options)}: options belong to a name; this objective is an instance, which has its own"
+            )
+        return objective
+    if not isinstance(objective, str):
+        raise TypeError(f"objective must be a name or an Objective; got {type(objective).__name__}")
+    return build_objective(objective, **options)
+
+
+def check_kl_and_reduction(kl_weight: float, kl_type: str, reduction: str, ref: Tensor | None, ref_name: str) -> None:
+    for name, value, known in (("kl_type", kl_type, get_args(KlType)), ("reduction", reduction, get_args(Reduction))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-    for name, number in (("kl_weight", kl_weight), ("kl_threshold", kl_threshold), ("adv_clip", adv_clip)):
-        if not _is_number(number) and not (name == "adv_clip" and number is None):
-            raise TypeError(f"{name} must be a number; got {number!r}")
-    pair = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
-    if len(pair) != 2 or not all(_is_number(value) and 0 < value < math.inf for value in pair):
-        raise ValueError(
-            f"clip_range must be a positive, finite number, or a pair (low, high) of such; got {clip_range!r}"
-        )
-    low, high = (float(value) for value in pair)
-    if adv_clip is not None and not adv_clip > 0:
-        raise ValueError(f"adv_clip must be positive, or None for no clipping; got {adv_clip}")
-    if not kl_threshold >= 0:
-        raise ValueError(f"kl_threshold must be >= 0; got {kl_threshold}")
+    if not is_number(kl_weight):
+        raise TypeError(f"kl_weight must be a number; got {kl_weight!r}")
     if not 0 <= kl_weight < math.inf:
         raise ValueError(f"kl_weight must be finite and >= 0; got {kl_weight}")
-    if kl_weight > 0 and not has_ref:
+    if kl_weight > 0 and ref is None:
         raise ValueError(f"kl_weight = {kl_weight} needs a reference; pass {ref_name}, or kl_weight=0")
-    # A limit that the objective does not use is constant: torch.compile would make a graph for each of its values.
-    masks = objective == "flow_dppo"
-    return ops.Options(
-        objective=objective,
-        clip_low=math.inf if masks else low,
-        clip_high=math.inf if masks else high,
-        adv_clip=math.inf if masks or adv_clip is None else float(adv_clip),
-        kl_threshold=float(kl_threshold) if masks else 0.0,
-        kl_weight=float(kl_weight),
-        velocity_kl=kl_type == "velocity",
-        invert_weight=invert_weight,
-        reduction=reduction,
-        backend=ops.resolve_backend(backend, velocity),
-    )
-
-
-def _is_number(value: object) -> bool:
-    """A plain or numpy number; not a bool, which would be taken for 0 or 1, and not a tensor, which may be on a GPU."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_finite(tensors: dict[str, Tensor | None]) -> None:

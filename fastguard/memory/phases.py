@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastguard.config import ObjectiveConfig, Recipe, Recompute, recompute_levels
+from fastguard.config import Recipe, Recompute, objective_config, recompute_levels
 from fastguard.memory.live import allocated
 from fastguard.memory.passes import (
     Pass,
@@ -119,7 +119,7 @@ def sampling_settings(recipe: Recipe) -> PassSettings:
     return PassSettings(
         model=as_built(recipe.model),
         lora=recipe.lora,
-        objective=ObjectiveConfig(),
+        objective=objective_config(),
         max_tokens=recipe.prompts.max_tokens,
         micro_batch=recipe.sampler.batch_size,
         recompute="none",

@@ -1,7 +1,7 @@
 """Plots and the self-contained HTML page of a run.
 
-One look for everything: a colour per objective (distinguishable with colour-blindness), labelled axes, pictures
-embedded in the page so that it can be mailed or moved as one file.
+One palette and labelled axes for everything. Pictures are embedded, so that the page can be mailed or moved as one
+file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from fastguard.utils.files import write_text
 
-NAMES = {"flow_grpo": "Flow-GRPO", "grpo_guard": "GRPO-Guard"}
-COLORS = {"flow_grpo": "#D55E00", "grpo_guard": "#0072B2"}
-"""Vermillion and blue of the Okabe-Ito palette."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""That palette, for curves that are no objective."""
+"""The Okabe-Ito palette, which colour-blind readers can tell apart."""
 MOST_MARKERS = 60
 """Curves of more points are drawn thin, and without a marker for each."""
 

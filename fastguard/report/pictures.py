@@ -119,8 +119,8 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
 
 def ratio_pictures(run: TrainingRun, out: Path) -> list[Picture]:
     objective = run.recipe.objective
-    clips = objective.name != "flow_dppo"
-    used = (objective.clip_range, f"clip range {objective.clip_range:g}") if clips else None
+    clips = objective.limit_name == "clip_range"
+    used = (objective.limit, f"clip range {objective.limit:g}") if clips else None
     steps = "denoising step (0 starts from noise)"
     shown = list(
         zip(_spread([log for log in run.epochs if log.steps], 3), ("#9ecae1", "#4292c6", "#08306b"), strict=False)
@@ -153,7 +153,7 @@ def ratio_pictures(run: TrainingRun, out: Path) -> list[Picture]:
         ]
         pictures += _curve(
             out / "clip_range.png", "Clip ranges, as measured", "clip range", wanted, yscale="log",
-            marker_y=(objective.clip_range, f"used: {objective.clip_range:g}"),
+            marker_y=(objective.limit, f"used: {objective.limit:g}"),
         )  # fmt: skip
     return pictures
 

@@ -21,8 +21,8 @@ RECENT = 5
 IMPORTANT = (
     "run.dir", "run.seed", "run.epochs", "model.path", "model.train", "model.dtype", "model.height", "model.width",
     "lora.rank", "sampler.num_steps", "sampler.noise_level", "sampler.sde_steps", "sampler.window",
-    "sampler.group_size", "objective.name", "objective.clip_range", "objective.kl_weight", "prompts.file",
-    "update.learning_rate", "update.inner_epochs", "update.minibatches",
+    "sampler.group_size", "objective.name", "objective.clip_range", "objective.kl_threshold", "objective.kl_weight",
+    "prompts.file", "update.learning_rate", "update.inner_epochs", "update.minibatches",
 )  # fmt: skip
 """Settings that the page shows even if they are the defaults."""
 
@@ -228,10 +228,10 @@ def clip_advice(run: TrainingRun) -> list[str]:
         f"{_share(positive)} of the transitions with a positive advantage and {_share(negative)} of those with a "
         "negative one"
     )
-    if recipe.objective.name == "flow_dppo":
-        threshold = recipe.objective.kl_threshold
-        return [f"objective.kl_threshold = {threshold:g} masked {shares}, {when}. There is no clip range."]
-    used = recipe.objective.clip_range
+    used = recipe.objective.limit
+    if recipe.objective.limit_name != "clip_range":
+        limit = f"objective.{recipe.objective.limit_name} = {used:g}"
+        return [f"{limit} masked {shares}, {when}. There is no clip range."]
     points = [f"objective.clip_range = {used:g} was used. It clipped {shares}, {when}."]
     thirty, ten = (
         finite_values([getattr(log, f"clip_range_for_{share}_percent") for log in logs]) for share in (30, 10)

@@ -54,11 +54,8 @@ def policy_loss(policy: Policy, batch: RolloutBatch, advantages: Tensor, objecti
         batch.noise,
         advantages,
         batch.step.to(velocity.device),
-        objective=objective.name,
-        clip_range=objective.clip_range,
-        adv_clip=objective.adv_clip,
+        objective=objective,
         reweight=objective.reweight,
-        kl_threshold=objective.kl_threshold,
         ref_velocity=batch.ref_velocity,
         kl_weight=objective.kl_weight,
         kl_type=objective.kl_type,
@@ -69,7 +66,7 @@ def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None
     """Score rollout steps again in training mode, once before a process's first update.
 
     Nothing has changed since the rollout, so that every ratio should be 1. Raises ValueError on all processes if one
-    is further away than `update.parity` times the clip range, or not finite.
+    is further away than `update.parity` times the objective's limit, or not finite.
     """
     recipe, accelerator = state.recipe, state.accelerator
     if state.checked or recipe.update.parity == 0:
@@ -77,18 +74,17 @@ def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None
     first = next(minibatches(state))
     batch = RolloutBatch.select(transitions, first[: recipe.micro_batch]).to(accelerator.device)
     ones = torch.ones(len(batch), dtype=torch.float32, device=accelerator.device)
-    result = policy_loss(state.policy, batch, ones, recipe.objective)
-    if recipe.objective.name == "flow_dppo":
-        name, limit, moved = "objective.kl_threshold", recipe.objective.kl_threshold, result.drift.detach() / 2
-    else:
-        name, limit, moved = "objective.clip_range", recipe.objective.clip_range, result.log_ratio.detach().abs()
+    objective = recipe.objective
+    result = policy_loss(state.policy, batch, ones, objective)
+    moved = objective.moved(result.log_ratio.detach(), result.drift.detach())
     worst = accelerator.gather(moved.max()[None]).max().item()
     if not math.isfinite(worst):
         raise ValueError(f"parity preflight: a rollout step scored again is {worst}: {_why_not_finite(state)}")
-    if not worst <= recipe.update.parity * limit:
+    if not worst <= recipe.update.parity * objective.limit:
         raise ValueError(
             f"parity preflight: a rollout step scored again in training mode is off by {worst:.2e}, more than "
-            f"update.parity = {recipe.update.parity:g} of {name} = {limit:g}, before any weight has changed. Look at: "
+            f"update.parity = {recipe.update.parity:g} of objective.{objective.limit_name} = {objective.limit:g}, "
+            "before any weight has changed. Look at: "
             f"batch shape (sampler.batch_size = {recipe.sampler.batch_size}, transitions per pass "
             f"{recipe.micro_batch}: make them equal), model.dtype = {recipe.model.dtype}, "
             f"model.attention = {recipe.model.attention} (is it deterministic?), dropout or other layers that act "

@@ -392,7 +392,7 @@ def test_spread_is_a_t_interval() -> None:
 def test_comparison_is_paired_and_signed() -> None:
     pairs = [(fake_run("flow_grpo", s, [1.0, 2.0, 3.0]), fake_run("grpo_guard", s, [1.0, 3.0])) for s in range(3)]
     c = compare(pairs, "iterations", 3.0)
-    assert (c.flow_grpo.mean, c.grpo_guard.mean, c.difference.mean) == (2.0, 1.0, -1.0)
+    assert (c.plain.mean, c.guarded.mean, c.difference.mean) == (2.0, 1.0, -1.0)
 
 
 # --- words follow the numbers ---------------------------------------------------------------------------------------

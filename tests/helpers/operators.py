@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastguard import ops as loss_ops
-from fastguard.blocks import ops as flux_ops
-from fastguard.ops import Options
+from fastguard.ops.adaln import adaln_apply, adaln_bwd, adaln_fwd
+from fastguard.ops.gated_residual import gated_residual_bwd, gated_residual_fwd
+from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
+from fastguard.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
+from fastguard.ops.sde_step import sde_step
+from fastguard.ops.transition import guard_loss, transition_bwd, transition_sums
 
 
 @dataclass(frozen=True)
@@ -98,36 +101,32 @@ def _of_the_loss(normal: Callable[..., Tensor], positive: Callable[..., Tensor],
         for ref_or_not in (None, ref):
             tensors = (velocity, old, noise, ref_or_not)
             flags = f"{' means' if from_means else ''}{' reference' if ref_or_not is not None else ''}"
-            yield Call(f"transition_sums{flags}", loss_ops.transition_sums, (*tensors, from_means))
-            for objective in ("grpo_guard", "flow_grpo", "flow_dppo"):
+            yield Call(f"transition_sums{flags}", transition_sums, (*tensors, from_means))
+            for code in (0, 1, 2):  # of FusedEpilogue
                 kl_weight = 0.1 if ref_or_not is not None else 0.0
-                velocity_kl = ref_or_not is not None and objective == "flow_grpo" and not from_means
-                options = Options(
-                    objective, 0.02, 0.03, 5.0, 1e-3, kl_weight, velocity_kl, objective == "grpo_guard", "mean", ""
-                )
-                weight = None if objective == "flow_dppo" else dt
+                velocity_kl = ref_or_not is not None and code == 1 and not from_means
+                options = (code, 0.02, 0.03, 5.0, 1e-3, kl_weight, velocity_kl, code == 0, "mean")
+                weight = None if code == 2 else dt
                 per_sample = (advantages, None if from_means else coef, std, weight)
-                yield Call(
-                    f"guard_loss {objective}{flags}", loss_ops.guard_loss, (*tensors, *per_sample, *options[:-1])
-                )
+                yield Call(f"guard_loss {code}{flags}", guard_loss, (*tensors, *per_sample, *options))
     coefs, grad_loss = positive(3, b), positive(b)
-    yield Call("transition_sums strided", loss_ops.transition_sums, (velocity, strided, noise, None, False))
+    yield Call("transition_sums strided", transition_sums, (velocity, strided, noise, None, False))
     yield Call(
-        "transition_bwd noise", loss_ops.transition_bwd,
+        "transition_bwd noise", transition_bwd,
         (grad_loss[0], coefs, noise, None, None, None, noise.dtype, False, False),
     )  # fmt: skip
     yield Call(
-        "transition_bwd everything", loss_ops.transition_bwd,
+        "transition_bwd everything", transition_bwd,
         (grad_loss, coefs, noise, velocity, old, ref, noise.dtype, False, True),
     )  # fmt: skip
     yield Call(
-        "transition_bwd means", loss_ops.transition_bwd,
+        "transition_bwd means", transition_bwd,
         (grad_loss, coefs, noise, velocity, old, None, noise.dtype, True, True),
     )  # fmt: skip
     seeds = torch.arange(b, device=noise.device)
     step = (positive(b), coef, std)
-    yield Call("sde_step", loss_ops.sde_step, (old, velocity, seeds, *step, noise.dtype))
-    yield Call("sde_step strided, without noise", loss_ops.sde_step, (strided, velocity, None, *step, noise.dtype))
+    yield Call("sde_step", sde_step, (old, velocity, seeds, *step, noise.dtype))
+    yield Call("sde_step strided, without noise", sde_step, (strided, velocity, None, *step, noise.dtype))
 
 
 def _of_flux(normal: Callable[..., Tensor], positive: Callable[..., Tensor], size: Size) -> Iterator[Call]:
@@ -136,27 +135,27 @@ def _of_flux(normal: Callable[..., Tensor], positive: Callable[..., Tensor], siz
     scale, shift, gate = normal(b, c), normal(b, c), normal(b, c)
     mean, rstd = positive(b, s), positive(b, s)
     strided = [normal(b, c, s).transpose(1, 2) for _ in range(2)]
-    yield Call("adaln_fwd", flux_ops.adaln_fwd, (x, None, None, scale, shift, 1e-6))
-    yield Call("adaln_fwd residual", flux_ops.adaln_fwd, (x, y, gate, scale, shift, 1e-6))
-    yield Call("adaln_fwd strided", flux_ops.adaln_fwd, (*strided, gate, scale, shift, 1e-6))
-    yield Call("adaln_apply", flux_ops.adaln_apply, (x, mean, rstd, scale, shift))
-    yield Call("adaln_apply strided", flux_ops.adaln_apply, (strided[0], mean, rstd, scale, shift))
+    yield Call("adaln_fwd", adaln_fwd, (x, None, None, scale, shift, 1e-6))
+    yield Call("adaln_fwd residual", adaln_fwd, (x, y, gate, scale, shift, 1e-6))
+    yield Call("adaln_fwd strided", adaln_fwd, (*strided, gate, scale, shift, 1e-6))
+    yield Call("adaln_apply", adaln_apply, (x, mean, rstd, scale, shift))
+    yield Call("adaln_apply strided", adaln_apply, (strided[0], mean, rstd, scale, shift))
     statistics = (mean, rstd, scale)
-    yield Call("adaln_bwd", flux_ops.adaln_bwd, (grad, x, *statistics, None, None, None, False))
-    yield Call("adaln_bwd everything", flux_ops.adaln_bwd, (grad, x, *statistics, y, y, gate, True))
-    yield Call("adaln_bwd strided", flux_ops.adaln_bwd, (*strided, *statistics, None, None, gate, True))
-    yield Call("gated_residual_fwd", flux_ops.gated_residual_fwd, (x, y, gate))
-    yield Call("gated_residual_fwd strided", flux_ops.gated_residual_fwd, (*strided, gate))
-    yield Call("gated_residual_bwd", flux_ops.gated_residual_bwd, (grad, None, gate))
-    yield Call("gated_residual_bwd gate", flux_ops.gated_residual_bwd, (grad, y, gate))
-    yield Call("gated_residual_bwd strided", flux_ops.gated_residual_bwd, (*strided, gate))
+    yield Call("adaln_bwd", adaln_bwd, (grad, x, *statistics, None, None, None, False))
+    yield Call("adaln_bwd everything", adaln_bwd, (grad, x, *statistics, y, y, gate, True))
+    yield Call("adaln_bwd strided", adaln_bwd, (*strided, *statistics, None, None, gate, True))
+    yield Call("gated_residual_fwd", gated_residual_fwd, (x, y, gate))
+    yield Call("gated_residual_fwd strided", gated_residual_fwd, (*strided, gate))
+    yield Call("gated_residual_bwd", gated_residual_bwd, (grad, None, gate))
+    yield Call("gated_residual_bwd gate", gated_residual_bwd, (grad, y, gate))
+    yield Call("gated_residual_bwd strided", gated_residual_bwd, (*strided, gate))
     yield from _of_attention(normal, positive, size)
     hidden, grad_hidden, bias = normal(b, s, 4 * c), normal(b, s, 4 * c), normal(4 * c)
-    yield Call("bias_gelu_fwd", flux_ops.bias_gelu_fwd, (hidden, bias, None))
-    yield Call("bias_gelu_fwd prefix", flux_ops.bias_gelu_fwd, (hidden, None, x))
-    yield Call("bias_gelu_fwd strided", flux_ops.bias_gelu_fwd, (strided[0], None, None))
-    yield Call("bias_gelu_bwd_", flux_ops.bias_gelu_bwd_, (grad_hidden, hidden, None, False), overwrites=True)
-    yield Call("bias_gelu_bwd_ output", flux_ops.bias_gelu_bwd_, (grad_hidden, hidden, bias, True), overwrites=True)
+    yield Call("bias_gelu_fwd", bias_gelu_fwd, (hidden, bias, None))
+    yield Call("bias_gelu_fwd prefix", bias_gelu_fwd, (hidden, None, x))
+    yield Call("bias_gelu_fwd strided", bias_gelu_fwd, (strided[0], None, None))
+    yield Call("bias_gelu_bwd_", bias_gelu_bwd_, (grad_hidden, hidden, None, False), overwrites=True)
+    yield Call("bias_gelu_bwd_ output", bias_gelu_bwd_, (grad_hidden, hidden, bias, True), overwrites=True)
 
 
 def _of_attention(normal: Callable[..., Tensor], positive: Callable[..., Tensor], size: Size) -> Iterator[Call]:
@@ -166,13 +165,13 @@ def _of_attention(normal: Callable[..., Tensor], positive: Callable[..., Tensor]
     angles = positive(t + s, d // 2, of=torch.float32).repeat_interleave(2, dim=1)
     cos, sin = angles.cos(), angles.sin()
     alone = (cos[:s], sin[:s])
-    yield Call("qk_norm_rope_fwd two streams", flux_ops.qk_norm_rope_fwd, (*image, *text, norms, cos, sin, 1e-6))
+    yield Call("qk_norm_rope_fwd two streams", qk_norm_rope_fwd, (*image, *text, norms, cos, sin, 1e-6))
     one_stream = (*image, None, None, None, norms[:2], *alone, 1e-6)
-    yield Call("qk_norm_rope_fwd one stream", flux_ops.qk_norm_rope_fwd, one_stream)
+    yield Call("qk_norm_rope_fwd one stream", qk_norm_rope_fwd, one_stream)
     grads = [normal(b, t + s, h, d) for _ in range(3)]
     heads = [tensor.unflatten(-1, (h, d)) for tensor in (*image[:2], *text[:2])]
     rstd = positive(2, b, t + s, h)
-    bwd = flux_ops.qk_norm_rope_bwd
+    bwd = qk_norm_rope_bwd
     yield Call("qk_norm_rope_bwd two streams", bwd, (*grads, *heads, rstd, norms, cos, sin, True, False))
     yield Call("qk_norm_rope_bwd norms", bwd, (*grads, *heads, rstd, norms, cos, sin, False, True))
     single = [grad[:, :s].contiguous() for grad in grads[:2]]

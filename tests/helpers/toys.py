@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fastguard.config import (
     ModelConfig,
-    ObjectiveConfig,
     PromptsConfig,
     Recipe,
     RewardConfig,
@@ -21,6 +20,7 @@ from fastguard.config import (
     SamplerConfig,
     ScoringConfig,
     UpdateConfig,
+    objective_config,
 )
 from fastguard.prompts import Prompt
 from fastguard.rewards import RewardPool
@@ -34,7 +34,7 @@ RECIPE = Recipe(
     model=ModelConfig(),
     prompts=PromptsConfig(per_epoch=2),
     sampler=SamplerConfig(num_steps=5, shift=3.0, sde_steps=4, group_size=16, batch_size=32),
-    objective=ObjectiveConfig("grpo_guard", clip_range=1e-2),
+    objective=objective_config("grpo_guard", clip_range=1e-2),
     rewards=(RewardConfig("towards", name="towards"),),
     scoring=ScoringConfig(threads=1),
     update=UpdateConfig(

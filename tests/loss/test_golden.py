@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import cases
+from helpers import cases, own_options
 
 import fastguard as fg
-from fastguard import reference
+from fastguard.ops import transition as naive
+from fastguard.ops.sde_step import naive_sde_step
 
 DTYPES = ("float64", "float32")
 
@@ -44,9 +45,9 @@ def test_there_are_270_cases_and_the_checker_can_fail() -> None:
 def test_coefficients_means_and_samples(dtype: str) -> None:
     def outputs(case: cases.Case) -> dict[str, Any]:
         step, t = build_step(case), tensors(case)
-        old_mean = reference.transition_mean(t["x"], t["v_old"], step)
-        mean = reference.transition_mean(t["x"], t["v_new"], step)
-        sample = reference.sde_step(t["x"], t["v_old"], t["eps"], step)
+        old_mean = naive.transition_mean(t["x"], t["v_old"], step)
+        mean = naive.transition_mean(t["x"], t["v_new"], step)
+        sample = naive_sde_step(t["x"], t["v_old"], t["eps"], step)
         got = {"A": step.latents_coef, "B": step.velocity_coef, "s": step.std, "w_flow": 1 / step.dt.abs()}
         return {**got, "mu_old": old_mean, "mu_new": mean, "x_next": sample}
 
@@ -58,22 +59,22 @@ def test_reference_in_the_moment_form(dtype: str) -> None:
     def outputs(case: cases.Case) -> dict[str, Any]:
         step, t = build_step(case), tensors(case)
         advantages = torch.tensor(case["adv"], dtype=t["x"].dtype)
-        cross, drift = reference.transition_moments(t["v_new"], t["v_old"], t["eps"], step)
-        _, ref_drift = reference.transition_moments(t["v_new"], t["v_ref"], t["eps"], step)
-        log_ratio = reference.log_ratio(cross, drift)
-        normalized = reference.ratio_norm(cross, step.std)
-        clipped = reference.clip_advantages(advantages, case["adv_max"])
-        surrogate = reference.clipped_surrogate(normalized, clipped, case["clip"], case["clip"])
-        dropped = reference.divergence_masked(log_ratio, drift / 2, advantages, case["kl_thr"])
+        cross, drift = naive.moments(t["v_new"], t["v_old"], t["eps"], step)
+        _, ref_drift = naive.moments(t["v_new"], t["v_ref"], t["eps"], step)
+        log_ratio = naive.log_ratio(cross, drift)
+        normalized = naive.ratio_norm(cross, step.std)
+        clipped = naive.clip_advantages(advantages, case["adv_max"])
+        surrogate = naive.clipped_surrogate(normalized, clipped, case["clip"], case["clip"])
+        dropped = naive.divergence_masked(log_ratio, drift / 2, advantages, case["kl_thr"])
         return {
             "rn_logratio": normalized,
             "guard_ratio": normalized.exp(),
             "guard_surr": surrogate,
             "guard_loss_flow": (surrogate / step.dt.abs()).mean(),
             "fgrpo_logratio_gauss": log_ratio,
-            "fgrpo_loss_gauss": reference.clipped_surrogate(log_ratio, clipped, case["clip"], case["clip"]).mean(),
-            "kl_old": reference.gaussian_kl(drift),
-            "kl_ref": reference.gaussian_kl(ref_drift),
+            "fgrpo_loss_gauss": naive.clipped_surrogate(log_ratio, clipped, case["clip"], case["clip"]).mean(),
+            "kl_old": naive.gaussian_kl(drift),
+            "kl_ref": naive.gaussian_kl(ref_drift),
             "dppo_loss_gauss": dropped.mean(),
         }
 
@@ -83,14 +84,14 @@ def test_reference_in_the_moment_form(dtype: str) -> None:
 def test_reference_in_the_textbook_form() -> None:
     def outputs(case: cases.Case) -> dict[str, Any]:
         step, t = build_step(case), tensors(case)
-        old_mean = reference.transition_mean(t["x"], t["v_old"], step)
-        mean = reference.transition_mean(t["x"], t["v_new"], step)
-        sample = reference.sde_step(t["x"], t["v_old"], t["eps"], step)
+        old_mean = naive.transition_mean(t["x"], t["v_old"], step)
+        mean = naive.transition_mean(t["x"], t["v_new"], step)
+        sample = naive_sde_step(t["x"], t["v_old"], t["eps"], step)
         return {
-            "logp_old_gauss": reference.log_prob(sample, old_mean, step.std),
-            "logp_new_gauss": reference.log_prob(sample, mean, step.std),
-            "fgrpo_logratio_gauss": reference.log_ratio_by_subtraction(sample, mean, old_mean, step.std),
-            "rn_logratio_sub": reference.ratio_norm_by_subtraction(sample, mean, old_mean, step.std),
+            "logp_old_gauss": naive.log_prob(sample, old_mean, step.std),
+            "logp_new_gauss": naive.log_prob(sample, mean, step.std),
+            "fgrpo_logratio_gauss": naive.log_ratio_by_subtraction(sample, mean, old_mean, step.std),
+            "rn_logratio_sub": naive.ratio_norm_by_subtraction(sample, mean, old_mean, step.std),
         }
 
     assert cases.check(outputs, "float64", has_density) > 900
@@ -107,8 +108,8 @@ def loss_outputs(case: cases.Case, device: str, backend: str) -> dict[str, Any]:
     def run(suffix: str, objective: str, reweight: Any, adv_clip: float | None, name: str) -> fg.GuardLoss:
         velocity = t["v_new"].clone().requires_grad_()
         result = fg.guard_loss(
-            velocity, t["v_old"], t["eps"], advantages, step, objective=objective, clip_range=case["clip"],
-            adv_clip=adv_clip, reweight=reweight, kl_threshold=case["kl_thr"], backend=backend,
+            velocity, t["v_old"], t["eps"], advantages, step, reweight=reweight, backend=backend,
+            **own_options(objective, clip_range=case["clip"], adv_clip=adv_clip, kl_threshold=case["kl_thr"]),
         )  # fmt: skip
         result.loss.backward()
         got[f"{name}_loss_{suffix}"], got[f"{name}_grad_{suffix}"] = result.loss.detach(), velocity.grad
@@ -154,8 +155,8 @@ def loss_and_gradient(
     velocity.requires_grad_()
     result = fg.guard_loss(
         velocity, old, noise, torch.tensor(case["adv"], device=old.device), build_step(case, str(old.device)),
-        objective=objective, clip_range=case["clip"], adv_clip=case["adv_max"], kl_threshold=case["kl_thr"],
         ref_velocity=ref, kl_weight=0.01, reduction="none", backend=backend,
+        **own_options(objective, clip_range=case["clip"], adv_clip=case["adv_max"], kl_threshold=case["kl_thr"]),
     )  # fmt: skip
     (grad,) = torch.autograd.grad(result.loss, velocity, torch.linspace(0.5, -1.5, len(old)).to(result.loss))
     return fg.GuardLoss(*(value.detach().double().cpu() for value in result if value is not None)), grad.double().cpu()
@@ -217,11 +218,13 @@ def test_losses_from_means() -> None:
         for name, objective, reweight in objectives:
             velocity = t["v_new"].clone().requires_grad_()
             result = fg.guard_loss_from_means(
-                reference.sde_step(t["x"], t["v_old"], t["eps"], step),
-                reference.transition_mean(t["x"], velocity, step),
-                reference.transition_mean(t["x"], t["v_old"], step),
-                std, step.dt, torch.tensor(case["adv"], dtype=torch.float64), objective=objective, reweight=reweight,
-                clip_range=case["clip"], adv_clip=case["adv_max"], kl_threshold=case["kl_thr"],
+                naive_sde_step(t["x"], t["v_old"], t["eps"], step),
+                naive.transition_mean(t["x"], velocity, step),
+                naive.transition_mean(t["x"], t["v_old"], step),
+                std, step.dt, torch.tensor(case["adv"], dtype=torch.float64), reweight=reweight,
+                **own_options(
+                    objective, clip_range=case["clip"], adv_clip=case["adv_max"], kl_threshold=case["kl_thr"]
+                ),
             )  # fmt: skip
             result.loss.backward()
             key = "flow" if name == "guard" else suffix

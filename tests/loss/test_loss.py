@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import own_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastguard as fg
-from fastguard import ops, reference
+from fastguard.loss.objectives.flow_dppo import FlowDppo
+from fastguard.ops import registry
+from fastguard.ops import transition as naive
 
 
 def make_batch(count: int = 4, size: int = 24, dtype: torch.dtype = torch.float32, change: float = 0.05) -> Any:
@@ -48,7 +51,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_the_policy_gradient() ->
     assert (result.ratio == 1).all()
     assert not result.clipped.any()
     _, _, noise, advantages, step = batch
-    expected = reference.per_sample(-advantages * step.velocity_coef / noise.shape[1], noise) * noise
+    expected = naive.per_sample(-advantages * step.velocity_coef / noise.shape[1], noise) * noise
     torch.testing.assert_close(grad, expected)
 
 
@@ -136,7 +139,7 @@ def test_a_tensor_of_weights_and_a_reported_kl() -> None:
     torch.testing.assert_close(fg.guard_loss(*batch, reweight=weight, reduction="none").loss, weight * plain)
     ref = batch[1] + 0.1
     result, grad = loss_and_grad(batch, ref_velocity=ref, kl_type="velocity")
-    torch.testing.assert_close(result.kl, reference.velocity_kl(batch[0].detach(), ref))
+    torch.testing.assert_close(result.kl, naive.velocity_kl(batch[0].detach(), ref))
     torch.testing.assert_close(grad, loss_and_grad(batch)[1])  # reported, not weighted in
 
 
@@ -145,7 +148,7 @@ def test_advantages_are_clipped_except_for_flow_dppo() -> None:
     batch[3] = torch.tensor([-8.0, 8.0, 1.0, 0.0])
     losses = {
         (objective, adv_clip): fg.guard_loss(
-            *batch, objective=objective, adv_clip=adv_clip, reweight="none", reduction="none"
+            *batch, reweight="none", reduction="none", **own_options(objective, adv_clip=adv_clip)
         ).loss.tolist()
         for objective in ("grpo_guard", "flow_dppo")
         for adv_clip in (5.0, None)
@@ -168,8 +171,8 @@ def test_a_bad_number_stays_visible_in_its_sample_alone(where, poison, objective
     tensors = {name: tensor.to(kernel_device) for name, tensor in tensors.items()}
     velocity = tensors["velocity"].requires_grad_()
     result = fg.guard_loss(
-        velocity, *list(tensors.values())[1:], batch[4].to(kernel_device), objective=objective, clip_range=1e-4,
-        kl_threshold=0.0, reduction="none", backend=backend,
+        velocity, *list(tensors.values())[1:], batch[4].to(kernel_device), reduction="none", backend=backend,
+        **own_options(objective, clip_range=1e-4, kl_threshold=0.0),
     )  # fmt: skip
     others = [0, 2, 3]
     assert result.loss[1].isnan()
@@ -247,8 +250,8 @@ def test_gradcheck_in_float64(objective: str) -> None:
 
     def loss(velocity: Tensor) -> Tensor:
         return fg.guard_loss(
-            velocity, *batch[1:], objective=objective, clip_range=10.0, kl_threshold=10.0, ref_velocity=ref,
-            kl_weight=0.5, reduction="none",
+            velocity, *batch[1:], ref_velocity=ref, kl_weight=0.5, reduction="none",
+            **own_options(objective, clip_range=10.0, kl_threshold=10.0),
         ).loss  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, batch[0])
@@ -420,7 +423,7 @@ def test_the_defaults_of_torch_do_not_matter(dtype: torch.dtype, other_defaults)
     def results() -> list[Tensor]:
         found = []
         for objective in ("grpo_guard", "flow_grpo", "flow_dppo"):
-            options: Any = {"objective": objective, "clip_range": (0.001, 0.002), "kl_weight": 0.1}
+            options = own_options(objective, clip_range=(0.001, 0.002), kl_weight=0.1)
             found += fg.guard_loss(velocity, old, noise, advantages, step, ref_velocity=ref, **options)
             found += fg.guard_loss_from_means(
                 noise, velocity, old, 0.123, -0.045, advantages, ref_prev_sample_mean=ref, **options
@@ -484,7 +487,7 @@ def test_a_rollout_under_inference_mode_trains_as_one_under_no_grad(entry: str, 
 
     def gradient(start: Tensor, old: Tensor, noise: Tensor, advantages: Tensor, step: Any, **more: Tensor) -> Tensor:
         velocity = start.clone().requires_grad_()
-        options: Any = {"objective": objective, "reweight": more["reweight"], "kl_weight": 0.1, "clip_range": 0.5}
+        options = own_options(objective, reweight=more["reweight"], kl_weight=0.1, clip_range=0.5)
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             if entry == "guard_loss":
@@ -573,7 +576,7 @@ def test_any_shape_stride_dtype_and_scale(count, shape, dtype, permuted, scale, 
     sigma = torch.rand(count, generator=generator) * 0.8 + 0.15
     step = kind(sigma, sigma / 2)
     advantages = 3 * torch.randn(count, generator=generator)
-    options = {"objective": objective, "clip_range": clip, "reduction": "none"}
+    options = own_options(objective, clip_range=clip, reduction="none")
     result = fg.guard_loss(velocity, old, noise, advantages, step, **options)
     assert not result.loss.isnan().any()
     (grad,) = torch.autograd.grad(result.loss, velocity, torch.ones_like(result.loss))
@@ -637,7 +640,11 @@ def arguments() -> dict[str, Any]:
         ({"kl_weight": 0.1}, ValueError, "kl_weight = 0.1 needs a reference; pass ref_velocity"),
         ({"kl_weight": -0.1}, ValueError, "kl_weight must be finite and >= 0"),
         ({"kl_type": "l2", "ref_velocity": torch.zeros(4, 24)}, ValueError, "kl_type must be one of"),
-        ({"kl_threshold": -1.0}, ValueError, "kl_threshold must be >= 0"),
+        ({"objective": "flow_dppo", "kl_threshold": -1.0}, ValueError, "kl_threshold must be >= 0"),
+        ({"kl_threshold": 1.0}, ValueError, "grpo_guard has no option 'kl_threshold'; it is an option of flow_dppo"),
+        ({"clip": 1.0}, ValueError, "grpo_guard has no option 'clip'. Known: clip_range, adv_clip"),
+        ({"objective": 3}, TypeError, "objective must be a name or an Objective; got int"),
+        ({"objective": FlowDppo(), "kl_threshold": 1.0}, TypeError, "kl_threshold: options belong to a name"),
         ({"ref_velocity": torch.zeros(4, 24).half()}, TypeError, "ref_velocity is torch.float16"),
     ],
 )  # fmt: skip
@@ -664,7 +671,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch) -> None:
     monkeypatch.setattr(common, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="needs CUDA tensors; got CPU tensors"):
         fg.guard_loss(*make_batch(), backend="triton")
-    monkeypatch.setattr(ops, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(registry, "TRITON_INSTALLED", False)
     with pytest.raises(ValueError, match="triton, which is not installed"):
         fg.guard_loss(*make_batch(), backend="triton")
     fg.guard_loss(*make_batch())  # auto goes on without it
@@ -738,7 +745,7 @@ def test_transforms_of_torch_func_are_refused() -> None:
 def test_a_rounded_sample_leaves_the_first_ratio_at_one(objective: str) -> None:
     mean = torch.randn(2, 4096)
     drawn = mean + 0.2 * torch.randn(2, 4096)
-    options = {"objective": objective, "clip_range": 2e-6}
+    options = own_options(objective, clip_range=2e-6)
     for sample in (drawn, drawn.bfloat16().float()):
         result = fg.guard_loss_from_means(sample, mean.clone(), mean, 0.2, -0.1, torch.ones(2), **options)
         assert not result.log_ratio.any()

@@ -23,13 +23,13 @@ from fastguard.config import (
     HardwareConfig,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     PromptsConfig,
     Recipe,
     Recompute,
     RewardConfig,
     SamplerConfig,
     UpdateConfig,
+    objective_config,
     recompute_levels,
 )
 from fastguard.memory import (
@@ -68,7 +68,7 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
         sampler=SamplerConfig(**{"store": "device", **merged["sampler"]}),
         update=UpdateConfig(**merged["update"]),
         prompts=PromptsConfig(**merged["prompts"]),
-        objective=ObjectiveConfig(**merged["objective"]),
+        objective=objective_config(**merged["objective"]),
         hardware=HardwareConfig(**merged["hardware"]),
         lora=LoraConfig(**merged["lora"]),
         rewards=(RewardConfig("jpeg_compressibility"),),
@@ -183,7 +183,7 @@ def test_storages_are_labelled_with_the_module_and_the_operator_that_made_them()
 def reference_settings(side: int, fuse: bool, recompute: Recompute) -> PassSettings:
     """The reference measurement: adapters in bf16, 512 text tokens, one sample, RMSNorm taken apart as on a CPU."""
     return PassSettings(
-        as_built(ModelConfig(height=side, width=side, fuse=fuse)), LoraConfig(), ObjectiveConfig(), max_tokens=512,
+        as_built(ModelConfig(height=side, width=side, fuse=fuse)), LoraConfig(), objective_config(), max_tokens=512,
         micro_batch=1, recompute=recompute, accumulate=False, adapter_dtype=torch.bfloat16, cuda_kernels=False,
     )  # fmt: skip
 
@@ -463,7 +463,7 @@ def test_peaks_rise_with_the_batch_and_fall_with_recomputation() -> None:
         assert less.kept < more.kept
         assert less.peak < more.peak
     assert runs[-1].kept < 0.3 * runs[1].kept
-    sampled = rollout_pass(PassSettings(as_built(small.model), small.lora, ObjectiveConfig(), 32, 8, "none"))
+    sampled = rollout_pass(PassSettings(as_built(small.model), small.lora, objective_config(), 32, 8, "none"))
     assert sampled.at_peak["activations"] < runs[1].kept
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastguard.blocks import reference
+from fastguard.ops import adaln as formulas
+from fastguard.ops.gated_residual import gated_residual as gated_residual_formula
 
 EPS = 1e-6
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -71,14 +72,14 @@ def run_formula(case: dict[str, Any], stored: Tensor | None, double: bool) -> di
     x, residual = inputs["x"].requires_grad_(), inputs["residual"].requires_grad_()
     outputs = {}
     if stored is None:
-        normed = reference.adaln(x, scale, shift, EPS).to(dtype)
+        normed = formulas.adaln(x, scale, shift, EPS).to(dtype)
         grads = torch.autograd.grad(normed, (x, scale, shift), inputs["grad"])
     else:
-        summed = reference.gated_residual(x, residual, gate).to(dtype)
+        summed = gated_residual_formula(x, residual, gate).to(dtype)
         outputs["summed"] = summed.detach()
         # The gradient passes through the rounding, whose result is put in the place of the sum.
         summed = summed + (stored.detach().to(summed) - summed).detach()
-        normed = reference.adaln(summed, scale, shift, EPS).to(dtype)
+        normed = formulas.adaln(summed, scale, shift, EPS).to(dtype)
         upstream = [inputs["grad"], inputs["grad_summed"]]
         leaves = (x, scale, shift, residual, gate)
         *grads, outputs["grad_residual"], outputs["grad_gate"] = torch.autograd.grad((normed, summed), leaves, upstream)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastguard.blocks import reference
+from fastguard.ops import gated_residual as formulas
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Of the stream, the branch, and the gate.
@@ -48,7 +48,7 @@ def run_formula(case: dict[str, Tensor], double: bool) -> dict[str, Tensor]:
     """The reference and its gradients by autograd, in float64 or in the dtypes of the case."""
     inputs = {key: value.detach().cpu().double() if double else value.detach() for key, value in case.items()}
     y, gate = inputs["y"].requires_grad_(), inputs["gate"].requires_grad_()
-    out = reference.gated_residual(inputs["x"], y, gate)
+    out = formulas.gated_residual(inputs["x"], y, gate)
     grad_y, grad_gate = torch.autograd.grad(out, (y, gate), inputs["grad"].to(out.dtype))
     return {"out": out.detach().to(inputs["x"].dtype), "grad_y": grad_y, "grad_gate": grad_gate}
 

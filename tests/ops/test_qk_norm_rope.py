@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastguard.blocks import reference
+from fastguard.ops import qk_norm_rope as formulas
 
 EPS = 1e-6
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -82,7 +82,7 @@ def run_backward(case: dict[str, Any], forward: tuple[Tensor, ...], rotated: boo
 
 def eager_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As it is commonly run: in float32, and rounded."""
-    return reference.rope(x.float(), cos, sin).to(x.dtype)
+    return formulas.rope(x.float(), cos, sin).to(x.dtype)
 
 
 def run_formula(case: dict[str, Any], double: bool) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def run_formula(case: dict[str, Any], double: bool) -> dict[str, Tensor]:
     cos, sin = (case[key].cpu().double() if double else case[key] for key in ("cos", "sin"))
     has_text = parts[3] is not None
     if double:
-        q, k, v = reference.qk_norm_rope(*parts[:3], tuple(parts[3:]) if has_text else None, norms, cos, sin, EPS)
+        q, k, v = formulas.qk_norm_rope(*parts[:3], tuple(parts[3:]) if has_text else None, norms, cos, sin, EPS)
     else:
         heads = [None if part is None else part.unflatten(-1, (-1, size)) for part in parts]
         for i, place in enumerate((0, 1, 3, 4)[: len(norms)]):

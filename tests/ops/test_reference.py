@@ -9,7 +9,8 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
 import fastguard as fg
-from fastguard import reference
+from fastguard.ops import transition as naive
+from fastguard.ops.sde_step import naive_sde_step
 
 
 @pytest.fixture
@@ -31,31 +32,31 @@ STEPS = [
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.kind)
 def test_density_and_kl_agree_with_torch_distributions(step: fg.Transition, batch: dict[str, torch.Tensor]) -> None:
-    old_mean = reference.transition_mean(batch["latents"], batch["old_velocity"], step)
-    mean = reference.transition_mean(batch["latents"], batch["velocity"], step)
-    sample = reference.sde_step(batch["latents"], batch["old_velocity"], batch["noise"], step)
-    scale = reference.per_sample(step.std, mean)
+    old_mean = naive.transition_mean(batch["latents"], batch["old_velocity"], step)
+    mean = naive.transition_mean(batch["latents"], batch["velocity"], step)
+    sample = naive_sde_step(batch["latents"], batch["old_velocity"], batch["noise"], step)
+    scale = naive.per_sample(step.std, mean)
     new, old = (Independent(Normal(m, scale), 2) for m in (mean, old_mean))
     size = mean[0].numel()
 
-    torch.testing.assert_close(reference.log_prob(sample, mean, step.std), new.log_prob(sample) / size)
-    cross, drift = reference.transition_moments(batch["velocity"], batch["old_velocity"], batch["noise"], step)
-    torch.testing.assert_close(reference.log_ratio(cross, drift), (new.log_prob(sample) - old.log_prob(sample)) / size)
-    torch.testing.assert_close(reference.gaussian_kl(drift), kl_divergence(new, old) / size)
+    torch.testing.assert_close(naive.log_prob(sample, mean, step.std), new.log_prob(sample) / size)
+    cross, drift = naive.moments(batch["velocity"], batch["old_velocity"], batch["noise"], step)
+    torch.testing.assert_close(naive.log_ratio(cross, drift), (new.log_prob(sample) - old.log_prob(sample)) / size)
+    torch.testing.assert_close(naive.gaussian_kl(drift), kl_divergence(new, old) / size)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.kind)
 def test_textbook_and_moment_form_agree_in_value_and_gradient(step, batch) -> None:
     velocity = batch["velocity"].requires_grad_()
-    old_mean = reference.transition_mean(batch["latents"], batch["old_velocity"], step)
-    sample = reference.sde_step(batch["latents"], batch["old_velocity"], batch["noise"], step)
-    mean = reference.transition_mean(batch["latents"], velocity, step)
-    cross, drift = reference.transition_moments(velocity, batch["old_velocity"], batch["noise"], step)
-    from_means = reference.moments_from_means(sample, mean, old_mean, step.std)
+    old_mean = naive.transition_mean(batch["latents"], batch["old_velocity"], step)
+    sample = naive_sde_step(batch["latents"], batch["old_velocity"], batch["noise"], step)
+    mean = naive.transition_mean(batch["latents"], velocity, step)
+    cross, drift = naive.moments(velocity, batch["old_velocity"], batch["noise"], step)
+    from_means = naive.moments_from_means(sample, mean, old_mean, step.std)
     upstream = torch.tensor([0.3, -1.1, 2.0], dtype=torch.float64)
     for textbook, moments in (
-        (reference.log_ratio_by_subtraction(sample, mean, old_mean, step.std), reference.log_ratio(cross, drift)),
-        (reference.ratio_norm_by_subtraction(sample, mean, old_mean, step.std), reference.ratio_norm(cross, step.std)),
+        (naive.log_ratio_by_subtraction(sample, mean, old_mean, step.std), naive.log_ratio(cross, drift)),
+        (naive.ratio_norm_by_subtraction(sample, mean, old_mean, step.std), naive.ratio_norm(cross, step.std)),
         (from_means[0], cross),
         (from_means[1], drift),
     ):
@@ -72,9 +73,9 @@ def test_the_left_shift_and_its_repair() -> None:
     old = torch.randn((1, size), dtype=torch.float64, generator=generator).expand(count, size)
     velocity = old + 0.3 * torch.randn((1, size), dtype=torch.float64, generator=generator)
     noise = torch.randn((count, size), dtype=torch.float64, generator=generator)
-    cross, drift = reference.transition_moments(velocity, old, noise, step)
+    cross, drift = naive.moments(velocity, old, noise, step)
     standard_error = math.sqrt(drift[0].item() / size / count)
-    assert abs(reference.log_ratio(cross, drift).mean().item() + drift[0].item() / 2) < 4 * standard_error
-    assert abs(reference.ratio_norm(cross, step.std).mean().item()) < 4 * standard_error * step.std[0].item()
+    assert abs(naive.log_ratio(cross, drift).mean().item() + drift[0].item() / 2) < 4 * standard_error
+    assert abs(naive.ratio_norm(cross, step.std).mean().item()) < 4 * standard_error * step.std[0].item()
     assert drift[0].item() / 2 > 20 * standard_error  # so the shift is seen, were it not repaired
     assert cross.var().item() == pytest.approx(drift[0].item() / size, rel=0.05)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import own_options
 from torch import Tensor
 
 import fastguard as fg
-from fastguard import ops, reference
+from fastguard.ops import transition as naive
+from fastguard.ops.transition import transition_sums
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OBJECTIVES = ["grpo_guard", "flow_grpo", "flow_dppo"]
@@ -44,20 +46,20 @@ def reference_loss(batch: dict[str, Any], **options: Any) -> tuple[dict[str, Ten
     velocity.requires_grad_()
     advantages = batch["advantages"].cpu().double()
     exact = fg.Transition(step.kind, *(c.double() for c in (step.latents_coef, step.velocity_coef, step.std, step.dt)))
-    cross, drift = reference.transition_moments(velocity, old, noise, exact)
+    cross, drift = naive.moments(velocity, old, noise, exact)
     low, high = options["clip_range"]
     if options["objective"] == "flow_dppo":
-        log_ratio = reference.log_ratio(cross, drift)
-        policy = reference.divergence_masked(log_ratio, drift / 2, advantages, options["kl_threshold"])
+        log_ratio = naive.log_ratio(cross, drift)
+        policy = naive.divergence_masked(log_ratio, drift / 2, advantages, options["kl_threshold"])
     else:
         guard = options["objective"] == "grpo_guard"
-        log_ratio = reference.ratio_norm(cross, exact.std) if guard else reference.log_ratio(cross, drift)
-        policy = reference.clipped_surrogate(log_ratio, advantages.clamp(-5, 5), low, high)
+        log_ratio = naive.ratio_norm(cross, exact.std) if guard else naive.log_ratio(cross, drift)
+        policy = naive.clipped_surrogate(log_ratio, advantages.clamp(-5, 5), low, high)
     weight = {"none": 1.0, "inverse_dt": 1 / exact.dt.abs(), "equalized": 1 / exact.velocity_coef.abs()}
     loss = policy * weight[options["reweight"]]
-    _, ref_drift = reference.transition_moments(velocity, ref, noise, exact)
+    _, ref_drift = naive.moments(velocity, ref, noise, exact)
     gaussian = options.get("kl_type", "gaussian") == "gaussian"
-    kl = reference.gaussian_kl(ref_drift) if gaussian else reference.velocity_kl(velocity, ref)
+    kl = naive.gaussian_kl(ref_drift) if gaussian else naive.velocity_kl(velocity, ref)
     loss = loss + options["kl_weight"] * kl
     upstream = torch.linspace(0.5, -1.5, len(loss), dtype=torch.float64)
     (gradient,) = torch.autograd.grad(loss, velocity, upstream)
@@ -70,7 +72,7 @@ def assert_matches_reference(batch: dict[str, Any], backend: str, **options: Any
     velocity = batch["velocity"].detach().requires_grad_()
     result = fg.guard_loss(
         velocity, batch["old_velocity"], batch["noise"], batch["advantages"], batch["step"],
-        ref_velocity=batch["ref_velocity"], reduction="none", backend=backend, **options,
+        ref_velocity=batch["ref_velocity"], reduction="none", backend=backend, **own_options(**options),
     )  # fmt: skip
     upstream = torch.linspace(0.5, -1.5, len(result.loss), device=velocity.device)
     (got,) = torch.autograd.grad(result.loss, velocity, upstream)
@@ -119,11 +121,11 @@ def test_every_option(dtype, objective, reweight, kl_weight, kl_type, backend, k
 def test_means_agree_with_velocities(objective, backend, kernel_device, poisoned) -> None:
     batch = make_batch((3, 5000), torch.float32, kernel_device)
     step, latents = batch["step"], torch.randn(3, 5000, device=kernel_device)
-    options = {"objective": objective, "clip_range": 1e-3, "kl_weight": 0.1, "backend": backend}
-    old_mean = reference.transition_mean(latents, batch["old_velocity"], step)
-    mean = reference.transition_mean(latents, batch["velocity"], step).requires_grad_()
-    ref_mean = reference.transition_mean(latents, batch["ref_velocity"], step)
-    sample = old_mean + reference.per_sample(step.std, latents) * batch["noise"]
+    options = {**own_options(objective, clip_range=1e-3), "kl_weight": 0.1, "backend": backend}
+    old_mean = naive.transition_mean(latents, batch["old_velocity"], step)
+    mean = naive.transition_mean(latents, batch["velocity"], step).requires_grad_()
+    ref_mean = naive.transition_mean(latents, batch["ref_velocity"], step)
+    sample = old_mean + naive.per_sample(step.std, latents) * batch["noise"]
     means = fg.guard_loss_from_means(
         sample, mean, old_mean, step.std, step.dt, batch["advantages"], ref_prev_sample_mean=ref_mean, **options
     )
@@ -139,7 +141,7 @@ def test_means_agree_with_velocities(objective, backend, kernel_device, poisoned
     torch.testing.assert_close(means.loss, velocities.loss, rtol=1e-5, atol=1e-5)
     means.loss.backward()
     velocities.loss.backward()
-    chained = mean.grad * reference.per_sample(step.velocity_coef, latents)
+    chained = mean.grad * naive.per_sample(step.velocity_coef, latents)
     torch.testing.assert_close(chained, velocity.grad, rtol=1e-3, atol=1e-4 * velocity.grad.abs().max().item())
 
 
@@ -158,10 +160,10 @@ def test_a_program_that_takes_several_tiles(kernel_device, monkeypatch) -> None:
 
     batch = make_batch((2, 50_000), torch.float32, kernel_device)
     tensors = [batch[key] for key in ("velocity", "old_velocity", "noise", "ref_velocity")]
-    many = ops.transition_sums(*tensors, False, "triton")
+    many = transition_sums(*tensors, False, "triton")
     monkeypatch.setattr(transition, "MAX_PARTIALS", 3)
-    few = ops.transition_sums(*tensors, False, "triton")
-    exact = ops.transition_sums(*(t.double() for t in tensors), False, "torch")
+    few = transition_sums(*tensors, False, "triton")
+    exact = transition_sums(*(t.double() for t in tensors), False, "torch")
     for sums in (few, many):
         torch.testing.assert_close(sums[1:].double(), exact[1:], rtol=1e-6, atol=0)
         torch.testing.assert_close(sums[0].double(), exact[0], rtol=0, atol=1e-6 * float(exact[1].max()) * 50)
@@ -230,7 +232,7 @@ def test_slices_that_are_not_aligned(offset, backend, kernel_device) -> None:
     exact = fg.Transition(
         step.kind, *(c.cpu().double() for c in (step.latents_coef, step.velocity_coef, step.std, step.dt))
     )
-    cross, drift = reference.transition_moments(*(t.cpu().double() for t in (velocity, old, noise)), exact.expand(3))
+    cross, drift = naive.moments(*(t.cpu().double() for t in (velocity, old, noise)), exact.expand(3))
     torch.testing.assert_close(result.drift.cpu().double(), drift, rtol=2e-6, atol=0)
     torch.testing.assert_close(result.cross.cpu().double(), cross, rtol=0, atol=2e-6 * float(drift.max().sqrt()))
 

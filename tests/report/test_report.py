@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fastguard.report.page import COLORS, Line, Picture, Section, Table, plot_lines, write_page
+from fastguard.report.page import PALETTE, Line, Picture, Section, Table, plot_lines, write_page
 from fastguard.utils.grids import save_grid
 
 
@@ -59,14 +59,14 @@ def test_grid_places_tiles_by_row_and_column_with_white_gaps(tmp_path: Path) -> 
 
 
 def test_plot_draws_each_color(tmp_path: Path) -> None:
-    flow = Line("Flow-GRPO", COLORS["flow_grpo"], [0.0, 1.0], [1.0, 2.0])
-    guard = Line("GRPO-Guard", COLORS["grpo_guard"], [0.0, 1.0], [2.0, 1.0])
+    flow = Line("Flow-GRPO", PALETTE[1], [0.0, 1.0], [1.0, 2.0])
+    guard = Line("GRPO-Guard", PALETTE[0], [0.0, 1.0], [2.0, 1.0])
     both = plot_lines(tmp_path / "both.png", [flow, guard], "x", "y")
     one = plot_lines(tmp_path / "one.png", [flow], "x", "y")
     # The legend's line is opaque, so its exact color must be there.
-    assert colored_pixels(both, COLORS["flow_grpo"]) > 50
-    assert colored_pixels(both, COLORS["grpo_guard"]) > 50
-    assert colored_pixels(one, COLORS["grpo_guard"]) == 0
+    assert colored_pixels(both, PALETTE[1]) > 50
+    assert colored_pixels(both, PALETTE[0]) > 50
+    assert colored_pixels(one, PALETTE[0]) == 0
 
 
 @pytest.mark.parametrize("yscale", ["log", "symlog"])

@@ -19,7 +19,6 @@ from fastguard.config import (
     LoraConfig,
     ModelConfig,
     MonitorConfig,
-    ObjectiveConfig,
     PromptsConfig,
     Recipe,
     RewardConfig,
@@ -27,6 +26,7 @@ from fastguard.config import (
     SamplerConfig,
     ScoringConfig,
     UpdateConfig,
+    objective_config,
 )
 from fastguard.recipe import as_dict
 from fastguard.report.data import TrainingRun, read_run
@@ -41,7 +41,7 @@ RECIPE = Recipe(
     run=RunConfig(epochs=4),
     prompts=PromptsConfig(per_epoch=4),
     sampler=SamplerConfig(num_steps=6, sde_steps=3, group_size=6),
-    objective=ObjectiveConfig(clip_range=2e-6),
+    objective=objective_config(clip_range=2e-6),
     rewards=(RewardConfig("jpeg_compressibility"),),
     monitor=MonitorConfig(every=2, gold=(RewardConfig("clipscore", name="gold judge"),)),
 )
@@ -236,7 +236,7 @@ def test_a_ratio_that_is_not_1_at_the_first_update_is_pointed_out(tmp_path: Path
     [(2e-6, "no change is needed"), (1e-5, "clips less than 10%: try 2e-06"), (1e-7, "clips more than 30%: try 2e-06")],
 )
 def test_clip_advice_compares_what_was_used_with_what_was_measured(used: float, verdict: str) -> None:
-    recipe = replace(RECIPE, objective=ObjectiveConfig(clip_range=used))
+    recipe = replace(RECIPE, objective=objective_config(clip_range=used))
     advice = " ".join(clip_advice(in_memory([epoch_log(i) for i in range(8)], recipe)))
     assert f"objective.clip_range = {used:g} was used" in advice
     assert "5.0% of the transitions with a positive advantage and 15% of those with a negative one" in advice
@@ -255,7 +255,7 @@ def test_clip_advice_where_the_ratio_hardly_moves() -> None:
 
 
 def test_clip_advice_is_for_objectives_and_updates_that_clip(tmp_path: Path) -> None:
-    masked = replace(RECIPE, objective=ObjectiveConfig("flow_dppo"))
+    masked = replace(RECIPE, objective=objective_config("flow_dppo"))
     (advice,) = clip_advice(in_memory([epoch_log(0)], masked))
     assert "kl_threshold = 1e-05 masked 5.0%" in advice
     assert "Clip ranges, as measured" not in titles(

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, brightness, pool, towards
 from torch import Tensor, nn
 
-from fastguard.config import MonitorConfig, ObjectiveConfig, Recipe, RewardConfig
+from fastguard.config import MonitorConfig, ObjectiveConfig, Recipe, RewardConfig, objective_config
 from fastguard.demo.backbone import DigitBackbone
 from fastguard.demo.model import DigitPolicy
 from fastguard.rewards import RewardError
@@ -62,9 +62,9 @@ def transitions_of(backbone: Any, recipe: Recipe) -> list[RolloutBatch]:
 @pytest.mark.parametrize(
     "objective",
     [
-        ObjectiveConfig("grpo_guard", clip_range=1e-2),
-        ObjectiveConfig("flow_grpo", clip_range=5e-2, reweight="none"),
-        ObjectiveConfig("flow_dppo", kl_threshold=1e-2, reweight="none"),
+        objective_config("grpo_guard", clip_range=1e-2),
+        objective_config("flow_grpo", clip_range=5e-2, reweight="none"),
+        objective_config("flow_dppo", kl_threshold=1e-2, reweight="none"),
     ],
     ids=lambda o: o.name,
 )
@@ -142,7 +142,7 @@ def test_gradient_is_the_textbook_policy_gradient() -> None:
     policy = ToyPolicy()
     batch = RolloutBatch.cat(transitions_of(ToyBackbone(policy), RECIPE))
     advantages = torch.randn(len(batch), generator=torch.Generator().manual_seed(0))
-    objective = ObjectiveConfig("flow_grpo", clip_range=0.5, reweight="none")
+    objective = objective_config("flow_grpo", clip_range=0.5, reweight="none")
     (gradient,) = torch.autograd.grad(policy_loss(policy, batch, advantages, objective).loss, [policy.image])
 
     a, b, s = (c[:, None, None] for c in (batch.step.latents_coef, batch.step.velocity_coef, batch.step.std))

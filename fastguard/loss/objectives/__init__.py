@@ -1,0 +1,47 @@
+"""The objectives by name: a plain table. A new one is a file beside this one, and its import and row here.
+
+The classes are imported at once, since torch.compile cannot trace an import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from fastguard.loss.objectives.base import Objective, Scope, Terms
+from fastguard.loss.objectives.flow_dppo import FlowDppo
+from fastguard.loss.objectives.flow_grpo import FlowGrpo
+from fastguard.loss.objectives.grpo_guard import GrpoGuard
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "grpo_guard": GrpoGuard,
+    "flow_grpo": FlowGrpo,
+    "flow_dppo": FlowDppo,
+}
+DEFAULT_OBJECTIVE = "grpo_guard"
+OPTIONS = {name: tuple(field.name for field in fields(objective)) for name, objective in OBJECTIVES.items()}
+"""The names of each objective's own options."""
+
+__all__ = ["DEFAULT_OBJECTIVE", "OBJECTIVES", "OPTIONS", "Objective", "Scope", "Terms", "build_objective"]
+
+
+def build_objective(name: str, **options: Any) -> Objective:
+    """An objective of `OBJECTIVES` with its own options; its class documents them.
+
+    Raises:
+        ValueError: for a name, an option or a value that there is not; lists the known ones.
+        TypeError: for an option of another type.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {name!r}")
+    for option in options:
+        if option not in OPTIONS[name]:
+            raise ValueError(unknown_option(name, option))
+    return OBJECTIVES[name](**options)
+
+
+def unknown_option(name: str, option: str) -> str:
+    """What is wrong with an option that an objective does not have, in words."""
+    others = [other for other in OBJECTIVES if option in OPTIONS[other]]
+    elsewhere = f"; it is an option of {', '.join(others)}" if others else ""
+    return f"{name} has no option {option!r}{elsewhere}. Known: {', '.join(OPTIONS[name])}"

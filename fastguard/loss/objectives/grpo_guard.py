@@ -1,0 +1,23 @@
+"""GRPO-Guard: PPO's clipped surrogate on the normalized ratio (arXiv 2510.22319, Eq. 8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastguard.loss.objectives.base import FusedEpilogue, Ratio
+from fastguard.loss.objectives.clipped import Clipped
+
+
+@dataclass(frozen=True)
+class GrpoGuard(Clipped):
+    """RatioNorm: the log-ratio is `s cross`, which has mean 0 and the same variance at every step.
+
+    Its gradient reweighting (Eq. 12) is `reweight="inverse_dt"` of the loss.
+    """
+
+    title: ClassVar[str] = "GRPO-Guard"
+    ratio: ClassVar[Ratio] = "normalized"
+
+    def fused(self) -> FusedEpilogue:
+        return FusedEpilogue(0, **self.limits())

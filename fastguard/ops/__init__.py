@@ -1,0 +1,1 @@
+"""The operators: one file each, with its formula, its torch version, the operator and the autograd Function."""

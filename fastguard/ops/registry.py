@@ -1,0 +1,168 @@
+"""From tensors to registered operators: which backend runs, and what autograd Functions have in common.
+
+An operator is one function: the torch version, run under fake tensors, is also its fake implementation, and its Triton
+half has the same name in `fastguard.kernels`. They are registered with `torch.library`, so that
+`torch.compile(fullgraph=True)`, fake tensors and `opcheck` see one node each. Public functions validate first; nothing
+here does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, wraps
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+# Looked up without importing triton, which takes a second.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is accumulated in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype of the arithmetic; per-sample rows (B, C) become (B, 1, C)."""
+    dtype = compute_dtype(tensors[0].dtype)
+    return [(t if t.ndim > 2 else t[:, None]).to(dtype) for t in tensors]
+
+
+def resolve_backend(backend: str, tensor: Tensor) -> str:
+    """'triton' or 'torch' for the latents at hand. A backend asked for by name is taken or refused, never replaced.
+
+    `auto` takes Triton on CUDA where it is installed, and torch elsewhere and for float64.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
+    if backend == "torch":
+        return "torch"
+    if backend == "auto":
+        return "triton" if tensor.is_cuda and tensor.dtype in TRITON_DTYPES and TRITON_INSTALLED else "torch"
+    if not TRITON_INSTALLED:
+        raise ValueError("backend='triton' needs the package triton, which is not installed; use backend='torch'")
+    if tensor.dtype not in TRITON_DTYPES:
+        raise ValueError(
+            f"backend='triton' takes bfloat16, float16 and float32; got {tensor.dtype}; use backend='torch'"
+        )
+    if tensor.device.type == "cpu":
+        from fastguard.kernels.common import interpreted
+
+        if not interpreted():
+            raise ValueError(
+                "backend='triton' needs CUDA tensors; got CPU tensors. Use backend='torch', or set "
+                "TRITON_INTERPRET=1 before triton is first imported to run the kernels in its interpreter"
+            )
+    return "triton"
+
+
+def operator(
+    triton: str | Callable[..., Any], mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """Register a torch function as `fastguard::<its name>`, with the backend ("auto", "triton", "torch") as a last
+    argument.
+
+    `torch.library.custom_op` does the same at 5 us more a call.
+
+    Args:
+        triton: module in `fastguard.kernels` with a function of the same name and positional arguments; or the function
+            itself, which imports its kernels when it is called.
+        mutates: arguments that are written.
+        fake: gives tensors of the results' shapes. Needed only where the torch version loops over a size: torch.compile
+            would make a graph for each value of it.
+    """
+
+    def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
+        name = f"fastguard::{function.__name__}"
+
+        def run(*args: Any) -> Any:
+            *inputs, backend = args
+            resolved = resolve_backend(backend, inputs[0])
+            with device_guard(inputs[0]):
+                if resolved == "torch":
+                    return function(*inputs)
+                return (_kernel(triton, function.__name__) if isinstance(triton, str) else triton)(*inputs)
+
+        arguments, results = torch.library.infer_schema(function, mutates_args=mutates).rsplit(") -> ", 1)
+        torch.library.define(name, f"{arguments}, str backend) -> {results}", tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "CompositeExplicitAutograd", run)
+        torch.library.register_fake(name, lambda *args: (fake or function)(*args[:-1]))
+        return getattr(torch.ops.fastguard, function.__name__).default
+
+    return register
+
+
+@cache
+def _kernel(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"fastguard.kernels.{module}"), name)
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def refuse_double_backward(what: str) -> None:
+    """Gradients are on in a backward pass only under create_graph=True; ours would enter that graph as constants."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{what} can be differentiated once; its backward pass does not support create_graph=True")
+
+
+def refuse_transforms(what: str) -> None:
+    """PyTorch's own message would ask the user to write a `setup_context` for our Functions."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{what} cannot run inside a transform of torch.func (grad, vmap, jvp and the like); differentiate it with "
+            "loss.backward() or torch.autograd.grad"
+        )
+
+
+def savable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as `save_for_backward` takes them: one made under `torch.inference_mode` becomes an ordinary tensor.
+
+    A rollout under `inference_mode` makes tensors that autograd refuses to save. The ordinary tensor shares their
+    memory, so nothing is copied, and hooks of saved tensors see it as they see any other. As for every tensor of
+    `inference_mode`, autograd cannot notice that its values were changed before the backward pass.
+
+    Compiled code has to go without: dynamo cannot ask whether a tensor was made under `inference_mode`.
+    """
+    return tuple(_ordinary(tensor) for tensor in tensors)
+
+
+def _ordinary(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return tensor  # a subclass may keep its values elsewhere than in its own storage
+    layout = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*layout)
+
+
+def autocast_to(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives matmuls now, or None where it is off."""
+    kind = device.type
+    # Autocast does not know the meta device, and raises.
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def backward_of_blocks(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward of a Function: it runs in the dtypes of its forward, whatever autocast says by then, and
+    once."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        refuse_double_backward("a fused Flux block")
+        device = next(grad.device for grad in grads if grad is not None)
+        if autocast_to(device) is None:
+            return backward(ctx, *grads)
+        with torch.autocast(device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return run

@@ -1,0 +1,470 @@
+"""The transition: from velocities (or means) and the rollout's noise to a loss and its gradient.
+
+Axes: B sample; all further axes are elements, D of them per sample. With `eps` the rollout's noise and
+`w = (mu_new - mu_old) / s = B (v - v_old) / s` the whitened drift, two numbers per sample carry everything
+(docs/math.md):
+
+    cross = <eps, w> / D          drift = <w, w> / D
+
+Forward is two or three inner products, backward one scaled sum of latents: no autograd graph of temporaries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastguard.ops.registry import compute_dtype, operator, refuse_double_backward, savable
+from fastguard.sde import Transition
+
+# Elements of a sample that are worked on at once: the difference of two velocities, 1 MB in float32, stays in cache.
+CHUNK = 2**18
+
+# --- formulas: differentiable by autograd, not fast; in float64 they are the truth that the kernels answer to --------
+
+
+def per_sample(coef: Tensor, like: Tensor) -> Tensor:
+    """Shape (B,) -> (B, 1, ..., 1), to multiply a tensor of `like`'s rank."""
+    return coef.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def mean_over_elements(value: Tensor) -> Tensor:
+    """(B, ...) -> (B,)."""
+    return value.flatten(1).mean(1)
+
+
+def transition_mean(latents: Tensor, velocity: Tensor, step: Transition) -> Tensor:
+    """`mu = A x + B v`, (B, ...)."""
+    return per_sample(step.latents_coef, latents) * latents + per_sample(step.velocity_coef, latents) * velocity
+
+
+def log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Gaussian log-density averaged over the elements, (B,)."""
+    whitened = (sample - mean) / per_sample(std, sample)
+    return mean_over_elements(-0.5 * whitened**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def log_ratio_by_subtraction(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+    """`log p_new - log p_old`, what public trainers clip, (B,)."""
+    return log_prob(sample, mean, std) - log_prob(sample, old_mean, std)
+
+
+def ratio_norm_by_subtraction(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+    """RatioNorm as published: `s (log r + |mu_new - mu_old|^2 / (2 s^2 D))` (arXiv 2510.22319, Eq. 8), (B,)."""
+    bias = mean_over_elements((mean - old_mean) ** 2) / (2 * std**2)
+    return std * (log_ratio_by_subtraction(sample, mean, old_mean, std) + bias)
+
+
+def moments_from_means(
+    prev_sample: Tensor, prev_sample_mean: Tensor, old_prev_sample_mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(cross, drift), each (B,), from the rolled-out sample and the two means."""
+    scale = per_sample(std, prev_sample)
+    noise = (prev_sample - old_prev_sample_mean) / scale
+    whitened = (prev_sample_mean - old_prev_sample_mean) / scale
+    return mean_over_elements(noise * whitened), mean_over_elements(whitened**2)
+
+
+def moments(velocity: Tensor, old_velocity: Tensor, noise: Tensor, step: Transition) -> tuple[Tensor, Tensor]:
+    """(cross, drift), each (B,), from the velocities and the rollout's noise: `w = B (v_new - v_old) / s`."""
+    whitened = per_sample(step.velocity_coef / step.std, velocity) * (velocity - old_velocity)
+    return mean_over_elements(noise * whitened), mean_over_elements(whitened**2)
+
+
+def log_ratio(cross: Tensor, drift: Tensor) -> Tensor:
+    """`log p_new - log p_old = cross - drift / 2`, averaged over the elements."""
+    return cross - drift / 2
+
+
+def ratio_norm(cross: Tensor, std: Tensor) -> Tensor:
+    """RatioNorm: `s (log r + drift / 2) = s cross`."""
+    return std * cross
+
+
+def clip_advantages(advantages: Tensor, adv_clip: float | None) -> Tensor:
+    return advantages if adv_clip is None else advantages.clamp(-adv_clip, adv_clip)
+
+
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """PPO's loss, `max(-a r, -a clip(r, 1 - low, 1 + high))`, (B,)."""
+    ratio = torch.exp(log_ratio)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+
+
+def divergence_masked(log_ratio: Tensor, kl_old: Tensor, advantages: Tensor, kl_threshold: float) -> Tensor:
+    """Flow-DPPO's loss: `-a r`, dropped where KL(new || old) has reached the threshold and the step moves away.
+
+    It asks for the sign of the log-ratio, since a float32 ratio rounds to 1 below 6e-8. Advantages are not clipped.
+    """
+    moves_away = ((log_ratio > 0) & (advantages > 0)) | ((log_ratio < 0) & (advantages < 0))
+    dropped = (kl_old >= kl_threshold) & moves_away
+    return torch.where(dropped, 0.0, -advantages * torch.exp(log_ratio))
+
+
+def gaussian_kl(drift: Tensor) -> Tensor:
+    """KL between two Gaussians of one std, per element: `drift / 2`. With the reference's drift, KL to it."""
+    return drift / 2
+
+
+def velocity_kl(velocity: Tensor, ref_velocity: Tensor) -> Tensor:
+    """Mean squared velocity difference, (B,): the Gaussian KL without its step-dependent factor B^2 / (2 s^2)."""
+    return mean_over_elements((velocity - ref_velocity) ** 2)
+
+
+# --- sums: the moments of a transition, up to their scale -----------------------------------------------------------
+
+
+def _triton_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
+    from fastguard.kernels.transition import transition_partials
+
+    return transition_partials(velocity, old, noise, ref, from_means=from_means).sum(-1)
+
+
+def _fake_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
+    return velocity.new_empty((2 if ref is None else 3, velocity.shape[0]), dtype=compute_dtype(velocity.dtype))
+
+
+@operator(triton=_triton_sums, fake=_fake_sums)
+def transition_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
+    """(2, B), or (3, B) with a reference: `<noise, v - v_old>`, `|v - v_old|^2`, `|v - v_ref|^2`.
+
+    With `from_means` the inputs are means and the rolled-out sample, and noise is `sample - mean_old`.
+    """
+    dtype = compute_dtype(velocity.dtype)
+    inputs = [velocity, old, noise] if ref is None else [velocity, old, noise, ref]
+    sums: list[list[Tensor]] = [[] for _ in inputs[1:]]
+
+    def rows(block: Tensor) -> Iterable[Tensor]:
+        return block.unbind() if block.dtype == dtype else (row.to(dtype) for row in block.unbind())
+
+    for blocks in zip(*(_as_rows(tensor).split(CHUNK, dim=1) for tensor in inputs), strict=True):
+        for v, v_old, eps, *v_ref in zip(*map(rows, blocks), strict=True):
+            change = v - v_old
+            # torch.dot, unlike matmul, never goes down to tf32 or bf16.
+            sums[0].append(torch.dot(eps - v_old if from_means else eps, change))
+            sums[1].append(torch.dot(change, change))
+            if v_ref:
+                change = v - v_ref[0]
+                sums[2].append(torch.dot(change, change))
+    partials = torch.stack([value for row in sums for value in row]).view(len(sums), -1, len(velocity))
+    return partials.transpose(1, 2).contiguous().sum(-1)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(B, ...) as (B, D) with contiguous rows: a view where there is one."""
+    rows = tensor.flatten(1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+class TransitionSumsFunction(torch.autograd.Function):
+    """Sums differentiable with respect to the velocity; keeps nothing but references to the caller's tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, backend: str) -> Tensor:
+        ctx.save_for_backward(*savable(velocity, old, noise, ref))
+        ctx.backend = backend
+        return transition_sums(velocity, old, noise, ref, False, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("transition_moments")
+        velocity, old, noise, ref = ctx.saved_tensors
+        alpha, beta = grad_sums[0], 2 * grad_sums[1]
+        gamma = torch.zeros_like(alpha) if ref is None else 2 * grad_sums[2]
+        coefs, one = torch.stack([alpha, beta, gamma]), torch.ones_like(alpha)
+        grad = transition_bwd(one, coefs, noise, velocity, old, ref, velocity.dtype, False, True, ctx.backend)
+        return grad, None, None, None, None
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+class Terms(NamedTuple):
+    """An objective's loss per transition and its derivatives, (N,) each."""
+
+    loss: Tensor
+    by_log_ratio: Tensor
+    """d sum(loss) / d log_ratio"""
+    by_drift: Tensor
+    """d sum(loss) / d drift, with log_ratio held"""
+    clipped: Tensor
+    """bool: whether the transition has no gradient, because it has moved too far"""
+
+
+class FusedEpilogue(NamedTuple):
+    """What the fused kernel needs of an objective that it knows; floats are runtime arguments, never compiled in."""
+
+    code: int
+    """0: clipped, on the normalized log-ratio `s cross`; 1: clipped, on `cross - drift / 2`; 2: masked by KL, on it"""
+    clip_low: float = math.inf
+    clip_high: float = math.inf
+    adv_clip: float = math.inf
+    kl_threshold: float = 0.0
+
+
+def clipped_terms(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, adv_clip: float) -> Terms:
+    """PPO's clipped surrogate, `max(-a r, -a clip(r, 1 - low, 1 + high))`, with a in +-adv_clip (arXiv 1707.06347)."""
+    # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
+    advantages = advantages.clamp(-_limit(adv_clip, log_ratio), _limit(adv_clip, log_ratio))
+    within = log_ratio.clamp(_log1p(-1, clip_low, log_ratio), _log1p(1, clip_high, log_ratio))
+    clipped = advantages * (log_ratio - within) > 0
+    loss = -advantages * torch.where(clipped, torch.exp(within), torch.exp(log_ratio))
+    return _terms(loss, log_ratio, advantages, clipped)
+
+
+def masked_terms(log_ratio: Tensor, drift: Tensor, advantages: Tensor, kl_threshold: float) -> Terms:
+    """`-a r`, or 0 where KL(new || old) = drift / 2 has reached the threshold and the transition moves away."""
+    away = ((log_ratio > 0) & (advantages > 0)) | ((log_ratio < 0) & (advantages < 0))
+    clipped = away & (drift / 2 >= kl_threshold)
+    return _terms(-advantages * torch.where(clipped, 0.0, torch.exp(log_ratio)), log_ratio, advantages, clipped)
+
+
+def _terms(loss: Tensor, log_ratio: Tensor, advantages: Tensor, clipped: Tensor) -> Terms:
+    """The terms of a loss that is proportional to the ratio where it is not clipped."""
+    # No advantage, no loss, even where the ratio overflows (0 * inf is NaN); a NaN in log_ratio stays.
+    loss = torch.where(advantages == 0, 0 * log_ratio, loss)
+    return Terms(loss, torch.where(clipped, 0.0, loss), torch.zeros_like(loss), clipped)
+
+
+def _limit(value: float, like: Tensor) -> Any:
+    """A float, or for torch.compile a 0-d tensor: it makes one graph for all factors of a tensor, but a new graph for
+    every value of an operator's float."""
+    if not torch.compiler.is_compiling():
+        return value
+    return value * torch.ones((), dtype=torch.float64, device=like.device)
+
+
+def _log1p(sign: int, value: float, like: Tensor) -> Any:
+    """`log(1 + sign value)`, as `_limit` has it; -inf below 0."""
+    if not torch.compiler.is_compiling():
+        return math.log1p(sign * value) if sign * value > -1 else -math.inf
+    return torch.log1p((sign * _limit(value, like)).clamp(min=-1))
+
+
+def epilogue(
+    sums: Tensor,
+    terms: Callable[[Tensor, Tensor], Terms],
+    velocity_coef: Tensor | None,
+    std: Tensor,
+    weight: Tensor | None,
+    n_elements: int,
+    *,
+    normalized: bool,
+    moves_drift: bool,
+    invert_weight: bool,
+    kl_weight: float,
+    velocity_kl: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From sums (2 or 3, B) to loss () or (B,), stats (5, B), coefs (3, B) and clipped (B,), as `guard_loss` has them.
+
+    Args:
+        terms: (log_ratio, drift) -> Terms, the objective with its advantages.
+        normalized: whether the log-ratio is RatioNorm's, `s cross`, rather than `cross - drift / 2`.
+        moves_drift: whether `terms.by_drift` can differ from 0.
+    """
+    # On the host each operation on these few numbers costs more than its arithmetic, so they are kept few.
+    whiten = 1 / std if velocity_coef is None else velocity_coef / std
+    drift_scale = whiten * whiten / n_elements
+    cross_scale = drift_scale if velocity_coef is None else whiten / n_elements
+    cross = cross_scale * sums[0]
+    drift = drift_scale * sums[1]
+
+    if normalized:
+        log_ratio, noise_slope = std * cross, std * cross_scale
+    else:
+        log_ratio, noise_slope = cross - drift / 2, cross_scale
+    # A sum that is not finite must not end in a clipped, plausible loss: 0 * inf is NaN.
+    log_ratio = log_ratio + 0 * (cross + drift)
+    loss, slope, by_drift, clipped = terms(log_ratio, drift)
+    if weight is not None:
+        factor = 1 / weight.abs() if invert_weight else weight
+        loss, slope = loss * factor, slope * factor
+        by_drift = by_drift * factor if moves_drift else by_drift
+
+    zero = torch.zeros_like(log_ratio)
+    kl, beta, gamma = zero, zero, zero
+    if not normalized:  # the drift is in the log-ratio
+        beta = -slope * drift_scale
+    if moves_drift:
+        beta = beta + 2 * by_drift * drift_scale
+    if len(sums) == 3:
+        kl_scale = torch.ones_like(log_ratio) / n_elements if velocity_kl else drift_scale / 2
+        kl = kl_scale * sums[2]
+        if kl_weight != 0:  # a KL that is only reported may be NaN
+            loss = loss + kl_weight * kl
+            gamma = 2 * kl_weight * kl_scale
+
+    stats = torch.stack([log_ratio, torch.exp(log_ratio), cross, drift, kl])
+    coefs = torch.stack([slope * noise_slope, beta, gamma])
+    if reduction == "mean":
+        return loss.mean(), stats, coefs / loss.shape[0], clipped
+    return loss.sum() if reduction == "sum" else loss, stats, coefs, clipped
+
+
+def _triton_loss(
+    velocity: Tensor,
+    old: Tensor,
+    noise: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    velocity_coef: Tensor | None,
+    std: Tensor,
+    weight: Tensor | None,
+    code: int,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float,
+    kl_threshold: float,
+    kl_weight: float,
+    velocity_kl: bool,
+    invert_weight: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastguard.kernels.transition import guard_epilogue, transition_partials
+
+    return guard_epilogue(
+        transition_partials(velocity, old, noise, ref, from_means=velocity_coef is None),
+        advantages,
+        velocity_coef,
+        std,
+        weight,
+        velocity[0].numel(),
+        invert_weight=invert_weight,
+        objective=code,
+        log_clip=(math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)),
+        adv_clip=adv_clip,
+        kl_threshold=kl_threshold,
+        kl_weight=kl_weight,
+        velocity_kl=velocity_kl,
+        reduction=reduction,
+    )
+
+
+@operator(triton=_triton_loss)
+def guard_loss(
+    velocity: Tensor,
+    old: Tensor,
+    noise: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    velocity_coef: Tensor | None,
+    std: Tensor,
+    weight: Tensor | None,
+    code: int,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float,
+    kl_threshold: float,
+    kl_weight: float,
+    velocity_kl: bool,
+    invert_weight: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss () or (B,); stats (5, B) rows log_ratio, ratio, cross, drift, kl; coefs (3, B) rows alpha, beta, gamma of
+    the gradient; clipped (B,) bool.
+
+    Without velocity_coef the inputs are means, as for `transition_sums`. Per-sample inputs are (B,). `code` and the
+    limits are those of `FusedEpilogue`.
+    """
+
+    def terms(log_ratio: Tensor, drift: Tensor) -> Terms:
+        if code == 2:
+            return masked_terms(log_ratio, drift, advantages, kl_threshold)
+        return clipped_terms(log_ratio, advantages, clip_low, clip_high, adv_clip)
+
+    return epilogue(
+        transition_sums(velocity, old, noise, ref, velocity_coef is None, "torch"),
+        terms,
+        velocity_coef,
+        std,
+        weight,
+        velocity[0].numel(),
+        normalized=code == 0,
+        moves_drift=False,
+        invert_weight=invert_weight,
+        kl_weight=kl_weight,
+        velocity_kl=velocity_kl,
+        reduction=reduction,
+    )
+
+
+# --- its gradient ---------------------------------------------------------------------------------------------------
+
+
+def _triton_bwd(*args: Any) -> Tensor:
+    from fastguard.kernels import transition
+
+    *tensors, from_means, has_drift = args
+    return transition.transition_bwd(*tensors, from_means=from_means, has_drift=has_drift)
+
+
+@operator(triton=_triton_bwd)
+def transition_bwd(
+    grad_loss: Tensor,
+    coefs: Tensor,
+    noise: Tensor,
+    velocity: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    dtype: torch.dtype,
+    from_means: bool,
+    has_drift: bool,
+) -> Tensor:
+    """`g (alpha noise + beta (v - v_old) + gamma (v - v_ref))`, of noise's shape, in `dtype`, contiguous."""
+    scaled = (coefs * grad_loss).view(3, -1, *([1] * (noise.ndim - 1)))
+    grad = torch.empty(noise.shape, dtype=dtype, device=noise.device)
+    if not (from_means or has_drift or ref is not None):
+        return torch.mul(noise, scaled[0], out=grad)
+    acc = grad if dtype == scaled.dtype else torch.empty(noise.shape, dtype=scaled.dtype, device=noise.device)
+    if from_means:
+        assert old is not None
+        torch.sub(noise, old, out=acc)
+        acc *= scaled[0]
+    else:
+        torch.mul(noise, scaled[0], out=acc)
+    if has_drift:
+        assert velocity is not None
+        assert old is not None
+        acc += scaled[1] * (velocity.to(acc.dtype) - old.to(acc.dtype))
+    if ref is not None:
+        assert velocity is not None
+        acc += scaled[2] * (velocity.to(acc.dtype) - ref.to(acc.dtype))
+    return grad if acc is grad else grad.copy_(acc)
+
+
+class TransitionLossFunction(torch.autograd.Function):
+    """Attaches its gradient to a loss: keeps 3 scalars per sample and what backward reads of the caller's tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        velocity: Tensor,
+        loss: Tensor,
+        coefs: Tensor,
+        noise: Tensor,
+        old: Tensor,
+        ref: Tensor | None,
+        from_means: bool,
+        has_drift: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.from_means, ctx.has_drift = from_means, has_drift
+        ctx.dtype, ctx.backend = velocity.dtype, backend
+        velocity_or_none = velocity if has_drift or ref is not None else None
+        old_or_none = old if has_drift or from_means else None
+        ctx.save_for_backward(*savable(coefs, noise, velocity_or_none, old_or_none, ref))
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("the loss")
+        coefs, noise, velocity, old, ref = ctx.saved_tensors
+        grad = transition_bwd(
+            grad_loss, coefs, noise, velocity, old, ref, ctx.dtype, ctx.from_means, ctx.has_drift, ctx.backend
+        )
+        return grad, None, None, None, None, None, None, None, None
