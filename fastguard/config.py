@@ -281,8 +281,7 @@ class ObjectiveConfig(Objective):
     """
 
     name: str = DEFAULT_OBJECTIVE
-    """the objective, which decides what other options there are; another one on the command line starts from its own
-    defaults"""
+    """the objective, which decides what options there are; naming another one starts from its defaults"""
     reweight: Reweight = "inverse_dt"
     """factor on each denoising step's loss: 1 / |dt| (GRPO-Guard), 1 / |velocity_coef|, or none (Flow-GRPO)"""
     kl_weight: float = 0.0

@@ -19,8 +19,7 @@ class Clipped(Objective):
     limit_name: ClassVar[str] = "clip_range"
 
     clip_range: ClipRange = 2e-6
-    """distance of the ratio from 1, or the distances (low, high) below and above; belongs to the objective and to the
-    number of latent elements"""
+    """distance of the ratio from 1, or (low, high); belongs to the objective and the number of latent elements"""
     adv_clip: float | None = 5.0
     """advantages are clipped to +- this many standard deviations; none leaves them"""
 
