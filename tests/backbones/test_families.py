@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -9,6 +11,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 from fastguard.backbones import FAMILIES, Family, family_of
@@ -168,3 +171,13 @@ def test_prompts_of_an_evaluation_come_after_those_of_training(recipe: Recipe, t
     monitor = MonitorConfig(every=1, file=tmp_path / "other.txt", prompts=1, gold=(gold,))
     prompts = gather_prompts(replace(recipe, monitor=monitor))
     assert [prompt.text for prompt in prompts.all][prompts.first_evaluated :] == ["a dark night"]
+
+
+def test_reading_a_recipe_imports_no_models() -> None:
+    """`fastguard train RECIPE --help` would take seconds longer."""
+    code = (
+        "import sys; from fastguard.recipe import find_recipe, load_recipe; "
+        "[load_recipe(find_recipe(name)) for name in ('digits', 'flux_lora')]; "
+        "assert not {'diffusers', 'transformers', 'peft', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=ROOT)
