@@ -12,8 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from train_step_cases import Case
 
-from fastguard.backbones.flux import FluxBackbone, prepare_transformer
-from fastguard.memory.models import meta_transformer, meta_vae, pipeline_configs
+from fastguard.backbones.flux.backbone import FluxBackbone, prepare_transformer
+from fastguard.backbones.flux.skeleton import meta_transformer, meta_vae, pipeline_configs
 from fastguard.prompts import EncodedPrompts, Prompt
 from fastguard.train.collect import images_to_sample
 from fastguard.train.rollout import RolloutBatch, rollout, training_schedule
@@ -29,8 +29,9 @@ class RandomPrompts(EncodedPrompts):
     channels: int
     pooled: int
 
-    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return torch.randn(len(indices), self.tokens, self.channels), torch.randn(len(indices), self.pooled)
+    def load(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        n = len(indices)
+        return {"embeds": torch.randn(n, self.tokens, self.channels), "pooled": torch.randn(n, self.pooled)}
 
 
 class NoRun:

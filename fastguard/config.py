@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import reduce
 from operator import or_
@@ -39,21 +40,8 @@ MOST_UPDATES = 100_000
 """Of an epoch, which writes a few hundred bytes about each of them into one line of metrics.jsonl."""
 
 Recompute = Literal["none", "pointwise", "mlp", "block"]
-FLUX_LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-)
-"""Attention and feed-forward layers of the double blocks, attention of the single blocks (179 M at rank 64)."""
+ModelKind = Literal["flux", "digits"]
+"""The names in `backbones.build.FAMILIES`, as types."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -127,7 +115,7 @@ class ModelConfig:
     each feed-forward; `block` everything (gradient checkpointing). Unfused blocks know none and block.
     """
 
-    kind: Literal["flux", "digits"] = "flux"
+    kind: ModelKind = "flux"
     """model family: a diffusers FluxPipeline, or the demo's digit model (then only `kind` and `fuse` are read)"""
     path: str = "black-forest-labs/FLUX.1-dev"
     """folder of the pipeline in diffusers' layout, or its name on the model hub"""
@@ -167,8 +155,8 @@ class LoraConfig:
     """rank of the adapters"""
     alpha: int = 128
     """scale of the adapters: their output is multiplied by alpha / rank"""
-    targets: tuple[str, ...] = FLUX_LORA_TARGETS
-    """layers that get an adapter, by the end of their names"""
+    targets: Literal["auto"] | tuple[str, ...] = "auto"
+    """layers that get an adapter, by the end of their names; auto takes the model family's own"""
 
     def __post_init__(self) -> None:
         _at_least(1, rank=self.rank, alpha=self.alpha)
@@ -551,18 +539,17 @@ class Recipe:
             f"update.minibatches = {self.update.minibatches}",
         )
 
-    def unread(self) -> dict[str, str]:
+    def unread(self, by_model: Mapping[str, str]) -> dict[str, str]:
         """`section.field` -> reason, for values that are not the default and that nothing reads.
 
         They were meant to have an effect, so that recipe.py refuses them where they are written down.
+
+        Args:
+            by_model: `section` or `section.field` -> reason, for what the model family does not read.
         """
         model, sampler, objective = self.model, self.sampler, self.objective
         unread: list[tuple[bool, str, str]] = [
-            (model.kind == "digits", "model", 'model.kind = "digits" has its own size, weights, dtype and recompute'),
-            (model.kind == "digits", "lora", 'model.kind = "digits" trains every weight'),
-            (model.kind == "digits", "prompts.file", 'model.kind = "digits" draws the ten digits'),
-            (model.kind == "digits", "prompts.max_tokens", 'model.kind = "digits" has no text encoder'),
-            (model.kind == "digits", "prompts.cache", 'model.kind = "digits" has no text encoder'),
+            *((True, path, reason) for path, reason in by_model.items()),
             (model.train == "full", "lora", 'model.train = "full" trains every weight'),
             (sampler.window != "sliding", "sampler.window_epochs", f"sampler.window = {sampler.window} does not slide"),
             (objective.kl_weight == 0, "objective.kl_type", "objective.kl_weight = 0 computes no KL"),
@@ -621,8 +608,7 @@ def _changed(recipe: Recipe, path: str) -> list[str]:
     section, _, name = path.partition(".")
     value: Any = getattr(recipe, section)
     default = type(value)()
-    always_read = ("kind", "fuse") if section == "model" else ()
-    names = [name] if name else [f.name for f in fields(value) if f.name not in always_read]
+    names = [name] if name else [f.name for f in fields(value)]
     return [f"{section}.{n}" for n in names if getattr(value, n) != getattr(default, n)]
 
 

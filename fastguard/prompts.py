@@ -1,6 +1,6 @@
-"""Prompts from a file, encoded once by CLIP and T5 and kept on disk.
+"""Prompts from a file, and their embeddings, which are encoded once and kept on disk.
 
-Axes: P prompt, T text token, C channel.
+Axis: P prompt.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastguard.utils.files import fitting, parse_json, read_text, writing
-from fastguard.utils.finite import is_finite, require_finite
+from fastguard.utils.files import parse_json, read_text, writing
 from fastguard.utils.sealed import DamagedError, clear_scratch, is_whole, load_sealed, save_sealed
 from fastguard.utils.terminal import a_few, say
 
@@ -91,13 +90,13 @@ class EncodedPrompts:
     files: Sequence[Path]
     """(P,): where the embeddings of each prompt are"""
 
-    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Embeddings (P, T, C) of T5 and (P, C) of CLIP, in the encoders' dtype on the host.
+    def load(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Embeddings (P, ...) by name, in the encoders' dtype on the host.
 
         Raises DamagedError, naming the file, for what was damaged since it was encoded or found whole.
         """
         found = [_load(self.files[index]) for index in indices]
-        return torch.stack([one["embeds"] for one in found]), torch.stack([one["pooled"] for one in found])
+        return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
 
 def _load(file: Path) -> dict[str, Tensor]:
@@ -116,19 +115,23 @@ def cache_folder(chosen: Path | None = None) -> Path:
     return folder.absolute()  # a reward may change the working directory
 
 
-def encode_prompts(
-    prompts: Sequence[Prompt], path: str, max_tokens: int, cache: Path | None, dtype: torch.dtype, device: torch.device
+Encode = Callable[[Sequence[str]], Iterable[dict[str, Tensor]]]
+"""Texts -> the embeddings of each, by name, without a batch axis."""
+
+
+def encode_once(
+    prompts: Sequence[Prompt], key: str, cache: Path | None, load_encoders: Callable[[], Encode]
 ) -> EncodedPrompts:
     """Encode what the cache does not hold yet, and free the encoders again.
 
     Args:
-        path: the pipeline whose text encoders are used; they are loaded only if something is missing.
-        max_tokens: T5 tokens per prompt.
-        cache: as in `cache_folder`; files are keyed by the encoders, their dtype, `max_tokens` and the text.
+        key: tells apart all that the embeddings depend on, but for the text.
+        cache: as in `cache_folder`.
+        load_encoders: called only if something is missing; what it returns gets `ENCODE_BATCH` texts at most at once.
 
-    Raises ValueError for encoders with weights, and prompts with embeddings, that are not finite; those are not cached.
+    Raises what these two raise; embeddings that come after an error are not cached.
     """
-    folder = cache_folder(cache) / "prompts" / _encoder_key(path, max_tokens, dtype)
+    folder = cache_folder(cache) / "prompts" / key
     files = [folder / f"{hashlib.sha256(p.text.encode()).hexdigest()[:32]}.safetensors" for p in prompts]
     texts = {file: p.text for file, p in zip(files, prompts, strict=True)}
     with writing(folder, then=ANOTHER_CACHE):
@@ -136,8 +139,7 @@ def encode_prompts(
         clear_scratch(folder)
     unusable = _unusable(list(texts))
     if unusable:
-        with fitting(f"model.path = {path!r}: what encodes the prompts"):
-            _encode([(file, texts[file]) for file in unusable], path, max_tokens, dtype, device)
+        _encode([(file, texts[file]) for file in unusable], load_encoders)
     return EncodedPrompts(prompts, files)
 
 
@@ -155,61 +157,17 @@ def _unusable(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if file not in whole]
 
 
-@torch.no_grad()
-def _encode(
-    missing: Sequence[tuple[Path, str]], path: str, max_tokens: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    from diffusers import FluxPipeline  # seconds of import, which a warm cache spares
-
-    pipe: Any = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype, use_safetensors=True)
-    pipe.to(device)
-    require_finite(pipe.text_encoder, "text_encoder", path)
-    require_finite(pipe.text_encoder_2, "text_encoder_2", path)
+def _encode(missing: Sequence[tuple[Path, str]], load_encoders: Callable[[], Encode]) -> None:
+    encode = load_encoders()
     starts = tqdm(range(0, len(missing), ENCODE_BATCH), desc="encoding prompts", unit="batch", disable=None)
     if starts.disable:  # stderr is a file or a pipe
         say(f"encoding prompts: {len(missing)}")
     for start in starts:
         part = missing[start : start + ENCODE_BATCH]
-        embeds, pooled, _ = pipe.encode_prompt([text for _, text in part], max_sequence_length=max_tokens)
-        for i, (file, text) in enumerate(part):
-            for name, encoding in (("text_encoder_2", embeds[i]), ("text_encoder", pooled[i])):
-                if not is_finite(encoding):
-                    remedy = "take another encoder" if dtype == torch.float32 else 'set model.dtype = "float32"'
-                    raise ValueError(
-                        f"{name} makes NaN or infinity of the prompt {text[:60]!r} in {dtype}, though its weights are "
-                        f"finite: {remedy}"
-                    )
+        for (file, _), embeddings in zip(part, encode([text for _, text in part]), strict=True):
             with writing(file, then=ANOTHER_CACHE):
-                save_sealed({"embeds": embeds[i].cpu().contiguous(), "pooled": pooled[i].cpu().contiguous()}, file)
-    del pipe
+                save_sealed({name: tensor.cpu().contiguous() for name, tensor in embeddings.items()}, file)
+    del encode
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def pipeline_folder(path: str) -> Path:
-    """The local folder of a pipeline: the path itself, or the hub's snapshot (downloaded if it is not there)."""
-    if Path(path).is_dir():
-        return Path(path)
-    from diffusers import DiffusionPipeline
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    missed = f": it was not downloaded to {HF_HUB_CACHE}"
-    with writing(Path(path), missed, "start again, or set HF_HOME to another folder"):
-        return Path(DiffusionPipeline.download(path, use_safetensors=True))
-
-
-def _encoder_key(path: str, max_tokens: int, dtype: torch.dtype) -> str:
-    """What the embeddings depend on: the encoders' settings and vocabularies, and the identity of their weights."""
-    digest = hashlib.sha256(f"{max_tokens} {dtype}".encode())
-    folder = pipeline_folder(path)
-    for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
-        for file in sorted((folder / name).glob("*")):
-            digest.update(f"{name}/{file.name}".encode())
-            if file.suffix in (".json", ".txt", ".model"):
-                with fitting(file):
-                    digest.update(file.read_bytes())
-            else:  # gigabytes of weights: their size and time of change stand for them
-                stat = file.stat()
-                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]

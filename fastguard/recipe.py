@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from fastguard.backbones import family_of
 from fastguard.config import OBJECTIVE_CONFIGS, Recipe, objective_config
 from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, OPTIONS, unknown_option
 from fastguard.utils.files import read_text
@@ -52,7 +53,7 @@ def load_recipe(path: Path) -> Recipe:
         if isinstance(value, str):
             content[section][name] = str(path.parent / value)
     recipe = parse_recipe(content, str(path))
-    refuse_unread(recipe, recipe.unread())
+    refuse_unread(recipe, unread_values(recipe))
     return recipe
 
 
@@ -74,8 +75,13 @@ def with_objective(recipe: Recipe, args: Sequence[str]) -> Recipe:
     )
 
 
+def unread_values(recipe: Recipe) -> dict[str, str]:
+    """`section.field` -> reason, for values that are not the default and that neither a run nor its model reads."""
+    return recipe.unread(family_of(recipe.model.kind).unread)
+
+
 def refuse_unread(recipe: Recipe, unread: Mapping[str, str]) -> None:
-    """Raise ValueError for values that are set but that nothing reads (from `Recipe.unread`)."""
+    """Raise ValueError for values that are set but that nothing reads (from `unread_values`)."""
     for field, reason in unread.items():
         section, name = field.split(".")
         value = getattr(getattr(recipe, section), name)
@@ -87,7 +93,7 @@ def overridden(recipe: Recipe, changed: Recipe) -> Recipe:
     itself is refused."""
     before = as_dict(recipe)
     unread = {}
-    for field, reason in changed.unread().items():
+    for field, reason in unread_values(changed).items():
         section, name = field.split(".")
         if as_dict(changed)[section][name] != before[section].get(name):
             unread[field] = reason

@@ -18,8 +18,9 @@ import pytest
 from helpers.deadline import deadline
 from test_recipe import numbers
 
+from fastguard.backbones.flux.parts import PARTS as FLUX
+from fastguard.backbones.flux.tiny import make_tiny_flux
 from fastguard.backbones.folder import pipeline_problems
-from fastguard.backbones.tiny import make_tiny_flux
 from fastguard.cli import parse_recipe_command
 from fastguard.config import Recipe, RewardConfig
 from fastguard.memory import passes, plan
@@ -299,7 +300,7 @@ def test_mutated_settings_of_a_pipeline_are_planned_or_refused_with_the_file(
                 planned += 1
             except ValueError as error:
                 assert_told(error, str(folder))
-            problems = list(pipeline_problems(folder))
+            problems = list(pipeline_problems(folder, FLUX))
             checked += not problems
             for problem in problems:
                 assert_told(ValueError(problem), str(folder))

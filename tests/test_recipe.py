@@ -25,7 +25,16 @@ from fastguard.config import (
     recompute_levels,
 )
 from fastguard.prompts import read_prompts
-from fastguard.recipe import as_dict, differences, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
+from fastguard.recipe import (
+    as_dict,
+    differences,
+    find_recipe,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+    totals,
+    unread_values,
+)
 from fastguard.train.build import gather_prompts
 from fastguard.train.optim import build_optimizer
 from fastguard.train.state import for_processes
@@ -319,7 +328,7 @@ def test_levels_of_recompute_are_those_of_the_blocks(tmp_path: Path) -> None:
         for level in ("auto", *recompute_levels(fuse)):
             assert ModelConfig(fuse=fuse, recompute=level).recompute == level
     digits = load_recipe(find_recipe("digits"))
-    assert replace(digits, model=replace(digits.model, fuse=False)).unread() == {}
+    assert unread_values(replace(digits, model=replace(digits.model, fuse=False))) == {}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 7, 8, 16])

@@ -8,67 +8,116 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
 import diffusers.utils.logging
+import huggingface_hub
 import torch
 import transformers.utils.logging
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from fastguard.backbones.flux import schedule_shift
+from fastguard.backbones.schedule import schedule_shift
 from fastguard.backbones.sizes import size_problems
-from fastguard.utils.files import fitting, out_of_memory, parse_json
+from fastguard.utils.files import fitting, out_of_memory, parse_json, writing
+from fastguard.utils.findings import Finding
 from fastguard.utils.terminal import a_few
 
-MODULES: dict[str, tuple[Any, str]] = {
-    "transformer": (FluxTransformer2DModel, "diffusion_pytorch_model"),
-    "vae": (AutoencoderKL, "diffusion_pytorch_model"),
-    "text_encoder": (CLIPTextModel, "model"),
-    "text_encoder_2": (T5EncoderModel, "model"),
-}
-"""Parts with weights: their class, and the name of its files."""
-TOKENIZERS: dict[str, tuple[Any, str]] = {
-    "tokenizer": (CLIPTokenizer, "text_encoder"),
-    "tokenizer_2": (T5Tokenizer, "text_encoder_2"),
-}
-"""Tokenizers: their class, and the encoder that embeds their tokens."""
-SETTINGS = {
-    ".": "model_index.json",
-    "scheduler": "scheduler_config.json",
-    **dict.fromkeys(MODULES, "config.json"),
-    **dict.fromkeys(TOKENIZERS, "tokenizer_config.json"),
-}
-"""Parts of a Flux pipeline, and the file of settings that each has."""
 AGAIN = "download it again"
 LFS_POINTER = b"version https://git-lfs"
 
 
-def check_pipeline(folder: Path) -> None:
+@dataclass(frozen=True)
+class PipelineParts:
+    """What a pipeline's folder must hold beside its `model_index.json` and its scheduler."""
+
+    modules: Mapping[str, tuple[Any, str]]
+    """parts with weights: their class, and the name of its files"""
+    tokenizers: Mapping[str, tuple[Any, str]]
+    """tokenizers: their class, and the encoder that embeds their tokens"""
+    largest: Mapping[str, Mapping[str, int]]
+    """the largest value of each size in the settings, by part; see `sizes.size_problems`"""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Each part, and its file of settings."""
+        return {
+            ".": "model_index.json",
+            "scheduler": "scheduler_config.json",
+            **dict.fromkeys(self.modules, "config.json"),
+            **dict.fromkeys(self.tokenizers, "tokenizer_config.json"),
+        }
+
+
+def pipeline_folder(path: str) -> Path:
+    """The local folder of a pipeline: the path itself, or the hub's snapshot (downloaded if it is not there)."""
+    if Path(path).is_dir():
+        return Path(path)
+    missed = f": it was not downloaded to {HF_HUB_CACHE}"
+    with writing(Path(path), missed, "start again, or set HF_HOME to another folder"):
+        return Path(DiffusionPipeline.download(path, use_safetensors=True))
+
+
+def examine_pipeline(path: str, parts: PipelineParts, download: str) -> Iterator[Finding]:
+    """Whether `model.path` is a whole pipeline, here or in the hub's cache; downloads nothing.
+
+    Args:
+        download: what to know before it is downloaded.
+    """
+    if Path(path).is_dir():
+        problems = list(pipeline_problems(Path(path), parts))
+        yield from (Finding("FAIL", problem) for problem in problems)
+        if not problems:
+            yield Finding("ok", f"{path} holds all parts of a pipeline")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        yield Finding("FAIL", f"model.path = {path!r}: there is no such folder, and it is no name on the model hub")
+    else:
+        yield _examine_hub(path, parts, download)
+
+
+def _examine_hub(name: str, parts: PipelineParts, download: str) -> Finding:
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return Finding(
+            "warn", f"{name} is no folder here: it is downloaded from the model hub at the start ({download})"
+        )
+    problems = list(pipeline_problems(folder, parts))
+    if problems:
+        return Finding(
+            "warn", f"{name} in the hub's cache lacks parts ({problems[0]}): the rest is downloaded at the start"
+        )
+    return Finding("ok", f"{name} is in the hub's cache: {folder}")
+
+
+def check_pipeline(folder: Path, parts: PipelineParts) -> None:
     """Raise ValueError, with the first of the `pipeline_problems`, unless the folder has none."""
-    problems = list(pipeline_problems(folder))
+    problems = list(pipeline_problems(folder, parts))
     if problems:
         others = f" (and {len(problems) - 1} more, which `fastguard doctor` lists)" if len(problems) > 1 else ""
         raise ValueError(f"model.path: {problems[0]}{others}")
 
 
-def pipeline_problems(folder: Path) -> Iterator[str]:
+def pipeline_problems(folder: Path, parts: PipelineParts) -> Iterator[str]:
     """What is missing, damaged or does not fit in a pipeline's folder: a sentence each, that names the file or part."""
-    for part, settings in SETTINGS.items():
+    for part, settings in parts.settings.items():
         found = list(_unreadable(folder / part, settings))
         if not found:
             try:
                 with _quiet():
-                    found = list(_part_problems(folder, part))
+                    found = list(_part_problems(folder, part, parts))
             except Exception as error:  # there is no telling what a library raises about a damaged file
                 found = [_failure(folder / part, error)]
-                if out_of_memory(error) is None and part in MODULES:
-                    found = list(_damaged_weights(folder / part, MODULES[part][1])) or found
+                if out_of_memory(error) is None and part in parts.modules:
+                    found = list(_damaged_weights(folder / part, parts.modules[part][1])) or found
         yield from found
 
 
@@ -119,33 +168,32 @@ def _unreadable(folder: Path, settings: str) -> Iterator[str]:
             yield str(error)
 
 
-def _part_problems(folder: Path, part: str) -> Iterator[str]:
-    file = folder / part / SETTINGS[part]
-    odd = list(size_problems(part, file, read_json(file)))
+def _part_problems(folder: Path, part: str, parts: PipelineParts) -> Iterator[str]:
+    file = folder / part / parts.settings[part]
+    odd = list(size_problems(parts.largest.get(part, {}), file, read_json(file)))
     if odd:
         yield from odd
-    elif part in MODULES:
-        yield from _module_problems(folder, part)
-    elif part in TOKENIZERS:
-        yield from _tokenizer_problems(folder, part)
+    elif part in parts.modules:
+        yield from _module_problems(folder, part, *parts.modules[part])
+    elif part in parts.tokenizers:
+        yield from _tokenizer_problems(folder, part, *parts.tokenizers[part])
     elif part == "scheduler":
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=part, local_files_only=True)
         shift = schedule_shift(scheduler.config, tokens=4096)
         if not 0 < shift < math.inf:
-            yield f"{folder / part / SETTINGS[part]} makes a schedule shift of {shift}, which must be positive: {AGAIN}"
+            yield f"{file} makes a schedule shift of {shift}, which must be positive: {AGAIN}"
     else:
-        yield from _index_problems(folder)
+        yield from _index_problems(file, parts)
 
 
-def _index_problems(folder: Path) -> Iterator[str]:
-    index = read_json(folder / "model_index.json")
-    for part in (*MODULES, *TOKENIZERS, "scheduler"):
+def _index_problems(file: Path, parts: PipelineParts) -> Iterator[str]:
+    index = read_json(file)
+    for part in (*parts.modules, *parts.tokenizers, "scheduler"):
         if None in (index.get(part) or [None]):
-            yield f"{folder / 'model_index.json'} names no class for {part}: {AGAIN}"
+            yield f"{file} names no class for {part}: {AGAIN}"
 
 
-def _module_problems(folder: Path, part: str) -> Iterator[str]:
-    kind, name = MODULES[part]
+def _module_problems(folder: Path, part: str, kind: Any, name: str) -> Iterator[str]:
     pickles = sorted((folder / part).glob("*.bin"))
     if pickles and not _files(folder / part, name):
         yield _pickle(pickles[0])
@@ -232,10 +280,10 @@ def _damaged_weights(folder: Path, name: str) -> Iterator[str]:
             yield f"{file} is cut short or damaged ({error}): {AGAIN}"
 
 
-def _tokenizer_problems(folder: Path, part: str) -> Iterator[str]:
+def _tokenizer_problems(folder: Path, part: str, kind: Any, encoder: str) -> Iterator[str]:
     """transformers makes a tokenizer without a vocabulary if it finds none, and every text becomes unknown tokens."""
-    kind, encoder = TOKENIZERS[part]
     own = folder / part
+    settings_file = own / "tokenizer_config.json"
     whole = kind.vocab_files_names["tokenizer_file"]
     parts = [file for file in kind.vocab_files_names.values() if file != whole]
     absent = [file for file in parts if not (own / file).is_file()]
@@ -257,12 +305,12 @@ def _tokenizer_problems(folder: Path, part: str) -> Iterator[str]:
         never = [t for t in model["vocab"] if len(t.removesuffix("</w>")) > 1 and t not in made]
         if never:
             yield f"{own} lacks merges for tokens of its vocabulary ({a_few(never)}): {AGAIN}"
-    if not list(_unreadable(folder / encoder, SETTINGS[encoder])):
-        settings = read_json(folder / encoder / SETTINGS[encoder])
+    if not list(_unreadable(folder / encoder, "config.json")):
+        settings = read_json(folder / encoder / "config.json")
         positions = settings.get("max_position_embeddings")  # of CLIP, to whose length the pipeline fills up all texts
         if positions is not None and not 2 < tokenizer.model_max_length <= positions:
             yield (
-                f"{own / SETTINGS[part]} says model_max_length = {tokenizer.model_max_length}, but {encoder} has "
+                f"{settings_file} says model_max_length = {tokenizer.model_max_length}, but {encoder} has "
                 f"{positions} positions: {AGAIN}"
             )
         embedded = settings.get("vocab_size")
@@ -288,3 +336,18 @@ def _quiet() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bars:
                 library.enable_progress_bar()
+
+
+@contextmanager
+def described_by(file: Path | None) -> Iterator[None]:
+    """Inside, what a library raises about modules that a file or folder describes becomes a ValueError that names it.
+
+    None: a known configuration, whose errors are nobody's but ours.
+    """
+    try:
+        yield
+    except Exception as error:  # there is no telling what a library raises about odd settings
+        if file is None:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"model.path: what {file} describes cannot be planned ({reason}): {AGAIN}") from error

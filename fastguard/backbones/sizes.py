@@ -13,51 +13,17 @@ MOST_CHANNELS = 65_536
 MOST_LEVELS = 16
 """Levels of a VAE, each half as wide as the one before, layers in one of them, and axes of positions."""
 
-_TEXT = {"vocab_size": 2**24}
-LARGEST: dict[str, dict[str, int]] = {
-    "transformer": {
-        "num_layers": MOST_LAYERS,
-        "num_single_layers": MOST_LAYERS,
-        **dict.fromkeys(
-            (
-                "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads",
-                "joint_attention_dim", "pooled_projection_dim", "axes_dims_rope",
-            ),
-            MOST_CHANNELS,
-        ),
-    },
-    "vae": {
-        "layers_per_block": MOST_LEVELS,
-        **dict.fromkeys(
-            ("in_channels", "out_channels", "latent_channels", "norm_num_groups", "block_out_channels", "sample_size"),
-            MOST_CHANNELS,
-        ),
-    },
-    "text_encoder": {
-        **_TEXT,
-        "num_hidden_layers": MOST_LAYERS,
-        **dict.fromkeys(
-            (
-                "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "projection_dim",
-            ),
-            MOST_CHANNELS,
-        ),
-    },
-    "text_encoder_2": {
-        **_TEXT,
-        "num_layers": MOST_LAYERS,
-        **dict.fromkeys(("d_model", "d_ff", "d_kv", "num_heads", "relative_attention_num_buckets"), MOST_CHANNELS),
-    },
-    "scheduler": {"num_train_timesteps": 1_000_000},
-}  # fmt: skip
-"""The largest value of each size, by part of a pipeline. A size that is absent has its library's default."""
 _MAY_BE_0 = ("num_layers", "num_single_layers")
 _MAY_BE_NULL = ("out_channels",)
 
 
-def size_problems(part: str, file: Path, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Sizes of a part that are no whole numbers, or that nobody means: a sentence each, that names file and key."""
-    for key, most in LARGEST.get(part, {}).items():
+def size_problems(largest: Mapping[str, int], file: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes that are no whole numbers, or that nobody means: a sentence each, that names file and key.
+
+    Args:
+        largest: the largest value of each size. A size that is absent has its library's default.
+    """
+    for key, most in largest.items():
         value = settings.get(key, 1)
         least = 0 if key in _MAY_BE_0 else 1
         if value is None and key in _MAY_BE_NULL:

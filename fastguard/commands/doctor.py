@@ -6,25 +6,24 @@ A check is a generator of findings; what it raises becomes a FAIL of that check,
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import torch
 from packaging.requirements import Requirement
 from torch import Tensor, nn
 
 from fastguard import guard_loss, sde_step
+from fastguard.backbones import family_of
 from fastguard.config import Recipe, RewardConfig
 from fastguard.ops import transition as naive
 from fastguard.ops.registry import Backend
@@ -32,8 +31,9 @@ from fastguard.ops.sde_step import naive_sde_step
 from fastguard.prompts import Prompt, cache_folder
 from fastguard.rewards import RewardPool, build_reward
 from fastguard.sde import flow_sde
-from fastguard.train.build import TINY, gather_prompts
+from fastguard.train.build import gather_prompts
 from fastguard.train.optim import build_optimizer
+from fastguard.utils.findings import Finding
 from fastguard.utils.terminal import say
 
 GIB = 2**30
@@ -49,17 +49,6 @@ OPTIONAL = {
 }
 TOLERANCE = 1e-4
 """Relative to the largest value; float32 sums over 4,096 elements differ from float64 by about 1e-6."""
-
-Level = Literal["ok", "info", "warn", "FAIL"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    level: Level
-    text: str
-
 
 Check = Callable[[], Iterator[Finding]]
 
@@ -264,64 +253,18 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
-    from fastguard.backbones.folder import pipeline_problems
-
-    path = recipe.model.path
-    if recipe.model.kind == "digits":
-        there = find_spec("sklearn") is not None
-        text = "the digit model is made on first use" + (
-            "" if there else "; it needs scikit-learn: pip install scikit-learn"
-        )
-        yield Finding("ok" if there else "FAIL", text)
-    elif path == TINY:
-        yield Finding("ok", "the tiny random pipeline is made on first use")
-    elif Path(path).is_dir():
-        problems = list(pipeline_problems(Path(path)))
-        yield from (Finding("FAIL", problem) for problem in problems)
-        if not problems:
-            yield Finding("ok", f"{path} holds all parts of a pipeline")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        yield Finding("FAIL", f"model.path = {path!r}: there is no such folder, and it is no name on the model hub")
-    else:
-        yield from _hub_model(path)
-
-
-def _hub_model(name: str) -> Iterator[Finding]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    from fastguard.backbones.folder import pipeline_problems
-
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        yield Finding(
-            "warn",
-            f"{name} is no folder here: it is downloaded from the model hub at the start (tens of GB; Flux.1-dev after "
-            "its licence is accepted on its page and `hf auth login`)",
-        )
-        return
-    problems = list(pipeline_problems(folder))
-    if problems:
-        yield Finding(
-            "warn", f"{name} in the hub's cache lacks parts ({problems[0]}): the rest is downloaded at the start"
-        )
-    else:
-        yield Finding("ok", f"{name} is in the hub's cache: {folder}")
+    yield from family_of(recipe.model.kind).examine(recipe)
 
 
 def _attention(recipe: Recipe) -> Iterator[Finding]:
-    if recipe.model.kind == "flux" and recipe.model.attention != "native":
-        from fastguard.memory.models import meta_transformer, pipeline_configs
-
-        meta_transformer(pipeline_configs(TINY), torch.float32).set_attention_backend(recipe.model.attention)
+    family_of(recipe.model.kind).check_attention(recipe.model)
     yield Finding("ok", f"model.attention = {recipe.model.attention}")
 
 
 def _processes(recipe: Recipe) -> Iterator[Finding]:
     processes, gpus = recipe.hardware.processes, torch.cuda.device_count()
-    toy = recipe.model.kind == "digits" or recipe.model.path == TINY
     if gpus == 0:
+        toy = family_of(recipe.model.kind).runs_on_cpu(recipe.model)
         yield Finding("ok" if toy else "warn", f"hardware.processes = {processes}, and no GPU here")
         return
     if processes > gpus and processes % gpus:
@@ -354,8 +297,9 @@ def _run_folder(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _disk(recipe: Recipe) -> Iterator[Finding]:
-    if recipe.model.kind == "digits":
-        yield Finding("ok", "checkpoints of the digit model take a few MB")
+    family = family_of(recipe.model.kind)
+    if family.footprint is not None:
+        yield Finding("ok", f"checkpoints of {family.describe(recipe.model)} take {family.footprint}")
         return
     one = checkpoint_bytes(recipe)
     count = recipe.run.keep_last + 1 + (recipe.monitor.every > 0)
@@ -411,7 +355,8 @@ def _reward(recipe: Recipe, config: RewardConfig, first: int | None) -> Iterator
     except (ValueError, OSError):  # a line of its own says so
         texts = [Prompt("a photo of a cat")]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (2, *_image_shape(recipe)), generator=generator, dtype=torch.uint8, device="cpu")
+    shape = family_of(recipe.model.kind).image_shape(recipe.model)
+    images = torch.randint(256, (2, *shape), generator=generator, dtype=torch.uint8, device="cpu")
     with RewardPool([(config, reward)], replace(recipe.scoring, on_failure="stop"), texts) as pool:
         pool.submit(images, torch.arange(2, device="cpu") % len(texts))
         scores = pool.collect().values[0].tolist()
@@ -422,17 +367,10 @@ def _reward(recipe: Recipe, config: RewardConfig, first: int | None) -> Iterator
     )
 
 
-def _image_shape(recipe: Recipe) -> tuple[int, int, int]:
-    if recipe.model.kind == "digits":
-        from fastguard.demo.data import IMAGE_SIZE
-
-        return 1, IMAGE_SIZE, IMAGE_SIZE
-    return 3, recipe.model.height, recipe.model.width
-
-
 def _memory(recipe: Recipe) -> Iterator[Finding]:
-    if recipe.model.kind == "digits":
-        yield Finding("ok", "the digit model takes a few MB")
+    family = family_of(recipe.model.kind)
+    if family.footprint is not None:
+        yield Finding("ok", f"{family.describe(recipe.model)} takes {family.footprint}")
         return
     from fastguard.memory import plan
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from fastguard.backbones import family_of
 from fastguard.config import LARGEST_INT, MOST_AT_ONCE, MOST_STEPS, Recipe
 from fastguard.prompts import Prompt
 from fastguard.rewards.images import to_pil
@@ -41,8 +42,9 @@ def sample_recipe(
     ):
         if not least <= value <= most:
             raise ValueError(f"{name} must lie in [{least}, {most}], got {value}")
-    if texts and recipe.model.kind == "digits":
-        raise ValueError('model.kind = "digits" draws the ten digits: leave out --prompt')
+    own_prompts = family_of(recipe.model.kind).unread.get("prompts.file")
+    if texts and own_prompts:
+        raise ValueError(f"{own_prompts}: leave out --prompt")
     recipe = with_model(recipe)
     own = [Prompt(text) for text in texts]
     prompts = Prompts(own, len(own), 0) if own else gather_prompts(recipe)

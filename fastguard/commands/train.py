@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
+from fastguard.backbones import family_of
 from fastguard.commands.plan import blocks, print_lines
 from fastguard.config import Recipe, Recompute
 from fastguard.memory import plan
@@ -70,9 +71,9 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
 def announce(recipe: Recipe) -> Recompute:
     """Print what follows from the recipe, before any weight is loaded; returns the level of model.recompute."""
     print_lines(totals(recipe))
-    if recipe.model.kind == "digits":
+    if family_of(recipe.model.kind).footprint is not None:
         print_lines([("fused blocks", "yes" if recipe.model.fuse else "no")])
-        return "none"
+        return "none" if recipe.model.recompute == "auto" else recipe.model.recompute
     predicted = plan(recipe)
     print_lines(blocks(recipe, predicted))
     verdict = "fits" if predicted.fits else "does NOT fit: `fastguard plan` suggests what would"

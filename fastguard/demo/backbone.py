@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastguard.backbones import to_pixels
-from fastguard.blocks import fuse_flux
+from fastguard.blocks import FuseReport, fuse_flux
 from fastguard.demo.cache import load_or_train
 from fastguard.demo.config import DemoConfig
 from fastguard.demo.data import NUM_CLASSES, Digits, GoldClassifier, ProxyClassifier, fit_gold, fit_proxy, load_images
@@ -61,6 +61,7 @@ class DigitBackbone:
     shift = 3.0
     num_trained_prompts = NUM_CLASSES
     has_adapters = False
+    fused: FuseReport | None = None
 
     def __init__(self, policy: DigitPolicy, fuse: bool = True) -> None:
         if fuse:

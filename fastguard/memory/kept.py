@@ -23,7 +23,7 @@ class KeptTensor:
     """Equal tensors of one kind of block."""
 
     block: str
-    """double, single, or outside: all that no block made"""
+    """kind of block ("double" or "single" of Flux), or outside: all that no block made"""
     operator: str
     """what made it: linear, attention, an operator of PyTorch (aten::...) or of this package (fastguard::...)"""
     shape: tuple[int, ...]
@@ -115,16 +115,18 @@ def compare_kept(recipe: Recipe) -> str:
     recipes = [replace(recipe, model=replace(recipe.model, fuse=fuse, recompute=level)) for fuse, level in cases]
     found = [kept_activations(each) for each in recipes]
     flops = [executed_flops(each) for each in recipes]
+    kinds = [kind for kind in found[0].blocks if kind != "outside"]
+    titles = [f"{'' if i else 'units a '}{kind} block" for i, kind in enumerate(kinds)]
+    widths = [max(len(title) + 1, 14) for title in titles]
+    header = "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
     lines = [
         f"Kept for the backward pass of a micro-batch of {recipe.micro_batch}; a unit is tokens x width x "
         f"{dtype_of(recipe.model).itemsize} bytes = {found[0].unit / 2**20:.1f} MiB",
-        f"{'':<37}{'units a double block':>21}{'single block':>14}{'GiB':>8}{'FLOPs':>8}",
+        f"{'':<37}{header}{'GiB':>8}{'FLOPs':>8}",
     ]
     for kept, done in zip(found, flops, strict=True):
-        lines.append(
-            f"{kept.title:<37}{kept.units('double'):>21.2f}{kept.units('single'):>14.2f}{kept.total / GIB:>8.2f}"
-            f"{done / flops[0]:>8.3f}"
-        )
+        units = "".join(f"{kept.units(kind):>{width}.2f}" for kind, width in zip(kinds, widths, strict=True))
+        lines.append(f"{kept.title:<37}{units}{kept.total / GIB:>8.2f}{done / flops[0]:>8.3f}")
     lines.append("FLOPs: matmuls and attention of the update, in terms of the first line's")
     return "\n\n".join(["\n".join(lines), *map(str, found)])
 

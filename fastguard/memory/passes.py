@@ -1,35 +1,28 @@
 """The program's own phases on fake tensors: encode, rollout, decode, update. Results are kept for the process's life.
 
-Axes: B image or transition, S image token, T text token, C channel, P prompt.
+The model family makes the modules; nothing here knows one. Axes: N image or transition, S image token, C channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastguard.backbones.flux import FluxBackbone, latent_grid, prepare_transformer
+from fastguard.backbones import Backbone, Skeleton, family_of
+from fastguard.backbones.folder import described_by
 from fastguard.blocks import FuseReport
 from fastguard.config import LoraConfig, ModelConfig, ObjectiveConfig, Recompute
 from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
-from fastguard.memory.models import (
-    described_by,
-    materialize,
-    meta_encoders,
-    meta_transformer,
-    meta_vae,
-    pipeline_configs,
-)
-from fastguard.prompts import ENCODE_BATCH, EncodedPrompts
+from fastguard.prompts import ENCODE_BATCH
 from fastguard.sde import Transition
 from fastguard.step import sde_step
 from fastguard.train.rollout import RolloutBatch, predict_velocity
@@ -60,18 +53,18 @@ class Weights:
     trained: Sizes
     low_precision: bool
     """whether trained weights are narrower than float32"""
-    vae: int
+    decoder: int
     """bytes"""
     text: tuple[int, int]
-    """channels of a T5 token and of CLIP's pooled vector"""
+    """elements of an encoded prompt: of each of prompts.max_tokens tokens, and of the rest"""
     latent_shape: tuple[int, int]
     """(S, C)"""
     width: int
     """channels of a token in the transformer"""
     blocks: dict[str, int]
-    """number of blocks, double and single"""
+    """number of blocks of each kind"""
     fused: FuseReport | None
-    """what `fuse_flux` makes of them"""
+    """what is fused of them"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ class Pass:
     at_peak: dict[Kind, int]
     """the peak, split"""
     kept_tensors: tuple[Label, ...] = ()
-    """what `kept` is made of; places are "double 0", ..., "single 0", ..., and "" outside of the blocks"""
+    """what `kept` is made of; places are a kind of block and a number, "double 0", and "" outside of the blocks"""
 
 
 @dataclass(frozen=True)
@@ -113,106 +106,97 @@ def dtype_of(model: ModelConfig) -> torch.dtype:
     return getattr(torch, model.dtype)
 
 
-def _prepared_transformer(
-    model: ModelConfig, lora: LoraConfig, recompute: Recompute, adapter_dtype: torch.dtype = torch.float32
-) -> tuple[Any, FuseReport | None]:
-    transformer = meta_transformer(pipeline_configs(model.path), dtype_of(model))
-    with torch.device("meta"):
-        fused = prepare_transformer(transformer, model, lora, recompute)
-    if model.train == "lora":
-        for parameter in transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(adapter_dtype)
-    return transformer, fused
+def _folder(model: ModelConfig) -> Path | None:
+    """Where the modules are described; None for a configuration that the family knows by name."""
+    return Path(model.path) if Path(model.path).is_dir() else None
 
 
 @lru_cache(maxsize=64)
 def weights_of(model: ModelConfig, lora: LoraConfig) -> Weights:
-    """Sizes of the prepared transformer and of the VAE, as the allocator rounds them.
+    """Sizes of the prepared transformer and of the decoder, as the allocator rounds them.
 
-    Raises ValueError as `pipeline_configs`, `latent_grid` and `add_lora` do.
+    Raises ValueError as `Family.skeleton`.
     """
-    configs = pipeline_configs(model.path)
-    vae = meta_vae(configs, dtype_of(model))
-    rows, columns = latent_grid(vae.config, model)
-    transformer, fused = _prepared_transformer(model, lora, "none")
-    parameters = dict(transformer.named_parameters())
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    skeleton = family_of(model.kind).skeleton(model, lora, "none")
+    decoder = skeleton.decoder
+    parameters = list(skeleton.transformer.parameters())
+    trained = [p for p in parameters if p.requires_grad]
     return Weights(
-        transformer=_sizes(parameters),
-        trained=_sizes(trained),
-        low_precision=next(iter(trained.values())).element_size() < 4,
-        vae=sum(allocated(t.nbytes) for t in (*vae.parameters(), *vae.buffers())),
-        text=(transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim),
-        latent_shape=(rows * columns, transformer.config.in_channels),
-        width=transformer.inner_dim,
-        blocks={kind: len(blocks) for kind, blocks in _block_lists(transformer)},
-        fused=fused,
+        transformer=_sizes(parameters, skeleton),
+        trained=_sizes(trained, skeleton),
+        low_precision=trained[0].element_size() < 4,
+        decoder=sum(allocated(t.nbytes) for t in (*decoder.parameters(), *decoder.buffers())),
+        text=skeleton.text,
+        latent_shape=skeleton.latent_shape,
+        width=skeleton.width,
+        blocks={kind: len(blocks) for kind, blocks in skeleton.blocks.items()},
+        fused=skeleton.fused,
     )
 
 
-def _block_lists(transformer: Any) -> Iterator[tuple[str, Any]]:
-    yield "double", transformer.transformer_blocks
-    yield "single", transformer.single_transformer_blocks
-
-
-def _sizes(parameters: dict[str, Tensor]) -> Sizes:
-    blocks: dict[str, int] = {}
-    for name, p in parameters.items():
-        part, _, rest = name.partition(".")
-        if part in ("transformer_blocks", "single_transformer_blocks"):
-            block = f"{part}.{rest.partition('.')[0]}"
-            blocks[block] = blocks.get(block, 0) + allocated(p.nbytes)
+def _sizes(parameters: Sequence[Tensor], skeleton: Skeleton) -> Sizes:
+    counted = {id(p) for p in parameters}
+    blocks = [
+        sum(allocated(p.nbytes) for p in block.parameters() if id(p) in counted)
+        for some in skeleton.blocks.values()
+        for block in some
+    ]
     return Sizes(
-        count=sum(p.numel() for p in parameters.values()),
-        n_bytes=sum(allocated(p.nbytes) for p in parameters.values()),
-        block_bytes=sum(blocks.values()),
-        largest_block=max(blocks.values(), default=0),
-        largest=max(p.numel() for p in parameters.values()),
+        count=sum(p.numel() for p in parameters),
+        n_bytes=sum(allocated(p.nbytes) for p in parameters),
+        block_bytes=sum(blocks),
+        largest_block=max(blocks, default=0),
+        largest=max(p.numel() for p in parameters),
     )
 
 
 @contextmanager
-def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tuple[FluxBackbone, LiveBytes]]:
+def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tuple[Backbone, LiveBytes]]:
     """The product's own backbone on fake weights; inside, new tensors are fake. Weights of the transformer are held.
 
     One prompt's embeddings are there, but not held: the planner counts the table of all prompts.
     """
-    model, weights = settings.model, weights_of(settings.model, settings.lora)
-    transformer, fused = _prepared_transformer(model, settings.lora, settings.recompute, settings.adapter_dtype)
-    configs = pipeline_configs(model.path)
-    vae = meta_vae(configs, dtype_of(model))
-    scheduler = SimpleNamespace(config=SimpleNamespace(use_dynamic_shifting=False, shift=1.0))
-    recipe: Any = SimpleNamespace(model=model, sampler=SimpleNamespace(decode_batch=decode_batch))
-    with described_by(configs.folder), FakeTensorMode():
+    model = settings.model
+    skeleton = family_of(model.kind).skeleton(model, settings.lora, settings.recompute)
+    transformer = skeleton.transformer
+    if model.train == "lora":
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(settings.adapter_dtype)
+    with described_by(_folder(model)), FakeTensorMode():
         if settings.cuda_kernels:
-            for name in [""] if fused is None else fused.left:  # fused blocks have kernels of their own
+            for name in [""] if skeleton.fused is None else skeleton.fused.left:  # fused blocks have their own kernels
                 use_cuda_kernels(transformer.get_submodule(name))
         materialize(transformer)
-        materialize(vae)
-        backbone = FluxBackbone(
-            transformer,
-            vae,
-            scheduler,
-            encoded=EncodedPrompts([], []),
-            num_trained_prompts=0,
-            recipe=recipe,
-            device=torch.device("cpu"),
-        )
-        channels, pooled = weights.text
-        policy = backbone.policy
-        policy.row_of = torch.empty(1, dtype=torch.int64)
-        policy.embeds = torch.empty(1, settings.max_tokens, channels, dtype=backbone.dtype)
-        policy.pooled = torch.empty(1, pooled, dtype=backbone.dtype)
+        materialize(skeleton.decoder)
+        backbone = skeleton.assemble(settings.max_tokens, decode_batch)
         live = LiveBytes()
         live.hold(transformer.parameters(), "weights")
-        for kind, blocks in _block_lists(transformer):
+        for kind, blocks in skeleton.blocks.items():
             for i, block in enumerate(blocks):
                 live.watch(block, f"{kind} {i}")
         yield backbone, live
 
 
-def _transitions(backbone: FluxBackbone, n: int, with_reference: bool) -> RolloutBatch:
+def materialize(module: nn.Module) -> None:
+    """Give a meta module empty parameters and buffers in place; under FakeTensorMode they take no memory."""
+    made: dict[int, Any] = {}
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:  # tied weights stay tied
+                    made[id(parameter)] = nn.Parameter(empty(parameter), requires_grad=parameter.requires_grad)
+                part._parameters[name] = made[id(parameter)]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = empty(buffer)
+
+
+def _transitions(backbone: Backbone, n: int, with_reference: bool) -> RolloutBatch:
     """N transitions without values."""
     latents, velocity, noise, ref = (torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype) for _ in range(4))
     index = torch.empty(n, dtype=torch.int64)
@@ -228,21 +212,18 @@ def _some_step(n: int) -> Transition:
 
 
 @lru_cache(maxsize=16)
-def encode_pass(path: str, dtype: torch.dtype, max_tokens: int) -> Pass:
-    """CLIP and T5 on a batch of `ENCODE_BATCH` prompts, one after the other, as `FluxPipeline.encode_prompt` does."""
-    configs = pipeline_configs(path)
-    clip, t5 = meta_encoders(configs, dtype)
-    with described_by(configs.folder), FakeTensorMode(), torch.no_grad():
+def encode_pass(model: ModelConfig, max_tokens: int) -> Pass:
+    """The text encoders on a batch of `ENCODE_BATCH` prompts, one after the other."""
+    encoders = family_of(model.kind).text_encoders(model, max_tokens)
+    with described_by(_folder(model)), FakeTensorMode(), torch.no_grad():
         live = LiveBytes()
-        for module in (clip, t5):
-            materialize(module)
-            live.hold((*module.parameters(), *module.buffers()), "weights")
-        clip_ids = torch.empty(ENCODE_BATCH, clip.config.max_position_embeddings, dtype=torch.int64)
-        t5_ids = torch.empty(ENCODE_BATCH, max_tokens, dtype=torch.int64)
+        for encoder in encoders:
+            materialize(encoder.module)
+            live.hold((*encoder.module.parameters(), *encoder.module.buffers()), "weights")
+        ids = [torch.empty(ENCODE_BATCH, encoder.tokens, dtype=torch.int64) for encoder in encoders]
         with live:
-            pooled = clip(clip_ids, output_hidden_states=False).pooler_output
-            embeds = t5(t5_ids, output_hidden_states=False)[0]
-            del pooled, embeds
+            kept = [encoder.embed(some) for encoder, some in zip(encoders, ids, strict=True)]
+            del kept
     return Pass(0, live.peak, live.at_peak)
 
 
@@ -265,7 +246,7 @@ DECODED_PARTS = 3
 
 @lru_cache(maxsize=64)
 def decode_pass(settings: PassSettings, decode_batch: int) -> Pass:
-    """The VAE's decoder on the `micro_batch` images of a rollout batch, `decode_batch` at once; without its weights.
+    """The decoder on the `micro_batch` images of a rollout batch, `decode_batch` at once; without its weights.
 
     Only the last parts are decoded: all are alike, and the images of the others are there.
     """
@@ -273,9 +254,9 @@ def decode_pass(settings: PassSettings, decode_batch: int) -> Pass:
     skipped = max(0, n // decode_batch - DECODED_PARTS) * decode_batch
     with _fake_backbone(settings, decode_batch) as (backbone, live):
         latents = torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype)
-        height, width = settings.model.height, settings.model.width
+        shape = family_of(settings.model.kind).image_shape(settings.model)
         with live:
-            earlier = torch.empty(skipped, 3, height, width, dtype=torch.uint8)
+            earlier = torch.empty(skipped, *shape, dtype=torch.uint8)
             torch.cat([earlier, backbone.decode(latents[skipped:])])
     return Pass(0, live.peak, live.at_peak)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastguard.config import Recipe, Recompute, objective_config, recompute_levels
+from fastguard.backbones import family_of
+from fastguard.config import ModelConfig, Recipe, Recompute, objective_config, recompute_levels
 from fastguard.memory.live import allocated
 from fastguard.memory.passes import (
     Pass,
@@ -34,7 +35,7 @@ class Phase:
     name: str
     """encode, rollout, decode or update"""
     weights: int
-    """transformer, VAE (encode: CLIP and T5), copies of trained weights on the GPU"""
+    """transformer and decoder (encode: the text encoders), copies of trained weights on the GPU"""
     gradients: int
     """with DDP's buckets"""
     optimizer: int
@@ -60,8 +61,10 @@ def limit_bytes(recipe: Recipe) -> int:
 
 
 def check_plannable(recipe: Recipe) -> None:
-    if recipe.model.kind == "digits":
-        raise ValueError('model.kind = "digits" takes a few MB: there is nothing to plan')
+    """Raise ValueError for a model that is too small to plan."""
+    kind = recipe.model.kind
+    if footprint := family_of(kind).footprint:
+        raise ValueError(f'model.kind = "{kind}" takes {footprint}: there is nothing to plan')
 
 
 def resolve_recompute(recipe: Recipe) -> Recompute:
@@ -101,8 +104,10 @@ def planned_phases(recipe: Recipe, recompute: Recompute) -> tuple[Phase, ...]:
 
 def _encode(recipe: Recipe) -> Phase:
     """Before anything else is loaded; nothing if all prompts are in the cache."""
-    run = encode_pass(recipe.model.path, dtype_of(recipe.model), recipe.prompts.max_tokens)
-    return Phase("encode", run.at_peak["weights"], 0, 0, run.at_peak.get("activations", 0) + LIBRARY_BYTES, 0)
+    model = recipe.model
+    run = encode_pass(ModelConfig(kind=model.kind, path=model.path, dtype=model.dtype), recipe.prompts.max_tokens)
+    weights, activations = (run.at_peak.get(kind, 0) for kind in ("weights", "activations"))
+    return Phase("encode", weights, 0, 0, activations + LIBRARY_BYTES, 0)
 
 
 def _rollout(recipe: Recipe, weights: Weights) -> Phase:
@@ -134,7 +139,7 @@ def _resident(recipe: Recipe, weights: Weights, name: str, run: Pass, swaps: boo
     held = _swapped(recipe, weights) if swaps else 0
     return Phase(
         name,
-        weights=_sharded_weights(recipe, weights) + weights.vae + copies + held,
+        weights=_sharded_weights(recipe, weights) + weights.decoder + copies + held,
         gradients=_buckets(recipe, weights.trained),
         optimizer=state.device,
         activations=run.at_peak.get("activations", 0) + LIBRARY_BYTES,
@@ -153,7 +158,7 @@ def _update(recipe: Recipe, weights: Weights, recompute: Recompute) -> Phase:
     buckets = _buckets(recipe, weights.trained)
     resident = Phase(
         "update",
-        weights=_sharded_weights(recipe, weights) + weights.vae + copies,
+        weights=_sharded_weights(recipe, weights) + weights.decoder + copies,
         gradients=gradients + buckets,
         optimizer=state.device,
         activations=state.temporaries + LIBRARY_BYTES,

@@ -72,7 +72,7 @@ class MemoryPlan:
 def plan(recipe: Recipe) -> MemoryPlan:
     """Predict the peak memory of each phase by running the program on fake tensors; needs no GPU and no weights.
 
-    Raises ValueError for the digit model, and for a `model.path` whose configuration is not at hand.
+    Raises ValueError for a model that is too small to plan, and for a `model.path` whose configuration is not at hand.
     """
     check_plannable(recipe)
     recompute = resolve_recompute(recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastguard.backbones import family_of
 from fastguard.report.data import read_run
 from fastguard.report.page import Section, write_page
 from fastguard.report.pictures import (
@@ -51,7 +52,7 @@ def write_run_report(run: Path) -> Path:
     ]
     told = [s for s in sections if s.paragraphs or s.points or s.table or s.pictures]
     model = found.recipe.model
-    what = "the demo's digit model" if model.kind == "digits" else f"{model.path} ({model.train})"
+    what = family_of(model.kind).describe(model)
     rewards = ", ".join(reward.label for reward in found.recipe.rewards)
     lead = (
         f"{found.recipe.objective.name} on {what}, rewarded by {rewards}: {found.done} of {planned_epochs(found)} done."

@@ -9,6 +9,7 @@ from dataclasses import fields
 from statistics import fmean, median
 from typing import Any
 
+from fastguard.backbones import family_of
 from fastguard.config import Recipe
 from fastguard.recipe import totals
 from fastguard.report.data import TrainingRun
@@ -162,13 +163,9 @@ def _where_weights_are(run: TrainingRun) -> str:
         folder = checkpoint_of(run.path, "newest") / "diffusers"
     except ValueError:
         return "There are no trained weights: no checkpoint was saved."
-    if run.recipe.model.kind == "digits":
-        how = ""
-    elif run.recipe.model.train == "lora":
-        how = f'; load them with pipe.load_lora_weights("{folder}")'
-    else:
-        how = f'; load them with FluxTransformer2DModel.from_pretrained("{folder}")'
-    return f"Newest trained weights: {folder}{how}."
+    model = run.recipe.model
+    line = family_of(model.kind).how_to_load(model, folder)
+    return f"Newest trained weights: {folder}" + (f"; load them with {line}." if line else ".")
 
 
 def reward_text(run: TrainingRun) -> list[str]:

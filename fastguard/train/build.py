@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 
-from fastguard.backbones import Backbone
+from fastguard.backbones import Backbone, family_of
 from fastguard.blocks import FuseReport
 from fastguard.config import Recipe, Recompute
-from fastguard.prompts import Prompt, cache_folder, encode_prompts, pipeline_folder, read_prompts
-
-TINY = "tiny"
-"""model.path of the random pipeline that is made on first use."""
+from fastguard.prompts import Prompt, read_prompts
 
 
 def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -51,10 +47,7 @@ class Prompts:
 
 def gather_prompts(recipe: Recipe) -> Prompts:
     """Read the prompt files. Raises ValueError if there are fewer prompts than the recipe asks for."""
-    if recipe.model.kind == "digits":
-        trained = [Prompt(str(digit), {"digit": digit}) for digit in range(10)]
-    else:
-        trained = read_prompts(recipe.prompts.file)
+    trained = family_of(recipe.model.kind).read_prompts(recipe)
     own = recipe.monitor.every and recipe.monitor.file is not None
     evaluated = read_prompts(recipe.monitor.file) if own and recipe.monitor.file is not None else trained
     for field, wanted, there in (
@@ -67,31 +60,16 @@ def gather_prompts(recipe: Recipe) -> Prompts:
 
 
 def with_model(recipe: Recipe) -> Recipe:
-    """The recipe with a model that is on this machine: makes the tiny random pipeline if it is asked for."""
-    if recipe.model.kind != "flux" or recipe.model.path != TINY:
-        return recipe
-    from fastguard.backbones.tiny import make_tiny_flux
-
-    folder = make_tiny_flux(cache_folder(recipe.prompts.cache) / "tiny_flux")
-    return replace(recipe, model=replace(recipe.model, path=str(folder)))
+    """The recipe with a model that is on this machine; one that can be made here is made."""
+    return family_of(recipe.model.kind).prepare(recipe)
 
 
 def load_backbone(recipe: Recipe, prompts: Prompts, accelerator: Accelerator, recompute: Recompute) -> Backbone:
-    """Check the pipeline's files, encode the prompts, free the encoders, then load what is trained."""
-    if recipe.model.kind == "digits":
-        from fastguard.demo.backbone import DigitBackbone
-
-        return DigitBackbone.load(accelerator.device, recipe.model.fuse)
-    from fastguard.backbones.flux import FluxBackbone
-    from fastguard.backbones.folder import check_pipeline
-
-    dtype = getattr(torch, recipe.model.dtype)
+    """Check the model's files, encode the prompts, free the encoders, then load what is trained."""
+    family = family_of(recipe.model.kind)
     with accelerator.main_process_first():
-        check_pipeline(pipeline_folder(recipe.model.path))
-        encoded = encode_prompts(
-            prompts.all, recipe.model.path, recipe.prompts.max_tokens, recipe.prompts.cache, dtype, accelerator.device
-        )
-    backbone = FluxBackbone.load(recipe, encoded, prompts.trained, accelerator.device, recompute)
+        encoded = family.encode(recipe, prompts.all, accelerator.device)
+    backbone = family.load(recipe, encoded, prompts.trained, accelerator.device, recompute)
     if accelerator.is_main_process:
         print_exceptions(backbone.fused)
     return backbone

@@ -21,10 +21,13 @@ from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 from fastguard import prompts as prompts_module
-from fastguard.backbones.flux import FluxBackbone, FluxPolicy, LowPrecisionLinear, add_lora, latent_grid
-from fastguard.backbones.tiny import make_tiny_flux
+from fastguard.backbones.flux import Flux
+from fastguard.backbones.flux.backbone import FluxBackbone, FluxPolicy, latent_grid
+from fastguard.backbones.flux.encoding import encode_prompts
+from fastguard.backbones.flux.tiny import make_tiny_flux
+from fastguard.backbones.lora import LowPrecisionLinear, add_lora
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
-from fastguard.prompts import EncodedPrompts, Prompt, encode_prompts, read_prompts
+from fastguard.prompts import EncodedPrompts, Prompt, read_prompts
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.train.build import gather_prompts, load_backbone
 from fastguard.train.rollout import initial_latents, ode_schedule, predict_velocity, rollout, training_schedule
@@ -77,7 +80,8 @@ def pipe(folder: Path) -> Any:
 
 
 def test_prompts_are_encoded_as_the_pipeline_does(encoded: EncodedPrompts, pipe: Any, recipe: Recipe) -> None:
-    embeds, pooled = encoded.load([3, 1])
+    loaded = encoded.load([3, 1])
+    embeds, pooled = loaded["embeds"], loaded["pooled"]
     texts = [encoded.prompts[i].text for i in (3, 1)]
     expected, expected_pooled, _ = pipe.encode_prompt(texts, max_sequence_length=recipe.prompts.max_tokens)
     assert torch.allclose(embeds, expected, atol=1e-5)
@@ -110,7 +114,7 @@ def test_what_is_cached_is_not_encoded_again(folder: Path, tmp_path: Path, monke
     cut.write_bytes(cut.read_bytes()[:-10])
     encode("a", "b")
     assert asked[4:] == [["a"]]
-    assert first.load([0])[0].shape == (1, 16, 32)
+    assert first.load([0])["embeds"].shape == (1, 16, 32)
 
 
 def test_the_encoders_are_freed(recipe: Recipe, tmp_path: Path) -> None:
@@ -212,11 +216,11 @@ def test_adapters_are_pefts_own_in_float32(pipe: Any) -> None:
     config = LoraConfig(rank=4, alpha=8)
     ours, theirs = copy.deepcopy(pipe.transformer), copy.deepcopy(pipe.transformer)
     torch.manual_seed(0)
-    add_lora(ours, config)
+    add_lora(ours, config, Flux.lora_targets)
     torch.manual_seed(0)
     theirs.requires_grad_(False)
     theirs.add_adapter(
-        PeftLoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=list(config.targets))
+        PeftLoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=list(Flux.lora_targets))
     )
     mine, peft = dict(ours.named_parameters()), dict(theirs.named_parameters())
     assert mine.keys() == peft.keys()
@@ -237,7 +241,7 @@ def test_adapters_are_pefts_own_in_float32(pipe: Any) -> None:
 
 def test_a_target_that_names_no_layer_is_refused(pipe: Any) -> None:
     with pytest.raises(ValueError, match=r"lora\.targets: no linear layer .* \['attn.to_z'\]"):
-        add_lora(copy.deepcopy(pipe.transformer), LoraConfig(rank=2, targets=("attn.to_q", "attn.to_z")))
+        add_lora(copy.deepcopy(pipe.transformer), LoraConfig(rank=2, targets=("attn.to_q", "attn.to_z")), ())
 
 
 def move(backbone: FluxBackbone) -> dict[str, Tensor]:
@@ -363,7 +367,8 @@ def test_adapters_have_their_strength_without_the_files_header_too(
     @torch.no_grad()
     def velocity(transformer: Any) -> Tensor:
         policy = FluxPolicy(transformer, 8, 8, recipe.model.guidance)
-        policy.set_prompts([0, 1], *encoded.load([0, 1]))
+        loaded = encoded.load([0, 1])
+        policy.set_prompts([0, 1], loaded["embeds"], loaded["pooled"])
         return policy(latents, torch.tensor([0.3, 0.9]), torch.tensor([0, 1]))
 
     trained = velocity(backbone.policy.transformer)
@@ -373,7 +378,7 @@ def test_adapters_have_their_strength_without_the_files_header_too(
     metadata = json.loads(header["lora_adapter_metadata"])
     # Equal runs write equal bytes: several entries, and sets, come in an order of chance.
     assert len(header) == 1
-    assert metadata["transformer.target_modules"] == sorted(recipe.lora.targets)
+    assert metadata["transformer.target_modules"] == sorted(Flux.lora_targets)
     for with_header in (True, False):
         if not with_header:
             save_file(load_file(file), file)

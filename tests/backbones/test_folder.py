@@ -16,8 +16,9 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from fastguard import cli
-from fastguard.backbones.folder import SETTINGS, pipeline_problems
-from fastguard.backbones.tiny import _bytes_vocabulary
+from fastguard.backbones.flux.parts import PARTS
+from fastguard.backbones.flux.tiny import _bytes_vocabulary
+from fastguard.backbones.folder import pipeline_problems
 from fastguard.commands import doctor
 from fastguard.config import Recipe
 from fastguard.recipe import find_recipe, load_recipe
@@ -147,7 +148,7 @@ def embeds_fewer(folder: Path) -> None:
     resize_clip(folder, 200)
 
 
-SETTINGS_FILES = [str(Path(part) / name) for part, name in SETTINGS.items()]
+SETTINGS_FILES = [str(Path(part) / name) for part, name in PARTS.settings.items()]
 BREAKAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     **{f"{p} lacks a weight": (lacks(p), (f"{p} ", f"1 missing ({KEYS[p]})")) for p in KEYS},
     **{f"{p} has one too many": (knows_another(p), (f"{p} ", "1 unexpected (extra)")) for p in KEYS},
@@ -235,12 +236,12 @@ def test_the_command_line_says_it_in_one_line(folder: Path, tmp_path: Path, caps
 def test_files_that_no_loader_reads_are_passed_over(folder: Path) -> None:
     (folder / "vae" / "._config.json").write_bytes(b"\x00\x05\x16\x07")  # what macOS leaves on foreign disks
     (folder / "vae" / "notes.json").write_text("[1]")
-    assert not list(pipeline_problems(folder))
+    assert not list(pipeline_problems(folder, PARTS))
 
 
 def test_whole_folders_of_every_layout_pass(folder: Path, recipe: Recipe) -> None:
     """As the public repositories have them: shards, older names, tied weights twice, other parts' keys."""
-    assert not list(pipeline_problems(folder))
+    assert not list(pipeline_problems(folder, PARTS))
     sharded(folder)
     old_clip(folder)
     clip = load_file(folder / WEIGHTS["text_encoder"])
@@ -256,7 +257,7 @@ def test_whole_folders_of_every_layout_pass(folder: Path, recipe: Recipe) -> Non
     save_file({key: t.bfloat16() for key, t in vae.items()}, folder / WEIGHTS["vae"], metadata={"format": "pt"})
     (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_text(LFS)  # a variant that nothing loads
     (folder / "my_prompts.json").write_text("[]")
-    assert not list(pipeline_problems(folder))
+    assert not list(pipeline_problems(folder, PARTS))
     load(recipe)
 
 
@@ -270,7 +271,7 @@ def test_looking_changes_no_settings_of_the_libraries(folder: Path) -> None:
     save_file(half, folder / WEIGHTS["transformer"])
     # A width of 2**32 raises while diffusers has bfloat16 as the default.
     is_set("transformer/config.json", num_attention_heads=65_536, attention_head_dim=65_536)(folder)
-    assert next(pipeline_problems(folder)).startswith(f"{folder / 'transformer'} ")
+    assert next(pipeline_problems(folder, PARTS)).startswith(f"{folder / 'transformer'} ")
     assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
     assert torch.get_default_dtype() == torch.float32
 

@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastguard as fg
-from fastguard.backbones.tiny import make_tiny_flux
+from fastguard.backbones.flux.tiny import make_tiny_flux
 from fastguard.blocks import flux as flux_blocks
 from fastguard.blocks import linear
 from fastguard.ops.adaln import adaln

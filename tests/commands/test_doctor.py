@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastguard.memory
-from fastguard.backbones.tiny import make_tiny_flux
+from fastguard.backbones.flux.tiny import make_tiny_flux
 from fastguard.commands import doctor
 from fastguard.commands.doctor import Finding, checkpoint_bytes, examine
 from fastguard.config import (

@@ -17,11 +17,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from fastguard.backbones.flux import FluxBackbone
+from fastguard.backbones.flux.backbone import FluxBackbone
+from fastguard.backbones.flux.encoding import encode_prompts
+from fastguard.backbones.flux.parts import PARTS
 from fastguard.backbones.folder import pipeline_problems
 from fastguard.commands.train import announce
 from fastguard.config import Recipe
-from fastguard.prompts import EncodedPrompts, Prompt, encode_prompts, fingerprint, read_prompts
+from fastguard.prompts import EncodedPrompts, Prompt, fingerprint, read_prompts
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.train.build import gather_prompts, load_backbone
 from fastguard.utils.files import fitting, parse_json
@@ -78,7 +80,7 @@ def test_every_json_file_of_a_pipeline_is_named(folder: Path, text: str) -> None
         file.write_text(text)
     index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(text)
-    problems = list(pipeline_problems(folder))
+    problems = list(pipeline_problems(folder, PARTS))
     assert len(named) == 10
     for file in (*named, index):
         assert sum(problem.startswith(f"{file} is cut short or no JSON (it ") for problem in problems) == 1
@@ -120,7 +122,7 @@ def test_a_pickle_is_refused_by_name_and_never_opened(folder: Path, part: str) -
     (safe,) = (folder / part).glob("*.safetensors")
     torch.save(load_file(safe), folder / part / PICKLES[part])
     safe.unlink()
-    (problem,) = pipeline_problems(folder)
+    (problem,) = pipeline_problems(folder, PARTS)
     assert f"{folder / part / PICKLES[part]} is a pickle, which can run code, and is never opened: download" in problem
     recipe = recipe_for(folder)
     with pytest.raises((OSError, ValueError)):  # the loaders do not open it either, without the check
@@ -136,7 +138,7 @@ def test_an_index_of_safetensors_leads_to_no_pickle(folder: Path, part: str) -> 
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, PICKLES[part])}
     (folder / part / f"{safe.name}.index.json").write_text(json.dumps(index))
     safe.unlink()
-    (problem,) = pipeline_problems(folder)
+    (problem,) = pipeline_problems(folder, PARTS)
     assert f"{folder / part / PICKLES[part]} is a pickle" in problem
 
 
@@ -164,7 +166,7 @@ def test_weights_beyond_memory_are_named(folder: Path, part: str) -> None:
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
     os.truncate(file, 8 + len(text) + last + size)
-    (problem,) = pipeline_problems(folder)
+    (problem,) = pipeline_problems(folder, PARTS)
     assert problem.startswith(f"{folder / part} does not fit into memory (")
     assert "\n" not in problem
 

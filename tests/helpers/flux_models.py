@@ -11,7 +11,8 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastguard.backbones.flux import add_lora
+from fastguard.backbones.flux import Flux
+from fastguard.backbones.lora import add_lora
 from fastguard.config import LoraConfig as OurLoraConfig
 
 LEVELS = ["none", "pointwise", "mlp", "block"]
@@ -39,7 +40,7 @@ def make_transformer(train: str = "full", **config: Any) -> Any:
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     if train == "lora":
-        add_lora(model, OurLoraConfig(rank=4, alpha=6.0))
+        add_lora(model, OurLoraConfig(rank=4, alpha=6.0), Flux.lora_targets)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.1)

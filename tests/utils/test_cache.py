@@ -22,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastguard import prompts as prompts_module
-from fastguard.backbones import tiny
-from fastguard.backbones.tiny import make_tiny_flux
+from fastguard.backbones.flux import tiny
+from fastguard.backbones.flux.encoding import encode_prompts
+from fastguard.backbones.flux.tiny import make_tiny_flux
+from fastguard.backbones.folder import pipeline_folder
 from fastguard.commands.sample import sample_recipe
 from fastguard.demo import cache as demo_cache
 from fastguard.demo.config import ClassifierConfig
-from fastguard.prompts import EncodedPrompts, Prompt, encode_prompts
+from fastguard.prompts import EncodedPrompts, Prompt
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.utils import sealed
 from fastguard.utils.sealed import DamagedError, clear_scratch, is_whole, load_sealed, save_sealed, scratch
@@ -131,7 +133,7 @@ def test_an_entry_in_anothers_place_is_encoded_anew(encode: Callable[..., Encode
     before = encoded.load([0, 1])
     shutil.copy(encoded.files[1], encoded.files[0])
     after = encode("a cat", "a dog").load([0, 1])
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert same(after, before)
 
 
 def test_the_cache_may_be_moved(encode: Callable[..., EncodedPrompts], tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def flipped_entries(encode: Callable[..., EncodedPrompts], count: int, seed: int
     for i in range(count):
         flip(file, rng.randrange(8 + header if i % 2 else size))
         after = encode("a cat", "a dog").load([0, 1])
-        used += not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        used += not same(after, before)
         assert is_whole(file)  # it was replaced
     return count, used
 
@@ -193,8 +195,8 @@ def test_entries_of_earlier_versions_are_encoded_anew(encode: Callable[..., Enco
     """They have no digest, and the same name."""
     encoded = encode("a")
     before = encoded.load([0])
-    save_file({"embeds": before[0][0] + 1, "pooled": before[1][0]}, encoded.files[0])
-    assert torch.equal(encode("a").load([0])[0], before[0])
+    save_file({"embeds": before["embeds"][0] + 1, "pooled": before["pooled"][0]}, encoded.files[0])
+    assert torch.equal(encode("a").load([0])["embeds"], before["embeds"])
 
 
 @pytest.mark.parametrize("how", ["flipped", "removed", "replaced"])
@@ -513,7 +515,7 @@ def test_no_room_for_a_download_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(DiffusionPipeline, "download", full)
     with pytest.raises(OSError, match=r"some/flux: the disk is full: it was not downloaded to .*, or set HF_HOME"):
-        prompts_module.pipeline_folder("some/flux")
+        pipeline_folder("some/flux")
 
 
 # --- equal runs
@@ -525,7 +527,7 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 from types import SimpleNamespace
 from helpers.flux_models import ONE_OF_EACH, make_transformer
-from fastguard.backbones.flux import FluxBackbone
+from fastguard.backbones.flux.backbone import FluxBackbone
 from fastguard.utils.sharding import trained_parameters
 transformer = make_transformer("lora", **ONE_OF_EACH)
 backbone = object.__new__(FluxBackbone)

@@ -6,7 +6,6 @@ Axes: B image, S image token, T text token, C channel.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,23 +14,21 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from huggingface_hub import save_torch_state_dict
-from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastguard.backbones import to_pixels
+from fastguard.backbones.base import to_pixels
+from fastguard.backbones.flux import Flux
+from fastguard.backbones.lora import ADAPTER, add_lora
+from fastguard.backbones.schedule import schedule_shift
 from fastguard.blocks import FuseReport, fuse_flux
-from fastguard.blocks.linear import LowPrecisionLinear
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
 from fastguard.prompts import EncodedPrompts, Prompt
 from fastguard.utils.files import fitting
 from fastguard.utils.finite import require_finite
 
-ADAPTER = "default"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 """diffusers' name for the files of a model."""
 
@@ -77,38 +74,6 @@ class FluxPolicy(nn.Module):
         )[0]
 
 
-def add_lora(transformer: Any, config: LoraConfig) -> None:
-    """Freeze the transformer and add adapters in float32 that compute in the activations' dtype.
-
-    Raises ValueError for a target that names no linear layer.
-    """
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    missing = [t for t in config.targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-    if missing:
-        raise ValueError(f"lora.targets: no linear layer of the transformer is called {missing}")
-    transformer.requires_grad_(False)
-    adapters = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        init_lora_weights="gaussian",
-        target_modules=list(config.targets),
-    )
-    transformer.add_adapter(adapters, adapter_name=ADAPTER)
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False
-            for part in (layer.lora_A, layer.lora_B):
-                linear = part[ADAPTER]
-                assert isinstance(linear, nn.Linear)
-                part[ADAPTER] = _low_precision(linear)
-
-
-def _low_precision(linear: nn.Linear) -> LowPrecisionLinear:
-    replacement = LowPrecisionLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    replacement.weight = nn.Parameter(linear.weight.detach().float())
-    return replacement
-
-
 def prepare_transformer(
     transformer: Any, model: ModelConfig, lora: LoraConfig, recompute: Recompute
 ) -> FuseReport | None:
@@ -122,7 +87,7 @@ def prepare_transformer(
     if recompute not in (levels := recompute_levels(model.fuse)):
         raise ValueError(f"model.fuse = {model.fuse} knows recompute = {', '.join(levels)}; got {recompute!r}")
     if model.train == "lora":
-        add_lora(transformer, lora)
+        add_lora(transformer, lora, Flux.lora_targets)
     else:
         transformer.requires_grad_(True)
     report = None
@@ -147,22 +112,8 @@ def latent_grid(vae_config: Any, model: ModelConfig) -> tuple[int, int]:
     return model.height // factor, model.width // factor
 
 
-def schedule_shift(scheduler_config: Any, tokens: int) -> float:
-    """The factor s of the schedule s t / (1 + (s - 1) t) that diffusers would use for this many image tokens."""
-    if not scheduler_config.use_dynamic_shifting:
-        return float(scheduler_config.shift)
-    mu = calculate_shift(
-        tokens,
-        scheduler_config.base_image_seq_len,
-        scheduler_config.max_image_seq_len,
-        scheduler_config.base_shift,
-        scheduler_config.max_shift,
-    )
-    return math.exp(mu)
-
-
 class FluxBackbone:
-    """Flux.1-dev, or any pipeline of its kind; the protocol is `backbones.Backbone`.
+    """Flux.1-dev, or any pipeline of its kind; the protocol is `backbones.base.Backbone`.
 
     Args:
         transformer: on the device and already prepared by `prepare_transformer`.
@@ -221,8 +172,9 @@ class FluxBackbone:
 
     def load_prompts(self, prompt_indices: Iterable[int]) -> None:
         indices = sorted(set(prompt_indices))
-        embeds, pooled = self._encoded.load(indices)
-        self.policy.set_prompts(indices, embeds.to(self._device, self.dtype), pooled.to(self._device, self.dtype))
+        encoded = self._encoded.load(indices)
+        embeds, pooled = (encoded[name].to(self._device, self.dtype) for name in ("embeds", "pooled"))
+        self.policy.set_prompts(indices, embeds, pooled)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,22 +1,31 @@
-"""The real modules of a Flux pipeline at full size, without weights: configurations, meta modules, fake tensors."""
+"""The real modules of a Flux pipeline at full size, without weights: configurations and meta modules, for the planner.
+
+Axes: B image, S image token, T text token, C channel.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from fastguard.backbones.folder import AGAIN, read_json
+from fastguard.backbones.base import Skeleton, TextEncoder
+from fastguard.backbones.flux import TINY
+from fastguard.backbones.flux.backbone import FluxBackbone, latent_grid, prepare_transformer
+from fastguard.backbones.flux.parts import PARTS
+from fastguard.backbones.flux.tiny import _pipeline
+from fastguard.backbones.folder import described_by, read_json
 from fastguard.backbones.sizes import size_problems
-from fastguard.backbones.tiny import _pipeline
+from fastguard.config import LoraConfig, ModelConfig, Recompute
+from fastguard.prompts import EncodedPrompts
 
 FLUX_TRANSFORMER = {
     "patch_size": 1,
@@ -95,12 +104,12 @@ def pipeline_configs(path: str) -> PipelineConfigs:
             raise ValueError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')
         transformer, vae, clip, t5 = (_settings(folder, name) for name in names)
         return PipelineConfigs(transformer, vae, clip, t5, folder)
-    if path == "tiny":
+    if path == TINY:
         return _tiny_configs()
     if path in KNOWN:
         return KNOWN[path]
     raise ValueError(
-        f'model.path = "{path}" is neither a local folder nor one of {", ".join(["tiny", *KNOWN])}; '
+        f'model.path = "{path}" is neither a local folder nor one of {", ".join([TINY, *KNOWN])}; '
         "the planner downloads nothing, so download the pipeline and give its folder"
     )
 
@@ -109,7 +118,7 @@ def _settings(folder: Path, part: str) -> dict[str, Any]:
     """A part's config.json. Raises ValueError for one that is damaged, or has sizes that nobody means."""
     file = folder / part / "config.json"
     values = read_json(file)
-    for problem in size_problems(part, file, values):
+    for problem in size_problems(PARTS.largest[part], file, values):
         raise ValueError(f"model.path: {problem}")
     return values
 
@@ -124,21 +133,6 @@ def _tiny_configs() -> PipelineConfigs:
         pipe.text_encoder.config.to_dict(),
         pipe.text_encoder_2.config.to_dict(),
     )
-
-
-@contextmanager
-def described_by(file: Path | None) -> Iterator[None]:
-    """Inside, what a library raises about modules that a file or folder describes becomes a ValueError that names it.
-
-    None: a known configuration, whose errors are nobody's but ours.
-    """
-    try:
-        yield
-    except Exception as error:  # there is no telling what a library raises about odd settings
-        if file is None:
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"model.path: what {file} describes cannot be planned ({reason}): {AGAIN}") from error
 
 
 @contextmanager
@@ -185,19 +179,55 @@ def _cast(module: Any, dtype: torch.dtype) -> Any:
     return module
 
 
-def materialize(module: nn.Module) -> None:
-    """Give a meta module empty parameters and buffers in place; under FakeTensorMode they take no memory."""
-    made: dict[int, Any] = {}
+def flux_skeleton(model: ModelConfig, lora: LoraConfig, recompute: Recompute) -> Skeleton:
+    """The transformer and the VAE of `model.path`, the transformer as `prepare_transformer` prepares it.
 
-    def empty(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    Raises ValueError as `pipeline_configs`, `latent_grid` and `add_lora` do.
+    """
+    configs, dtype = pipeline_configs(model.path), getattr(torch, model.dtype)
+    vae = meta_vae(configs, dtype)
+    rows, columns = latent_grid(vae.config, model)
+    transformer = meta_transformer(configs, dtype)
+    with torch.device("meta"):
+        fused = prepare_transformer(transformer, model, lora, recompute)
+    return Skeleton(
+        transformer=transformer,
+        decoder=vae,
+        blocks={"double": transformer.transformer_blocks, "single": transformer.single_transformer_blocks},
+        latent_shape=(rows * columns, transformer.config.in_channels),
+        width=transformer.inner_dim,
+        text=(transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim),
+        fused=fused,
+        assemble=partial(_assemble, transformer, vae, model),
+    )
 
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:  # tied weights stay tied
-                    made[id(parameter)] = nn.Parameter(empty(parameter), requires_grad=parameter.requires_grad)
-                part._parameters[name] = made[id(parameter)]
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = empty(buffer)
+
+def _assemble(transformer: Any, vae: Any, model: ModelConfig, max_tokens: int, decode_batch: int) -> FluxBackbone:
+    """The product's own backbone around these modules, with the embeddings of one prompt."""
+    scheduler = SimpleNamespace(config=SimpleNamespace(use_dynamic_shifting=False, shift=1.0))
+    recipe: Any = SimpleNamespace(model=model, sampler=SimpleNamespace(decode_batch=decode_batch))
+    backbone = FluxBackbone(
+        transformer,
+        vae,
+        scheduler,
+        encoded=EncodedPrompts([], []),
+        num_trained_prompts=0,
+        recipe=recipe,
+        device=torch.device("cpu"),
+    )
+    policy, config = backbone.policy, transformer.config
+    policy.row_of = torch.empty(1, dtype=torch.int64)
+    policy.embeds = torch.empty(1, max_tokens, config.joint_attention_dim, dtype=backbone.dtype)
+    policy.pooled = torch.empty(1, config.pooled_projection_dim, dtype=backbone.dtype)
+    return backbone
+
+
+def flux_text_encoders(model: ModelConfig, max_tokens: int) -> Sequence[TextEncoder]:
+    """CLIP and T5, one after the other, as `FluxPipeline.encode_prompt` calls them."""
+    clip, t5 = meta_encoders(pipeline_configs(model.path), getattr(torch, model.dtype))
+    return (
+        TextEncoder(
+            clip, clip.config.max_position_embeddings, lambda ids: clip(ids, output_hidden_states=False).pooler_output
+        ),
+        TextEncoder(t5, max_tokens, lambda ids: t5(ids, output_hidden_states=False)[0]),
+    )

@@ -1,0 +1,22 @@
+"""The model families by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from fastguard.backbones.base import Family
+
+FAMILIES = {
+    "digits": "fastguard.demo.family:Digits",
+    "flux": "fastguard.backbones.flux:Flux",
+}
+"""model.kind -> where its family lives; the module is imported when the family is asked for. `config.ModelKind` lists
+the same names, for the type checker and the command line."""
+
+
+def family_of(kind: str) -> Family:
+    """The family of this model.kind. Raises ValueError, with the known ones, if there is none."""
+    if kind not in FAMILIES:
+        raise ValueError(f"model.kind = {kind!r} is no model family; expected one of {', '.join(sorted(FAMILIES))}")
+    module, _, name = FAMILIES[kind].partition(":")
+    return getattr(import_module(module), name)()

@@ -1,0 +1,62 @@
+"""The demo's digit model as a model family; `demo.backbone` is what it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+
+from fastguard.backbones import Backbone, Family
+from fastguard.config import ModelConfig, Recipe, Recompute
+from fastguard.prompts import Prompt
+from fastguard.utils.findings import Finding
+
+_DRAWS = 'model.kind = "digits" draws the ten digits'
+_NO_ENCODER = 'model.kind = "digits" has no text encoder'
+
+
+class Digits(Family):
+    """A tiny Flux transformer that draws the ten digits, pretrained on first use."""
+
+    unread: ClassVar[Mapping[str, str]] = {
+        **{
+            f"model.{f.name}": 'model.kind = "digits" has its own size, weights, dtype and recompute'
+            for f in fields(ModelConfig)
+            if f.name not in ("kind", "fuse")
+        },
+        "lora": 'model.kind = "digits" trains every weight',
+        "prompts.file": _DRAWS,
+        "prompts.max_tokens": _NO_ENCODER,
+        "prompts.cache": _NO_ENCODER,
+        "monitor.file": _DRAWS,
+    }
+    footprint = "a few MB"
+
+    def read_prompts(self, recipe: Recipe) -> list[Prompt]:
+        """The ten digits."""
+        return [Prompt(str(digit), {"digit": digit}) for digit in range(10)]
+
+    def load(
+        self, recipe: Recipe, encoded: Any, num_trained_prompts: int, device: torch.device, recompute: Recompute
+    ) -> Backbone:
+        from fastguard.demo.backbone import DigitBackbone
+
+        return DigitBackbone.load(device, recipe.model.fuse)
+
+    def describe(self, model: ModelConfig) -> str:
+        return "the demo's digit model"
+
+    def examine(self, recipe: Recipe) -> Iterator[Finding]:
+        text = "the digit model is made on first use"
+        if find_spec("sklearn") is not None:
+            yield Finding("ok", text)
+        else:
+            yield Finding("FAIL", f"{text}; it needs scikit-learn: pip install scikit-learn")
+
+    def image_shape(self, model: ModelConfig) -> tuple[int, int, int]:
+        from fastguard.demo.data import IMAGE_SIZE
+
+        return 1, IMAGE_SIZE, IMAGE_SIZE
