@@ -37,7 +37,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def changed(text: str, diff: str) -> str:
-    """A text after a change that is written as lines of context, of - and of +. Raises ValueError if it does not fit."""
+    """A text after a change, written as lines of context, of - and of +. Raises ValueError if it does not fit."""
     lines = diff.splitlines(keepends=True)
     old = "".join(line[1:] for line in lines if line[0] in " -")
     new = "".join(line[1:] for line in lines if line[0] in " +")

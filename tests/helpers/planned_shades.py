@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from helpers.shades import SHAPE, ShadeBackbone, Shades
 from torch import Tensor, nn
 
 from fastguard.backbones import Backbone, Skeleton, TextEncoder
 from fastguard.config import LoraConfig, ModelConfig, Recompute
+from helpers.shades import SHAPE, ShadeBackbone, Shades
 
 
 class PlannedShades(Shades):
