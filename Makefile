@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all bench clean
+.PHONY: demo test test-all bench docs clean
 
 demo: $(READY)
 	$(BIN)/fastguard demo
@@ -27,6 +27,11 @@ test-all: test
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_transition.py
+
+# Needs no network. The site is in build/site; nothing of it is committed.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "wrote build/site/index.html"
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
