@@ -14,7 +14,7 @@ from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, pool
 from torch import nn
 
 from fastguard.cli import RECIPE_COMMANDS, parse_recipe_command
-from fastguard.config import ModelConfig, Recipe, SamplerConfig, UpdateConfig, recompute_levels
+from fastguard.config import ModelConfig, Recipe, Recompute, SamplerConfig, UpdateConfig, recompute_levels
 from fastguard.prompts import read_prompts
 from fastguard.recipe import as_dict, differences, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
 from fastguard.train.build import gather_prompts
@@ -293,8 +293,6 @@ def test_a_prompt_line_that_cannot_be_used_is_told_by_its_number(tmp_path: Path,
 
 
 def test_levels_of_recompute_are_those_of_the_blocks(tmp_path: Path) -> None:
-    from fastguard.blocks.flux import Recompute
-
     assert recompute_levels(fuse=True) == get_args(Recompute)
     for fuse in (True, False):
         for level in ("auto", *recompute_levels(fuse)):
