@@ -165,7 +165,7 @@ def _fuse(model: Any, architecture: Architecture, recompute: Recompute, backend:
         fuse_block(block, kind, Fusion(recompute, backend, rotated=rotated, checkpointing=checkpointing))
         block.register_load_state_dict_post_hook(_decide_again)
         fused.append(name)
-        kept |= {f"{name}.{part}": why for part, why in _saves_more(block)}
+        kept |= {f"{name}.{part}".rstrip("."): why for part, why in _saves_more(block)}
     for name in left:
         kind = architecture.kind_of(blocks[name])
         # Wrap policies take the class of the first block that has a name for that of all.
@@ -212,17 +212,11 @@ def _saves_more(block: Any) -> Iterator[tuple[str, str]]:
     """The parts of a fused block that save more for backward than they could, and why."""
     spec = block.spec
     norms = qk_norms(block, spec)
-    attention = spec.qk_norms[0].rpartition(".")[0] if norms else ""
+    attention = spec.qk_norms[0].rpartition(".")[0] if norms else ""  # empty: the block itself holds the norms
     if not all(has_values(norm) for norm in norms):
-        yield (
-            attention,
-            "saves query and key, because the weights of their norms are sharded (fuse before FSDP wraps the model)",
-        )
-    elif not block.fusion.rotated:
-        yield (
-            attention,
-            "saves query and key, because a weight of their norms is too small, beside its partner's, to divide by",
-        )
+        yield attention, "saves query and key, because the weights of their norms are sharded; fuse before FSDP wraps"
+    elif not block.fusion.rotated:  # by itself, or beside the other weight of its pair
+        yield attention, "saves query and key, because a weight of their norms is too small to divide by"
     layers = {name: part_of(block, name) for name in spec.linears}
     dtypes = [parameter.dtype for parameter in block.parameters() if parameter.is_floating_point()]
     # FSDP1 can leave a block without parameters.

@@ -165,6 +165,20 @@ def test_a_toy_block_that_is_not_fit_is_reported_and_runs_unfused(change: Callab
     assert_agree(run(model), want, FLOAT32)
 
 
+def test_parts_of_the_toy_that_save_more_are_reported() -> None:
+    model = make_toy()
+    with torch.no_grad():
+        model.blocks[1].norm_key.weight[0] = 0.0
+    model.blocks[0].up.register_forward_hook(lambda *_: None)
+    want = run(model)
+    report = fg.fuse(model)
+    assert report.kept == {
+        "blocks.0.up": "saves its input, because it has hooks",
+        "blocks.1": "saves query and key, because a weight of their norms is too small to divide by",
+    }
+    assert_agree(run(model), want, FLOAT32)
+
+
 def test_a_patched_part_of_the_toy_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The classes of the parts and of the block are watched, without a word in the architecture's file."""
     assert all(function is not None for *_, function in TOY.bypassed_functions)
