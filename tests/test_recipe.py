@@ -19,6 +19,7 @@ from fastguard.config import (
     OBJECTIVE_CONFIGS,
     ModelConfig,
     Recipe,
+    Recompute,
     SamplerConfig,
     UpdateConfig,
     objective_config,
@@ -321,8 +322,6 @@ def test_a_prompt_line_that_cannot_be_used_is_told_by_its_number(tmp_path: Path,
 
 
 def test_levels_of_recompute_are_those_of_the_blocks(tmp_path: Path) -> None:
-    from fastguard.blocks.flux import Recompute
-
     assert recompute_levels(fuse=True) == get_args(Recompute)
     for fuse in (True, False):
         for level in ("auto", *recompute_levels(fuse)):
