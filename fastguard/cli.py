@@ -7,8 +7,6 @@ overridden: --section.field VALUE.
 # Each command is a function or a class; heavy imports wait until it runs.
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import sys
 import traceback
@@ -24,6 +22,7 @@ from tyro.extras import SubcommandApp
 
 from fastguard.config import Recipe, RewardConfig
 from fastguard.recipe import find_recipe, load_recipe, overridden
+from fastguard.utils.quiet import quiet_libraries
 from fastguard.utils.signals import ENDING, handled_by
 from fastguard.utils.terminal import say, unfailing_output
 
@@ -228,23 +227,6 @@ def terminations_as_interrupts() -> AbstractContextManager[None]:
     return handled_by(signal.default_int_handler, unhandled)
 
 
-def _quiet() -> None:
-    """Keep libraries from saying at every start what does not concern a run."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():  # a file would fill with control characters
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars as well
-    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _quiet_diffusers() -> None:
-    """As `_quiet` does it for others. Imports diffusers, which every command with a recipe needs."""
-    if not sys.stderr.isatty():
-        from diffusers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point of the `fastguard` script; returns the exit code."""
     args = sys.argv[1:] if args is None else args
@@ -258,13 +240,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Sequence[str]) -> int:
-    _quiet()
+    quiet_libraries()
     try:
         with terminations_as_interrupts():
             command = parse_recipe_command(args)
             if command is None:
                 return app.cli(prog="fastguard", description=__doc__, args=args)
-            _quiet_diffusers()
             return command()
     except ValueError as error:  # a setting out of range; the message names it
         say(f"fastguard: {error}")

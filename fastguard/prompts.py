@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fastguard.utils.files import fitting, parse_json, read_text, writing
 from fastguard.utils.finite import is_finite, require_finite
+from fastguard.utils.quiet import quiet_bars
 from fastguard.utils.sealed import DamagedError, clear_scratch, is_whole, load_sealed, save_sealed
 from fastguard.utils.terminal import a_few, say
 
@@ -161,6 +162,7 @@ def _encode(
 ) -> None:
     from diffusers import FluxPipeline  # seconds of import, which a warm cache spares
 
+    quiet_bars()
     pipe: Any = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype, use_safetensors=True)
     pipe.to(device)
     require_finite(pipe.text_encoder, "text_encoder", path)
@@ -194,6 +196,7 @@ def pipeline_folder(path: str) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    quiet_bars()
     missed = f": it was not downloaded to {HF_HUB_CACHE}"
     with writing(Path(path), missed, "start again, or set HF_HOME to another folder"):
         return Path(DiffusionPipeline.download(path, use_safetensors=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,10 @@ from fastguard.train.trainer import train
 
 OBJECTIVES: tuple[Objective, ...] = ("flow_grpo", "grpo_guard")
 GRID_ROWS = 4
+Task = tuple[Objective, int]
+"""the objective and the seed of a run"""
+Tick = Callable[[Task, float], None]
+"""called after each iteration with the run and its proxy reward"""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,16 @@ class Watch:
 
     def way_back(self) -> str:
         return "The demo keeps no checkpoints"
+
+
+def run_here(config: DemoConfig, models: Models, tasks: list[Task], tick: Tick) -> Generator[DemoRun, None, None]:
+    """One run after another, in this process."""
+    for objective, seed in tasks:
+
+        def tick_task(proxy: float, task: Task = (objective, seed)) -> None:
+            tick(task, proxy)
+
+        yield run_one(config, models, objective, seed, tick_task)
 
 
 def run_one(

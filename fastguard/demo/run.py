@@ -16,9 +16,9 @@ from tqdm import tqdm
 from fastguard.demo import text
 from fastguard.demo.backbone import Models, prepare
 from fastguard.demo.config import DemoConfig
-from fastguard.demo.experiment import OBJECTIVES, Results, look, measure_reference
+from fastguard.demo.experiment import OBJECTIVES, Results, Task, look, measure_reference, run_here
 from fastguard.demo.page import PICTURE_KINDS, write_demo_page
-from fastguard.demo.workers import Task, run_here, run_in_workers
+from fastguard.demo.workers import run_in_workers
 from fastguard.report.page import write_page
 from fastguard.utils.files import write_text, writing
 from fastguard.utils.terminal import say

@@ -107,13 +107,16 @@ def test_pretraining_learns(models: Models) -> None:
     assert experiment.look(models.policy, models, config).metrics == after
 
 
-def test_worker_processes_give_the_same_runs(models: Models) -> None:
+def test_worker_processes_give_the_same_runs(models: Models, capfd: pytest.CaptureFixture[str]) -> None:
+    """And print nothing: not what libraries say when they are imported, either."""
     config = quick_demo()
-    tasks: list[workers.Task] = [("flow_grpo", 0), ("grpo_guard", 0)]
-    ticks: list[workers.Task] = []
+    capfd.readouterr()
+    tasks: list[experiment.Task] = [("flow_grpo", 0), ("grpo_guard", 0)]
+    ticks: list[experiment.Task] = []
     runs = list(workers.run_in_workers(config, tasks, 2, lambda task, proxy: ticks.append(task)))
+    assert capfd.readouterr() == ("", "")
     assert sorted(ticks) == sorted(tasks * 2)
-    here = list(workers.run_here(config, models, tasks, lambda task, proxy: None))
+    here = list(experiment.run_here(config, models, tasks, lambda task, proxy: None))
     for run_here, run_there in zip(here, sorted(runs, key=lambda r: r.objective), strict=True):
         assert run_there.objective == run_here.objective
         # Another number of threads adds in another order.
