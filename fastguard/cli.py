@@ -21,6 +21,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from fastguard.config import Recipe, RewardConfig
+from fastguard.errors import UserError
 from fastguard.recipe import find_recipe, load_recipe, overridden
 from fastguard.utils.quiet import quiet_libraries
 from fastguard.utils.signals import ENDING, handled_by
@@ -247,15 +248,14 @@ def _run(args: Sequence[str]) -> int:
             if command is None:
                 return app.cli(prog="fastguard", description=__doc__, args=args)
             return command()
+    except UserError as error:
+        say(f"fastguard: {error}")
+        return error.exit_code
     except ValueError as error:  # a setting out of range; the message names it
         say(f"fastguard: {error}")
         return 2
-    except OSError as error:  # a folder that cannot be made or written; the message names it
-        say(f"fastguard: cannot read or write: {error}")
-        return 2
-    except Exception as error:
-        expected = type(error).__name__ in ("RewardError", "FloatingPointError")
-        say(f"fastguard: {error}" if expected else traceback.format_exc())
+    except Exception:
+        say(traceback.format_exc())
         return 1
     except KeyboardInterrupt:  # before the command could take care of it itself
         say("fastguard: interrupted")

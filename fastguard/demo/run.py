@@ -41,7 +41,8 @@ def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
         workers = 1 if device.type == "cuda" else min(2, os.cpu_count() or 1)
     if not 1 <= workers <= (1 if device.type == "cuda" else 256):
         raise ValueError(f"workers must be 1 on a GPU and lie in [1, 256] elsewhere, got {workers}")
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     results: Results | None = None
     start = time.perf_counter()
     try:

@@ -79,7 +79,8 @@ class RunFolder:
         if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
             raise ValueError('run.trackers names "wandb", which is not installed: pip install wandb')
         if self._main:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", accelerator)
         self._from = self._choose(resume)

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from fastguard.config import ObjectiveConfig
+from fastguard.errors import NotFiniteError
 from fastguard.loss import GuardLoss, guard_loss
 from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
@@ -155,7 +156,7 @@ def update_weights(
     message = blame(state, transitions, suspects(parts, losses, accelerator), advantages)
     recorder.skipped(state.epoch, message)
     if state.bad_in_a_row >= config.max_bad_updates:
-        raise FloatingPointError(f"{state.bad_in_a_row} updates in a row (update.max_bad_updates): {message}")
+        raise NotFiniteError(f"{state.bad_in_a_row} updates in a row (update.max_bad_updates): {message}")
     return update
 
 

@@ -200,7 +200,9 @@ def test_command_line_errors_are_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "workers" in capsys.readouterr().err
     (tmp_path / "file").write_text("in the way")
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err.startswith("fastguard: cannot read or write: [Errno 17] File exists")
+    assert capsys.readouterr().err.startswith(
+        f"fastguard: cannot read or write: [Errno 17] {tmp_path / 'file'}: File exists"
+    )
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------
