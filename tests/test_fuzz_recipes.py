@@ -20,7 +20,7 @@ from test_recipe import numbers
 
 from fastguard.backbones.folder import pipeline_problems
 from fastguard.backbones.tiny import make_tiny_flux
-from fastguard.cli import parse_recipe_command
+from fastguard.cli import parse_command
 from fastguard.config import Recipe, RewardConfig
 from fastguard.memory import passes, plan
 from fastguard.recipe import as_dict, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
@@ -226,7 +226,7 @@ def test_a_mutated_recipe_is_read_or_refused_with_a_name(
 def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
     """Letters and digits of the message, which may stand in a box whose lines break anywhere."""
     try:
-        parse_recipe_command(command)
+        parse_command(command)
         return None
     except ValueError as error:
         told = str(error)

@@ -1,4 +1,4 @@
-"""Checks this machine, and everything that a recipe needs, before a long run finds out.
+"""`fastguard doctor`: checks this machine, and everything that a recipe needs, before a long run finds out.
 
 A check is a generator of findings; what it raises becomes a FAIL of that check, and the next one goes on.
 """
@@ -25,12 +25,11 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 
 from fastguard import guard_loss, reference, sde_step
+from fastguard.commands import OptionalRecipeFields
 from fastguard.config import Recipe, RewardConfig
 from fastguard.prompts import Prompt, cache_folder
 from fastguard.rewards import RewardPool, build_reward
 from fastguard.sde import flow_sde
-from fastguard.train.build import TINY, gather_prompts
-from fastguard.train.optim import build_optimizer
 from fastguard.utils.terminal import say
 
 GIB = 2**30
@@ -59,6 +58,16 @@ class Finding:
 
 
 Check = Callable[[], Iterator[Finding]]
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine (versions, GPU, kernels), and what a recipe needs if one is given."""
+
+    recipe: OptionalRecipeFields = None
+
+    def __call__(self) -> int:
+        return examine(self.recipe)
 
 
 def examine(recipe: Recipe | None) -> int:
@@ -253,6 +262,8 @@ def _size(n_bytes: float) -> str:
 
 
 def _prompts(recipe: Recipe) -> Iterator[Finding]:
+    from fastguard.train.build import gather_prompts
+
     prompts = gather_prompts(recipe)
     own = len(prompts.all) - prompts.first_evaluated if prompts.first_evaluated else 0
     evaluated = f", {own} more for the monitor" if own else ""
@@ -261,6 +272,7 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
     from fastguard.backbones.folder import pipeline_problems
+    from fastguard.train.build import TINY
 
     path = recipe.model.path
     if recipe.model.kind == "digits":
@@ -309,12 +321,15 @@ def _hub_model(name: str) -> Iterator[Finding]:
 def _attention(recipe: Recipe) -> Iterator[Finding]:
     if recipe.model.kind == "flux" and recipe.model.attention != "native":
         from fastguard.memory.models import meta_transformer, pipeline_configs
+        from fastguard.train.build import TINY
 
         meta_transformer(pipeline_configs(TINY), torch.float32).set_attention_backend(recipe.model.attention)
     yield Finding("ok", f"model.attention = {recipe.model.attention}")
 
 
 def _processes(recipe: Recipe) -> Iterator[Finding]:
+    from fastguard.train.build import TINY
+
     processes, gpus = recipe.hardware.processes, torch.cuda.device_count()
     toy = recipe.model.kind == "digits" or recipe.model.path == TINY
     if gpus == 0:
@@ -376,6 +391,8 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def _optimizer(recipe: Recipe) -> Iterator[Finding]:
+    from fastguard.train.optim import build_optimizer
+
     build_optimizer([nn.Parameter(torch.zeros(256))], recipe.update)
     yield Finding("ok", recipe.update.optimizer)
 
@@ -398,6 +415,8 @@ def _reward(recipe: Recipe, config: RewardConfig, first: int | None) -> Iterator
     Args:
         first: which prompts it gets: from this one on; None takes those of the monitor.
     """
+    from fastguard.train.build import gather_prompts
+
     began = time.perf_counter()
     reward = build_reward(config)
     built = time.perf_counter()

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from fastguard import cli
+from fastguard.commands import demo as command
 from fastguard.demo import backbone, cache, data, experiment, run, text, workers
 from fastguard.demo.analysis import at_crossing, common_proxy, compare, crossing, spread
 from fastguard.demo.backbone import Models
@@ -188,7 +189,7 @@ def test_interrupt_while_starting(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupt(name: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "find_spec", interrupt)
+    monkeypatch.setattr(command, "find_spec", interrupt)
     assert cli.main(["demo", "--quick"]) == 130
     assert capsys.readouterr().err == "fastguard: interrupted\n"
 
