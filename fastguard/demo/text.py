@@ -9,7 +9,8 @@ import numpy as np
 
 from fastguard.demo.analysis import Comparison, Spread, common_proxy, compare, paired_runs
 from fastguard.demo.experiment import DemoRun, Results
-from fastguard.report.page import NAMES, Table
+from fastguard.report.page import Table
+from fastguard.report.palette import NAMES
 
 METRICS = {
     "accuracy": "Gold accuracy",

@@ -1,4 +1,4 @@
-"""Commands print their own lines and nothing of the libraries they use."""
+"""Commands print their own lines and nothing of the libraries they use; matplotlib is imported only to draw plots."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ for i, args in enumerate({list(COMMANDS)}):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{{i}}.{{name}}", os.O_CREAT | os.O_WRONLY), number)
     assert cli.main(args) == (2 if args[0] == "reward-server" else 0)
+    assert args[0] in ("report", "reward-server") or "matplotlib" not in sys.modules, args
+assert "matplotlib" in sys.modules
 """
 """All in one process, which imports the libraries once. The demo's workers are in tests/demo."""
 

@@ -9,7 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fastguard.report.page import COLORS, Line, Picture, Section, Table, plot_lines, write_page
+from fastguard.report.page import Picture, Section, Table, write_page
+from fastguard.report.palette import COLORS
+from fastguard.report.plots import Line, plot_lines
 from fastguard.utils.grids import save_grid
 
 
@@ -30,7 +32,7 @@ def test_page_is_self_contained_and_escapes_text(tmp_path: Path) -> None:
     assert "row &lt;1&gt;" in page
     assert "<li>point &lt;li&gt;</li>" in page
     assert "careful &lt;b&gt;" in page
-    assert 'alt="alt &quot;quoted&quot;"' in page
+    assert 'alt="alt &#34;quoted&#34;"' in page
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(sources) == 1
     assert sources[0].startswith("data:image/png;base64,")
