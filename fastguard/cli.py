@@ -114,9 +114,6 @@ def _run(args: Sequence[str]) -> int:
     except UserError as error:
         say(f"fastguard: {error}")
         return error.exit_code
-    except ValueError as error:  # a setting out of range; the message names it
-        say(f"fastguard: {error}")
-        return 2
     except Exception:
         say(traceback.format_exc())
         return 1

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from fastguard.errors import UserError
+
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4e38
 """Numbers beyond float32, in which losses are computed; products of smaller ones fit into float64."""
@@ -52,7 +54,7 @@ FLUX_LORA_TARGETS = (
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _at_least(low: float, **values: float) -> None:
@@ -248,7 +250,7 @@ class SamplerConfig:
         )
 
     def shift_for(self, model_shift: float) -> float:
-        """The schedule shift: as set, or the model's own. Raises ValueError if that leaves no steps between 1 and 0.
+        """The schedule shift: as set, or the model's own. Raises UserError if that leaves no steps between 1 and 0.
 
         A model's own grows with the exponential of the image's area.
         """
@@ -513,7 +515,7 @@ class Recipe:
         """Work divides evenly over processes, batches and minibatches, so that every rank takes the same steps."""
         sampler, processes = self.sampler, self.hardware.processes
         if self.images_per_epoch % (sampler.batch_size * processes):
-            raise ValueError(
+            raise UserError(
                 f"prompts.per_epoch * sampler.group_size = {self.images_per_epoch} images do not divide into batches "
                 f"of sampler.batch_size = {sampler.batch_size} on hardware.processes = {processes}. "
                 f"Nearest that work: {nearest_divisible(self)}"

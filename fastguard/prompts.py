@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastguard.utils.files import fitting, parse_json, read_text, writing
+from fastguard.errors import UserError
+from fastguard.utils.files import fitting, parse_json, read_bytes, read_text, writing
 from fastguard.utils.finite import is_finite, require_finite
 from fastguard.utils.quiet import quiet_bars
 from fastguard.utils.sealed import DamagedError, clear_scratch, is_whole, load_sealed, save_sealed
@@ -41,7 +42,7 @@ class Prompt:
             self.text.encode()
         except UnicodeEncodeError as error:
             lone = error.object[error.start]
-            raise ValueError(f"the prompt {self.text!r} holds {lone!r}, half of a character; remove it") from None
+            raise UserError(f"the prompt {self.text!r} holds {lone!r}, half of a character; remove it") from None
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -53,10 +54,10 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a text file (a prompt per line) or a .jsonl file (`{"prompt": "...", ...}` per line), without blank lines.
 
-    Raises ValueError, naming the line, for what is not JSON, has no "prompt", or if there are no prompts at all.
+    Raises UserError, naming the line, for what is not JSON, has no "prompt", or if there are no prompts at all.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no prompt file {path}; set prompts.file (or monitor.file)")
+    if not os.path.isfile(path):  # which is False for what is no path, too, as a name that is too long
+        raise UserError(f"there is no prompt file {path}; set prompts.file (or monitor.file)")
     prompts = []
     lines = read_text(path).split("\n")  # splitlines() would also cut inside JSON strings
     for number, line in enumerate(lines, start=1):
@@ -67,7 +68,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         else:
             prompts.append(Prompt(line.strip()))
     if not prompts:
-        raise ValueError(f"{path} holds no prompts; it needs one per line")
+        raise UserError(f"{path} holds no prompts; it needs one per line")
     return prompts
 
 
@@ -75,13 +76,13 @@ def _from_json(line: str, where: str) -> Prompt:
     try:
         entry = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+        raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise ValueError(f'{where}: expected an object with a "prompt" string, got {line.strip()[:80]}')
+        raise UserError(f'{where}: expected an object with a "prompt" string, got {line.strip()[:80]}')
     try:
         return Prompt(entry["prompt"], {key: value for key, value in entry.items() if key != "prompt"})
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def encode_prompts(
         max_tokens: T5 tokens per prompt.
         cache: as in `cache_folder`; files are keyed by the encoders, their dtype, `max_tokens` and the text.
 
-    Raises ValueError for encoders with weights, and prompts with embeddings, that are not finite; those are not cached.
+    Raises UserError for encoders with weights, and prompts with embeddings, that are not finite; those are not cached.
     """
     folder = cache_folder(cache) / "prompts" / _encoder_key(path, max_tokens, dtype)
     files = [folder / f"{hashlib.sha256(p.text.encode()).hexdigest()[:32]}.safetensors" for p in prompts]
@@ -177,7 +178,7 @@ def _encode(
             for name, encoding in (("text_encoder_2", embeds[i]), ("text_encoder", pooled[i])):
                 if not is_finite(encoding):
                     remedy = "take another encoder" if dtype == torch.float32 else 'set model.dtype = "float32"'
-                    raise ValueError(
+                    raise UserError(
                         f"{name} makes NaN or infinity of the prompt {text[:60]!r} in {dtype}, though its weights are "
                         f"finite: {remedy}"
                     )
@@ -195,11 +196,15 @@ def pipeline_folder(path: str) -> Path:
         return Path(path)
     from diffusers import DiffusionPipeline
     from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HFValidationError
 
     quiet_bars()
     missed = f": it was not downloaded to {HF_HUB_CACHE}"
-    with writing(Path(path), missed, "start again, or set HF_HOME to another folder"):
-        return Path(DiffusionPipeline.download(path, use_safetensors=True))
+    try:
+        with writing(Path(path), missed, "start again, or set HF_HOME to another folder"):
+            return Path(DiffusionPipeline.download(path, use_safetensors=True))
+    except HFValidationError as error:
+        raise UserError(f"model.path = {path!r} is no folder here, and no name on the hub: {error}") from error
 
 
 def _encoder_key(path: str, max_tokens: int, dtype: torch.dtype) -> str:
@@ -210,8 +215,7 @@ def _encoder_key(path: str, max_tokens: int, dtype: torch.dtype) -> str:
         for file in sorted((folder / name).glob("*")):
             digest.update(f"{name}/{file.name}".encode())
             if file.suffix in (".json", ".txt", ".model"):
-                with fitting(file):
-                    digest.update(file.read_bytes())
+                digest.update(read_bytes(file))
             else:  # gigabytes of weights: their size and time of change stand for them
                 stat = file.stat()
                 digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())

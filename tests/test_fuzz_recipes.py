@@ -22,6 +22,7 @@ from fastguard.backbones.folder import pipeline_problems
 from fastguard.backbones.tiny import make_tiny_flux
 from fastguard.cli import parse_command
 from fastguard.config import Recipe, RewardConfig
+from fastguard.errors import UserError
 from fastguard.memory import passes, plan
 from fastguard.recipe import as_dict, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
 from fastguard.report.data import read_run
@@ -194,7 +195,7 @@ def read(file: Path) -> Recipe | None:
         recipe = load_recipe(file) if file.suffix == ".toml" else read_run(file.parent).recipe
         totals(recipe)
         return recipe
-    except ValueError as error:
+    except UserError as error:
         assert_told(error, str(file))
         return None
 
@@ -212,7 +213,7 @@ def test_a_mutated_recipe_is_read_or_refused_with_a_name(
                 seen["planned"] += 1
                 try:
                     plan(replace(recipe, model=replace(recipe.model, path="tiny")))
-                except ValueError as error:
+                except UserError as error:
                     assert_told(error)
         seen["refused" if recipe is None else "accepted"] += 1
     assert min(seen["refused"], seen["accepted"]) > count / 20
@@ -228,7 +229,7 @@ def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str | Non
     try:
         parse_command(command)
         return None
-    except ValueError as error:
+    except UserError as error:
         told = str(error)
     except SystemExit:
         told = capsys.readouterr().err
@@ -297,7 +298,7 @@ def test_mutated_settings_of_a_pipeline_are_planned_or_refused_with_the_file(
             try:
                 plan(recipe)
                 planned += 1
-            except ValueError as error:
+            except UserError as error:
                 assert_told(error, str(folder))
             problems = list(pipeline_problems(folder))
             checked += not problems

@@ -27,6 +27,7 @@ from fastguard.backbones import to_pixels
 from fastguard.blocks import FuseReport, fuse_flux
 from fastguard.blocks.linear import LowPrecisionLinear
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
+from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts, Prompt
 from fastguard.utils.files import fitting
 from fastguard.utils.finite import require_finite
@@ -80,12 +81,12 @@ class FluxPolicy(nn.Module):
 def add_lora(transformer: Any, config: LoraConfig) -> None:
     """Freeze the transformer and add adapters in float32 that compute in the activations' dtype.
 
-    Raises ValueError for a target that names no linear layer.
+    Raises UserError for a target that names no linear layer.
     """
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     missing = [t for t in config.targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if missing:
-        raise ValueError(f"lora.targets: no linear layer of the transformer is called {missing}")
+        raise UserError(f"lora.targets: no linear layer of the transformer is called {missing}")
     transformer.requires_grad_(False)
     adapters = PeftLoraConfig(
         r=config.rank,
@@ -120,7 +121,7 @@ def prepare_transformer(
     Returns what was fused; None with model.fuse = false.
     """
     if recompute not in (levels := recompute_levels(model.fuse)):
-        raise ValueError(f"model.fuse = {model.fuse} knows recompute = {', '.join(levels)}; got {recompute!r}")
+        raise UserError(f"model.fuse = {model.fuse} knows recompute = {', '.join(levels)}; got {recompute!r}")
     if model.train == "lora":
         add_lora(transformer, lora)
     else:
@@ -131,19 +132,27 @@ def prepare_transformer(
     elif recompute == "block":
         transformer.enable_gradient_checkpointing()
     if model.attention != "native":
-        transformer.set_attention_backend(model.attention)
+        set_attention(transformer, model.attention)
     return report
+
+
+def set_attention(transformer: Any, backend: str) -> None:
+    """Choose the attention backend by diffusers' name. Raises UserError for an unknown one, or one that cannot run."""
+    try:
+        transformer.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"model.attention = {backend!r}: {' '.join(str(error).split())}") from error
 
 
 def latent_grid(vae_config: Any, model: ModelConfig) -> tuple[int, int]:
     """(rows, columns) of image tokens: the VAE's factor, then patches of 2 x 2.
 
-    Raises ValueError if the image does not divide into them.
+    Raises UserError if the image does not divide into them.
     """
     factor = 2 ** (len(vae_config.block_out_channels) - 1) * 2
     for name in ("height", "width"):
         if getattr(model, name) % factor:
-            raise ValueError(f"model.{name} must be a multiple of {factor} pixels, got {getattr(model, name)}")
+            raise UserError(f"model.{name} must be a multiple of {factor} pixels, got {getattr(model, name)}")
     return model.height // factor, model.width // factor
 
 
@@ -205,7 +214,7 @@ class FluxBackbone:
     ) -> FluxBackbone:
         """Load the transformer, VAE and scheduler (not the text encoders) from `recipe.model.path`.
 
-        Raises ValueError for weights that are not finite.
+        Raises UserError for weights that are not finite.
         """
         path = recipe.model.path
         options = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}  # no pickle is ever opened

@@ -23,7 +23,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from fastguard.backbones.flux import schedule_shift
 from fastguard.backbones.sizes import size_problems
-from fastguard.utils.files import fitting, out_of_memory, parse_json
+from fastguard.errors import UserError
+from fastguard.utils.files import out_of_memory, parse_json, read_bytes
 from fastguard.utils.terminal import a_few
 
 MODULES: dict[str, tuple[Any, str]] = {
@@ -50,11 +51,11 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def check_pipeline(folder: Path) -> None:
-    """Raise ValueError, with the first of the `pipeline_problems`, unless the folder has none."""
+    """Raise UserError, with the first of the `pipeline_problems`, unless the folder has none."""
     problems = list(pipeline_problems(folder))
     if problems:
         others = f" (and {len(problems) - 1} more, which `fastguard doctor` lists)" if len(problems) > 1 else ""
-        raise ValueError(f"model.path: {problems[0]}{others}")
+        raise UserError(f"model.path: {problems[0]}{others}")
 
 
 def pipeline_problems(folder: Path) -> Iterator[str]:
@@ -79,17 +80,16 @@ def _failure(folder: Path, error: Exception) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of a pipeline. Raises ValueError, naming the file, if it holds no JSON object."""
-    with fitting(file):
-        content = file.read_bytes()
+    """A JSON file of a pipeline. Raises UserError, naming the file, if it holds no JSON object."""
+    content = read_bytes(file)
     if content.startswith(LFS_POINTER):
-        raise ValueError(_pointer(file))
+        raise UserError(_pointer(file))
     try:
         values = parse_json(content.decode())  # as the loaders do: other encodings, and byte order marks, stop them
     except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{file} is cut short or no JSON ({error}): {AGAIN}") from None
+        raise UserError(f"{file} is cut short or no JSON ({error}): {AGAIN}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a JSON {type(values).__name__}, expected an object: {AGAIN}")
+        raise UserError(f"{file} holds a JSON {type(values).__name__}, expected an object: {AGAIN}")
     return values
 
 
@@ -115,7 +115,7 @@ def _unreadable(folder: Path, settings: str) -> Iterator[str]:
         try:
             if not read_json(file) and file.name == settings:
                 yield f"{file} is empty: {AGAIN}"
-        except ValueError as error:
+        except UserError as error:
             yield str(error)
 
 

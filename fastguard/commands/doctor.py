@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fastguard import guard_loss, reference, sde_step
 from fastguard.commands import OptionalRecipeFields
 from fastguard.config import Recipe, RewardConfig
+from fastguard.errors import UserError
 from fastguard.prompts import Prompt, cache_folder
 from fastguard.rewards import RewardPool, build_reward
 from fastguard.sde import flow_sde
@@ -87,7 +88,7 @@ def _findings(check: Check) -> Iterator[Finding]:
     except Exception as error:
         message = " ".join(str(error).split())
         yield Finding(
-            "FAIL", message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
+            "FAIL", message if isinstance(error, UserError) and message else f"{type(error).__name__}: {message}"
         )
 
 
@@ -320,10 +321,11 @@ def _hub_model(name: str) -> Iterator[Finding]:
 
 def _attention(recipe: Recipe) -> Iterator[Finding]:
     if recipe.model.kind == "flux" and recipe.model.attention != "native":
+        from fastguard.backbones.flux import set_attention
         from fastguard.memory.models import meta_transformer, pipeline_configs
         from fastguard.train.build import TINY
 
-        meta_transformer(pipeline_configs(TINY), torch.float32).set_attention_backend(recipe.model.attention)
+        set_attention(meta_transformer(pipeline_configs(TINY), torch.float32), recipe.model.attention)
     yield Finding("ok", f"model.attention = {recipe.model.attention}")
 
 
@@ -423,7 +425,7 @@ def _reward(recipe: Recipe, config: RewardConfig, first: int | None) -> Iterator
     try:
         prompts = gather_prompts(recipe)
         texts = prompts.all[prompts.first_evaluated if first is None else first :][:2]
-    except (ValueError, OSError):  # a line of its own says so
+    except UserError:  # a line of its own says so
         texts = [Prompt("a photo of a cat")]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, *_image_shape(recipe)), generator=generator, dtype=torch.uint8, device="cpu")

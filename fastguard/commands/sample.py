@@ -11,6 +11,7 @@ import torch
 
 from fastguard.commands import RecipeFields
 from fastguard.config import LARGEST_INT, MOST_AT_ONCE, MOST_STEPS, Recipe
+from fastguard.errors import UserError
 from fastguard.prompts import Prompt
 from fastguard.utils.files import writing
 from fastguard.utils.sealed import clear_scratch, scratch
@@ -72,9 +73,9 @@ def sample_recipe(
         ("seed", seed, 0, LARGEST_INT),
     ):
         if not least <= value <= most:
-            raise ValueError(f"{name} must lie in [{least}, {most}], got {value}")
+            raise UserError(f"{name} must lie in [{least}, {most}], got {value}")
     if texts and recipe.model.kind == "digits":
-        raise ValueError('model.kind = "digits" draws the ten digits: leave out --prompt')
+        raise UserError('model.kind = "digits" draws the ten digits: leave out --prompt')
     recipe = with_model(recipe)
     own = [Prompt(text) for text in texts]
     prompts = Prompts(own, len(own), 0) if own else gather_prompts(recipe)
@@ -85,8 +86,8 @@ def sample_recipe(
     if weights is not None:
         try:
             copy_all_into(trained_parameters(backbone.policy), weights)
-        except ValueError as error:
-            raise ValueError(f"the checkpoint does not fit this recipe: {error}") from None
+        except UserError as error:
+            raise UserError(f"the checkpoint does not fit this recipe: {error}") from None
     schedule = ode_schedule(steps, recipe.sampler.shift_for(backbone.shift))
     prompt_indices = torch.arange(count, device="cpu").repeat_interleave(images)
     members = torch.arange(images, device="cpu").repeat(count)

@@ -19,6 +19,7 @@ from fastguard.demo.config import DemoConfig
 from fastguard.demo.experiment import OBJECTIVES, Results, Task, look, measure_reference, run_here
 from fastguard.demo.page import PICTURE_KINDS, write_demo_page
 from fastguard.demo.workers import run_in_workers
+from fastguard.errors import UserError
 from fastguard.report.page import write_page
 from fastguard.utils.files import write_text, writing
 from fastguard.utils.terminal import say
@@ -40,7 +41,7 @@ def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
     if workers is None:
         workers = 1 if device.type == "cuda" else min(2, os.cpu_count() or 1)
     if not 1 <= workers <= (1 if device.type == "cuda" else 256):
-        raise ValueError(f"workers must be 1 on a GPU and lie in [1, 256] elsewhere, got {workers}")
+        raise UserError(f"workers must be 1 on a GPU and lie in [1, 256] elsewhere, got {workers}")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     results: Results | None = None

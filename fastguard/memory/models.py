@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from fastguard.backbones.folder import AGAIN, read_json
 from fastguard.backbones.sizes import size_problems
 from fastguard.backbones.tiny import _pipeline
+from fastguard.errors import UserError
 
 FLUX_TRANSFORMER = {
     "patch_size": 1,
@@ -85,32 +86,32 @@ KNOWN = {
 def pipeline_configs(path: str) -> PipelineConfigs:
     """Configurations of `model.path`: a local folder in diffusers' layout, "tiny", or a name in `KNOWN`.
 
-    Raises ValueError for any other name, for the planner downloads nothing, and for a configuration that is damaged.
+    Raises UserError for any other name, for the planner downloads nothing, and for a configuration that is damaged.
     """
     folder = Path(path)
     if folder.is_dir():
         names = ("transformer", "vae", "text_encoder", "text_encoder_2")
         missing = [name for name in names if not (folder / name / "config.json").is_file()]
         if missing:
-            raise ValueError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')
+            raise UserError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')
         transformer, vae, clip, t5 = (_settings(folder, name) for name in names)
         return PipelineConfigs(transformer, vae, clip, t5, folder)
     if path == "tiny":
         return _tiny_configs()
     if path in KNOWN:
         return KNOWN[path]
-    raise ValueError(
+    raise UserError(
         f'model.path = "{path}" is neither a local folder nor one of {", ".join(["tiny", *KNOWN])}; '
         "the planner downloads nothing, so download the pipeline and give its folder"
     )
 
 
 def _settings(folder: Path, part: str) -> dict[str, Any]:
-    """A part's config.json. Raises ValueError for one that is damaged, or has sizes that nobody means."""
+    """A part's config.json. Raises UserError for one that is damaged, or has sizes that nobody means."""
     file = folder / part / "config.json"
     values = read_json(file)
     for problem in size_problems(part, file, values):
-        raise ValueError(f"model.path: {problem}")
+        raise UserError(f"model.path: {problem}")
     return values
 
 
@@ -128,7 +129,7 @@ def _tiny_configs() -> PipelineConfigs:
 
 @contextmanager
 def described_by(file: Path | None) -> Iterator[None]:
-    """Inside, what a library raises about modules that a file or folder describes becomes a ValueError that names it.
+    """Inside, what a library raises about modules that a file or folder describes becomes a UserError that names it.
 
     None: a known configuration, whose errors are nobody's but ours.
     """
@@ -138,7 +139,7 @@ def described_by(file: Path | None) -> Iterator[None]:
         if file is None:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"model.path: what {file} describes cannot be planned ({reason}): {AGAIN}") from error
+        raise UserError(f"model.path: what {file} describes cannot be planned ({reason}): {AGAIN}") from error
 
 
 @contextmanager

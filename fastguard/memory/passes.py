@@ -130,7 +130,7 @@ def _prepared_transformer(
 def weights_of(model: ModelConfig, lora: LoraConfig) -> Weights:
     """Sizes of the prepared transformer and of the VAE, as the allocator rounds them.
 
-    Raises ValueError as `pipeline_configs`, `latent_grid` and `add_lora` do.
+    Raises UserError as `pipeline_configs`, `latent_grid` and `add_lora` do.
     """
     configs = pipeline_configs(model.path)
     vae = meta_vae(configs, dtype_of(model))

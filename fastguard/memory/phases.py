@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fastguard.config import ObjectiveConfig, Recipe, Recompute, recompute_levels
+from fastguard.errors import UserError
 from fastguard.memory.live import allocated
 from fastguard.memory.passes import (
     Pass,
@@ -61,7 +62,7 @@ def limit_bytes(recipe: Recipe) -> int:
 
 def check_plannable(recipe: Recipe) -> None:
     if recipe.model.kind == "digits":
-        raise ValueError('model.kind = "digits" takes a few MB: there is nothing to plan')
+        raise UserError('model.kind = "digits" takes a few MB: there is nothing to plan')
 
 
 def resolve_recompute(recipe: Recipe) -> Recompute:

@@ -10,6 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from fastguard.config import Recipe
+from fastguard.errors import UserError
 from fastguard.recipe import totals
 from fastguard.report.data import TrainingRun
 from fastguard.report.page import Table
@@ -160,7 +161,7 @@ def _trouble_points(run: TrainingRun) -> list[str]:
 def _where_weights_are(run: TrainingRun) -> str:
     try:
         folder = checkpoint_of(run.path, "newest") / "diffusers"
-    except ValueError:
+    except UserError:
         return "There are no trained weights: no checkpoint was saved."
     if run.recipe.model.kind == "digits":
         how = ""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastguard.backbones import Backbone
 from fastguard.config import Recipe
-from fastguard.errors import NotFiniteError
+from fastguard.errors import NotFiniteError, UserError
 from fastguard.train.ema import Shadow
 from fastguard.train.monitor import Monitor
 from fastguard.train.optim import Optimizer, build_optimizer, state_tensors
@@ -97,9 +97,9 @@ def build_state(backbone: Backbone, recipe: Recipe, accelerator: Accelerator, mo
 
 
 def for_processes(recipe: Recipe, processes: int) -> Recipe:
-    """The recipe for as many processes as were launched. Raises ValueError, with what would work, if it cannot be."""
+    """The recipe for as many processes as were launched. Raises UserError, with what would work, if it cannot be."""
     try:
         return replace(recipe, hardware=replace(recipe.hardware, processes=processes))
-    except ValueError as error:
+    except UserError as error:
         planned = recipe.hardware.processes
-        raise ValueError(f"launched on {processes} processes (hardware.processes = {planned}): {error}") from None
+        raise UserError(f"launched on {processes} processes (hardware.processes = {planned}): {error}") from None

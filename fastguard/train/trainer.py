@@ -41,7 +41,7 @@ def train(
 ) -> list[EpochLog]:
     """Train the backbone's policy in place to raise the rewards; returns the logs of the epochs done here.
 
-    Raises ValueError before anything is sampled if the images do not divide over the processes or rollout steps
+    Raises UserError before anything is sampled if the images do not divide over the processes or rollout steps
     score differently in training. Raises after saving: RewardError if a reward fails and the recipe says to stop, and
     DamagedError if an encoded prompt was damaged since the start. Raises NotFiniteError, and saves nothing, after
     `update.max_bad_updates` updates in a row that were not finite, or one that left weights, average or optimizer state

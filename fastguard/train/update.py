@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from fastguard.config import ObjectiveConfig
-from fastguard.errors import NotFiniteError
+from fastguard.errors import NotFiniteError, UserError
 from fastguard.loss import GuardLoss, guard_loss
 from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
@@ -69,7 +69,7 @@ def policy_loss(policy: Policy, batch: RolloutBatch, advantages: Tensor, objecti
 def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None:
     """Score rollout steps again in training mode, once before a process's first update.
 
-    Nothing has changed since the rollout, so that every ratio should be 1. Raises ValueError on all processes if one
+    Nothing has changed since the rollout, so that every ratio should be 1. Raises UserError on all processes if one
     is further away than `update.parity` times the clip range, or not finite.
     """
     recipe, accelerator = state.recipe, state.accelerator
@@ -85,9 +85,9 @@ def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None
         name, limit, moved = "objective.clip_range", recipe.objective.clip_range, result.log_ratio.detach().abs()
     worst = accelerator.gather(moved.max()[None]).max().item()
     if not math.isfinite(worst):
-        raise ValueError(f"parity preflight: a rollout step scored again is {worst}: {_why_not_finite(state)}")
+        raise UserError(f"parity preflight: a rollout step scored again is {worst}: {_why_not_finite(state)}")
     if not worst <= recipe.update.parity * limit:
-        raise ValueError(
+        raise UserError(
             f"parity preflight: a rollout step scored again in training mode is off by {worst:.2e}, more than "
             f"update.parity = {recipe.update.parity:g} of {name} = {limit:g}, before any weight has changed. Look at: "
             f"batch shape (sampler.batch_size = {recipe.sampler.batch_size}, transitions per pass "

@@ -30,18 +30,23 @@ MOST_LEVELS = 64
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises UserError that names the line of other bytes."""
-    try:
-        with fitting(path):
-            content = path.read_bytes()
-    except OSError as error:
-        raise FileError(error.errno, f"{path}: {error.strerror}") from error
+    """A UTF-8 file, with or without a byte order mark. Raises as `read_bytes`, and UserError for other bytes."""
+    content = read_bytes(path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{content[error.start]:02x}: {error.reason}"
         raise UserError(f"{path}, line {line}: not UTF-8 ({byte}); save the file as UTF-8") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file. Raises FileError for one that cannot be read, UserError for one that does not fit into memory."""
+    try:
+        with fitting(path):
+            return path.read_bytes()
+    except OSError as error:
+        raise FileError(error.errno, f"{path}: {error.strerror}") from error
 
 
 def parse_json(text: str) -> Any:

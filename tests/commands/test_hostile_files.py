@@ -21,6 +21,7 @@ from fastguard.backbones.flux import FluxBackbone
 from fastguard.backbones.folder import pipeline_problems
 from fastguard.commands.train import announce
 from fastguard.config import Recipe
+from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts, Prompt, encode_prompts, fingerprint, read_prompts
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.train.build import gather_prompts, load_backbone
@@ -260,7 +261,7 @@ def outcome(use: Callable[[], Any], path: Path) -> str:
     message = None
     try:
         use()
-    except (ValueError, OSError) as error:
+    except UserError as error:
         message = str(error)
     if message is None:
         return "used"
