@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastguard.blocks import torch_backend
-from fastguard.blocks.flux import Fusion, fuse_block
+from fastguard.blocks import flux, torch_backend
+from fastguard.blocks.architecture import Fusion, fuse_block
 from fastguard.config import Recompute
 from fastguard.kernels import adaln, gated_residual, gelu, qk_norm_rope
 
@@ -315,7 +315,7 @@ def make_block(kind: str, size: Size, dtype: torch.dtype, device: str) -> nn.Mod
 def fused(block: nn.Module, recompute: Recompute) -> nn.Module:
     """A fused block with the same weights; the block itself stays as it is."""
     other = copy.copy(block)
-    fuse_block(other, Fusion(recompute, "auto", rotated=True))
+    fuse_block(other, flux.FLUX.kind_of(other), Fusion(recompute, "auto", rotated=True))
     return other
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from fastguard.errors import UserError
 from fastguard.loss.checks import KlType, Reweight
 from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective
 
@@ -46,7 +47,7 @@ ModelKind = Literal["flux", "digits"]
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _at_least(low: float, **values: float) -> None:
@@ -243,7 +244,7 @@ class SamplerConfig:
         )
 
     def shift_for(self, model_shift: float) -> float:
-        """The schedule shift: as set, or the model's own. Raises ValueError if that leaves no steps between 1 and 0.
+        """The schedule shift: as set, or the model's own. Raises UserError if that leaves no steps between 1 and 0.
 
         A model's own grows with the exponential of the image's area.
         """
@@ -279,7 +280,10 @@ class ObjectiveConfig(Objective):
     """KL of the step's Gaussians, or the mean squared velocity difference, which is about 100 times larger"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"objective: {error}") from None
         _at_least(0, kl_weight=self.kl_weight)
         _at_most(10**6, kl_weight=self.kl_weight)
 
@@ -302,9 +306,9 @@ else:
 
 
 def objective_config(name: str = DEFAULT_OBJECTIVE, **options: Any) -> ObjectiveConfig:
-    """The [objective] table of a recipe. Raises ValueError for an unknown name, TypeError for an unknown option."""
+    """The [objective] table of a recipe. Raises UserError for an unknown name, TypeError for an unknown option."""
     if name not in OBJECTIVES:
-        raise ValueError(f"objective.name must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+        raise UserError(f"objective.name must be one of {', '.join(OBJECTIVES)}, got {name!r}")
     return OBJECTIVE_CONFIGS[name](**options)
 
 
@@ -528,7 +532,7 @@ class Recipe:
         """Work divides evenly over processes, batches and minibatches, so that every rank takes the same steps."""
         sampler, processes = self.sampler, self.hardware.processes
         if self.images_per_epoch % (sampler.batch_size * processes):
-            raise ValueError(
+            raise UserError(
                 f"prompts.per_epoch * sampler.group_size = {self.images_per_epoch} images do not divide into batches "
                 f"of sampler.batch_size = {sampler.batch_size} on hardware.processes = {processes}. "
                 f"Nearest that work: {nearest_divisible(self)}"
