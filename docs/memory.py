@@ -18,6 +18,7 @@ from typing import Any
 from fastguard.config import Recipe, recompute_levels
 from fastguard.memory import executed_flops, kept_activations, plan
 from fastguard.recipe import find_recipe, load_recipe
+from fastguard.report.palette import BLUE, GREEN, PURPLE, SKY, VERMILLION
 
 HERE = Path(__file__).parent
 TABLE, PICTURE = HERE / "memory.json", HERE / "images" / "flux_memory.png"
@@ -35,13 +36,7 @@ RECOMPUTED = {
     "mlp": "also the first layer of each feed-forward",
     "block": "whole blocks: gradient checkpointing",
 }
-PARTS = {
-    "weights": "#0072B2",
-    "gradients": "#56B4E9",
-    "optimizer": "#009E73",
-    "activations": "#D55E00",
-    "trajectories": "#CC79A7",
-}
+PARTS = {"weights": BLUE, "gradients": SKY, "optimizer": GREEN, "activations": VERMILLION, "trajectories": PURPLE}
 GIB = 2**30
 Row = dict[str, Any]
 
