@@ -53,11 +53,11 @@ def one_image(recipe: Recipe) -> Recipe:
     return replace(recipe, prompts=prompts, update=update)
 
 
-def rows(recipes: Iterator[str] | tuple[str, ...] = tuple(RECIPES), levels: tuple[str, ...] = LEVELS) -> Iterator[Row]:
-    """Bytes of each part at the peak of the update; bytes saved for backward of one image; FLOPs of the update."""
-    for name in recipes:
+def rows() -> Iterator[Row]:
+    """Bytes of each part at the peak of the update; of one image, bytes saved for backward and FLOPs of the update."""
+    for name in RECIPES:
         recipe = load_recipe(find_recipe(name))
-        for level in levels:
+        for level in LEVELS:
             chosen = at_level(recipe, level)
             phase = plan(chosen).phase("update")
             yield {
