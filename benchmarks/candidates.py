@@ -215,6 +215,12 @@ def guard_forward_one_launch(
     return loss, stats, coefs, clipped
 
 
+def two_launches(latents: Any, per_sample: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The product's forward pass, from the same arguments."""
+    partials = transition.transition_partials(*latents, from_means=False)
+    return transition.guard_epilogue(partials, *per_sample, latents[0][0].numel(), **options)
+
+
 @contextmanager
 def early_epilogue() -> Iterator[None]:
     """Inside, the product's forward pass launches its epilogue early (programmatic dependent launch)."""

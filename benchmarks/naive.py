@@ -17,8 +17,6 @@ from torch import Tensor
 
 import fastguard as fg
 
-# (B, tokens, channels) of Flux latents at 512^2 and 1024^2, and a video latent.
-SHAPES = [(4, 1024, 64), (4, 4096, 64), (8, 4096, 64), (1, 16, 21, 90, 160)]
 CLIP_RANGE = 2e-6
 
 
