@@ -62,7 +62,7 @@ def measure_kernel(name: str, size: Size, dtype: torch.dtype, device: str) -> Me
     call = timed_block_calls(size, dtype, device)[name]
     yield "kernel", "launch", time_kernel(call, cuda, copied["bandwidth_gb_per_s"])
     if call.eager:
-        yield "eager", "launch", {**graph_times([call.copied().run_eager for _ in range(count)], cuda)}
+        yield "eager", "launch", graph_times([call.copied().run_eager for _ in range(count)], cuda)
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def measure_block(kind: str, size: Size, dtype: torch.dtype, device: str) -> Mea
     blocks, cuda = Blocks(kind, size, dtype, device), device == "cuda"
     blocks.assert_correct(*blocks.forms)
     for form in blocks.forms:
-        yield form, "inference", {**graph_times([partial(blocks.inference, form)] * 4, cuda)}
-        yield form, "training", {**graph_times([partial(blocks.training, form)] * 2, cuda)}
+        yield form, "inference", graph_times([partial(blocks.inference, form)] * 4, cuda)
+        yield form, "training", graph_times([partial(blocks.training, form)] * 2, cuda)
         if "compiled" not in form:
             yield form, "training", {"kept_bytes": blocks.kept_bytes(form)}
 
@@ -173,11 +173,9 @@ def main() -> str | None:
     names = list(timed_block_calls(TOY, FP32, "cpu"))
     if args.bytes:
         return rows.measure("bytes", {name: partial(measure_bytes, name) for name in names}, args)
-    sized = {"size": TOY, "dtype": FP32, "device": "cpu"} if args.toy else {
-        "size": FLUX_1024, "dtype": BF16, "device": "cuda"
-    }  # fmt: skip
-    kernels: rows.Cases = {name: partial(measure_kernel, name, **sized) for name in names}
-    blocks: rows.Cases = {f"{kind} block": partial(measure_block, kind, **sized) for kind in KINDS}
+    sized = (TOY, FP32, "cpu") if args.toy else (FLUX_1024, BF16, "cuda")
+    kernels: rows.Cases = {name: partial(measure_kernel, name, *sized) for name in names}
+    blocks: rows.Cases = {f"{kind} block": partial(measure_block, kind, *sized) for kind in KINDS}
     return rows.measure("blocks", {**kernels, **blocks}, args)
 
 

@@ -4,7 +4,7 @@
     pytest benchmarks/bench_loss.py      forward, backward and both, by pytest-benchmark
 
 On a GPU, times are of CUDA graphs of many launches, each with inputs and outputs of its own, which together are larger
-than the L2 cache. "from Python" is a plain call, launches included. Loss and gradient are checked against float64 first.
+than the L2 cache. "from Python" is a plain call, launches included. Loss and gradient are checked against float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from naive import Inputs
 from operator_calls import BF16, FP16, FP32, Call, assert_agrees, timed_loss_calls
 from rows import Numbers
-from timing import attempt, call_times, copy_times, graph_times, peak_bytes, rotations, with_bandwidth
+from timing import attempt, call_time, call_times, copy_times, graph_times, peak_bytes, rotations, with_bandwidth
 from torch import Tensor
 
 import fastguard as fg
@@ -107,7 +107,10 @@ def time_kernel(call: Call, cuda: bool, copy_gb_per_s: float) -> Numbers:
 
 
 def memory(loss: Callable[[Inputs], Tensor], inputs: Inputs, cuda: bool) -> Numbers:
-    return {"peak_new_bytes": peak_bytes(partial(both, loss, inputs), cuda), "kept_bytes": naive.kept_bytes(loss, inputs)}
+    return {
+        "peak_new_bytes": peak_bytes(partial(both, loss, inputs), cuda),
+        "kept_bytes": naive.kept_bytes(loss, inputs),
+    }
 
 
 def measure_on_gpu(
@@ -116,7 +119,9 @@ def measure_on_gpu(
     """Kernels alone, then losses and steps; what does not fit is said to be so."""
     cuda = device == "cuda"
     backend, tensor_bytes = "inductor" if cuda else "eager", math.prod(shape) * dtype.itemsize
-    copied = copy_times([torch.randn(shape, device=device).to(dtype) for _ in range(rotations(tensor_bytes, cuda))], cuda)
+    copied = copy_times(
+        [torch.randn(shape, device=device).to(dtype) for _ in range(rotations(tensor_bytes, cuda))], cuda
+    )
     yield "copy", "copy", copied
     for name, call in timed_loss_calls(shape, dtype, device).items():
         yield "kernel", name, attempt(time_kernel, call, cuda, copied["bandwidth_gb_per_s"])
@@ -125,17 +130,17 @@ def measure_on_gpu(
     losses = loss_forms(backend)
     assert_correct(sets[0], losses)
     compiled_step = torch.compile(naive.sde_step, dynamic=False, backend=backend)
-    steps: dict[str, Callable[[Inputs], Any]] = {"naive": naive.sde_step, "compiled": compiled_step, "fused": fused_step}
+    steps: dict[str, Callable[[Inputs], Any]] = {
+        "naive": naive.sde_step,
+        "compiled": compiled_step,
+        "fused": fused_step,
+    }
     for name, loss in losses.items():
         for phase, work in (("forward", loss), ("both", partial(both, loss)), ("step", steps[name])):
             yield name, phase, attempt(graph_times, [partial(work, inputs) for inputs in sets], cuda)
             if phase != "forward":
-                yield name, f"{phase} from Python", attempt(_single, partial(work, sets[0]), cuda)
+                yield name, f"{phase} from Python", attempt(call_time, partial(work, sets[0]), cuda)
         yield name, "both", attempt(memory, loss, sets[0], cuda)
-
-
-def _single(run: Callable[[], Any], cuda: bool) -> Numbers:
-    return {**call_times({"": run}, cuda)[""]}
 
 
 def measure_on_cpu(shape: tuple[int, ...]) -> Iterator[tuple[str, str, Numbers]]:
@@ -143,7 +148,7 @@ def measure_on_cpu(shape: tuple[int, ...]) -> Iterator[tuple[str, str, Numbers]]
     assert_correct(inputs, losses)
     times = call_times({name: partial(both, loss, inputs) for name, loss in losses.items()}, False)
     for name, loss in losses.items():
-        yield name, "both from Python", {**times[name]}
+        yield name, "both from Python", times[name]
         yield name, "both", memory(loss, inputs, False)
 
 
@@ -165,10 +170,10 @@ def test_loss(benchmark: Any, shape: tuple[int, ...], name: str, phase: str) -> 
     assert_correct(inputs, {name: loss})
     benchmark.group = f"{phase} {label(shape, DTYPE)} {DEVICE}"
     benchmark.extra_info.update(memory(loss, inputs, CUDA))
-    work: Callable[..., Any] = {"forward": loss, "both": partial(both, loss)}.get(phase, torch.autograd.grad)
+    works: dict[str, Any] = {"forward": loss, "backward": torch.autograd.grad, "both": partial(both, loss)}
 
     def run(*args: Any) -> None:
-        work(*args)
+        works[phase](*args)
         if CUDA:
             torch.cuda.synchronize()
 

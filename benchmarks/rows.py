@@ -1,9 +1,7 @@
 """Results as flat rows, benchmarks/results/<device>.jsonl, and how the programs of this folder fill them.
 
-A row: suite, case, contender, phase, metric, value, unit; device, driver, threads, torch, triton, python, commit,
-dirty (null: unknown), date; and a note where something failed. A case is measured as a whole, and its rows share a date:
-the newest date of a case is what counts. Where the tree is a copy without its history, FASTGUARD_COMMIT names the
-commit, by at least 10 digits.
+A case is measured as a whole, and its rows share a date: the newest date of a case is what counts. A note says what a
+number cannot. Where the tree is a copy without its history, FASTGUARD_COMMIT names the commit, by at least 10 digits.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -44,7 +42,7 @@ GRACE_S = 10.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Row = dict[str, Any]
-Numbers = dict[str, float | str]
+Numbers = Mapping[str, float | str]
 """by metric, whose name ends with its unit (`p50_us`); or why there are none: {"out of memory": "its message"}"""
 Measured = Iterable[tuple[str, str, Numbers]]
 """contender, phase, numbers"""
@@ -93,9 +91,9 @@ def flat(suite: str, case: str, measured: Measured, env: Row) -> list[Row]:
         for name, value in numbers.items():
             ending = next((ending for ending in UNITS if name.endswith(ending)), "")
             metric, unit = name.removesuffix(ending), UNITS.get(ending, "1")
-            row = {"suite": suite, "case": case, "contender": contender, "phase": phase, "metric": metric}
-            row |= {"value": 1.0, "unit": unit, **env, "date": date}
-            found.append(row | ({"note": value} if isinstance(value, str) else {"value": float(value)}))
+            what: Row = {"suite": suite, "case": case, "contender": contender, "phase": phase, "metric": metric}
+            said: Row = {"value": 1.0, "note": value} if isinstance(value, str) else {"value": float(value)}
+            found.append({**what, **said, "unit": unit, **env, "date": date})
     return found
 
 
@@ -164,7 +162,8 @@ def _minutes(text: str) -> float:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, needs_gpu: bool = True) -> None:
-    """Refuse what cannot work before anything is measured."""
+    """Refuse what cannot work before anything is measured, and set `args.end`, the moment to stop at."""
+    args.end = time.monotonic() + 60 * args.minutes
     if needs_gpu and not (args.dry_run or args.toy or torch.cuda.is_available()):
         parser.error("needs a CUDA device, and torch sees none; --toy runs the same code on the CPU")
     try:
@@ -186,7 +185,7 @@ def interpret_kernels() -> None:
 
 def measure(suite: str, cases: Cases, args: argparse.Namespace) -> str | None:
     """Measure each case, and save its rows at once. Returns what failed or is left, as `sys.exit` takes it."""
-    env, end = environment(), time.monotonic() + 60 * args.minutes
+    env = environment()
     chosen = [name for name in cases if any(fnmatch(name, pattern) for pattern in args.only)]
     if not chosen:
         return f"--only matches none of {', '.join(map(repr, cases))}"
@@ -196,7 +195,7 @@ def measure(suite: str, cases: Cases, args: argparse.Namespace) -> str | None:
     for name in chosen:
         if name in done:
             continue
-        if args.dry_run or time.monotonic() >= end:
+        if args.dry_run or time.monotonic() >= args.end:
             print(f"{suite}: {name}", flush=True)
             left.append(name)
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ def rotations(set_bytes: int, cuda: bool) -> int:
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(times, n=10)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
     return {"p20_us": deciles[1], "p50_us": deciles[4], "p80_us": deciles[7]}
 
 
@@ -80,7 +80,11 @@ def call_times(runs: dict[str, Callable[[], Any]], cuda: bool) -> dict[str, dict
     return {name: percentiles(found) for name, found in times.items()}
 
 
-def attempt(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def call_time(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
+    return call_times({"": run}, cuda)[""]
+
+
+def attempt(measure: Callable[..., Mapping[str, Any]], *args: Any) -> Mapping[str, Any]:
     """Numbers, or that there was no room for them."""
     try:
         return measure(*args)
