@@ -10,6 +10,7 @@ layers of a block. Correctness is asserted before anything is timed.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -160,24 +161,14 @@ def test_block(benchmark: Any, kind: str, form: str) -> None:
     benchmark.pedantic(run, rounds=20, warmup_rounds=3)
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
-
-
-def main() -> str | None:
-    parser = rows.parser(__doc__)
-    parser.add_argument("--bytes", action="store_true", help="count the bytes that each kernel moves; needs no GPU")
-    args = parser.parse_args()
-    if args.toy:
-        rows.interpret_kernels()
-    rows.check_arguments(parser, args, needs_gpu=not args.bytes)
+def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
     names = list(timed_block_calls(TOY, FP32, "cpu"))
     if args.bytes:
-        return rows.measure("bytes", {name: partial(measure_bytes, name) for name in names}, args)
+        return "bytes", {name: partial(measure_bytes, name) for name in names}
     sized = (TOY, FP32, "cpu") if args.toy else (FLUX_1024, BF16, "cuda")
-    kernels: rows.Cases = {name: partial(measure_kernel, name, *sized) for name in names}
-    blocks: rows.Cases = {f"{kind} block": partial(measure_block, kind, *sized) for kind in KINDS}
-    return rows.measure("blocks", {**kernels, **blocks}, args)
+    blocks = {f"{kind} block": partial(measure_block, kind, *sized) for kind in KINDS}
+    return "blocks", {**{name: partial(measure_kernel, name, *sized) for name in names}, **blocks}
 
 
 if __name__ == "__main__":
-    rows.run(main)
+    rows.main(__doc__, suite, lambda args: not args.bytes, {"--bytes": "count the bytes that each kernel moves"})

@@ -184,15 +184,6 @@ def test_loss(benchmark: Any, shape: tuple[int, ...], name: str, phase: str) -> 
     benchmark.pedantic(run, setup=arguments, rounds=30, warmup_rounds=5)
 
 
-def main() -> str | None:
-    parser = rows.parser(__doc__)
-    args = parser.parse_args()
-    if args.toy:
-        rows.interpret_kernels()
-    rows.check_arguments(parser, args, needs_gpu=False)
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    return rows.measure("loss", cases(args.toy), args)
-
-
 if __name__ == "__main__":
-    rows.run(main)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    rows.main(__doc__, lambda args: ("loss", cases(args.toy)), needs_gpu=lambda args: False)

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import naive
 import rows
@@ -53,6 +53,7 @@ from fastguard.train.update import minibatches, policy_loss, update_weights
 MEMORY_GB = 80.0
 CLIP_RANGE = {512: 2e-6, 1024: 1e-6}
 """of the recipes; the first log-ratio has to be within `update.parity` of it"""
+LEVELS: tuple[config.Recompute, ...] = ("none", "pointwise", "mlp", "block")
 MATMUL = 8192
 REPEATS, ENOUGH_S = range(3, 11), 8.0
 """repetitions: at least 3, at most 10, none begun after so many seconds"""
@@ -65,20 +66,38 @@ Measured = Iterator[tuple[str, str, Numbers]]
 
 @dataclass(frozen=True)
 class Case:
-    """One setting. The rollout batch equals the micro-batch, as parity asks for."""
+    """One setting, by its name: what is trained, pixels (squared), unfused blocks, recompute, compiled.
 
-    train: Literal["lora", "full"]
-    size: int
-    """pixels, squared"""
-    fuse: bool
-    recompute: config.Recompute
-    micro_batch: int
-    compile: bool = False
+    The rollout batch equals the micro-batch, as parity asks for.
+    """
+
+    name: str
 
     @property
-    def name(self) -> str:
-        blocks, compiled = "" if self.fuse else "unfused-", "-compiled" if self.compile else ""
-        return f"{self.train}-{self.size}-{blocks}{self.recompute}{compiled}"
+    def train(self) -> Literal["lora", "full"]:
+        return "lora" if self.name.startswith("lora") else "full"
+
+    @property
+    def size(self) -> int:
+        return int(self.name.split("-")[1])
+
+    @property
+    def fuse(self) -> bool:
+        return "unfused" not in self.name
+
+    @property
+    def compile(self) -> bool:
+        return self.name.endswith("compiled")
+
+    @property
+    def recompute(self) -> config.Recompute:
+        return next(level for level in LEVELS if level in self.name.split("-"))
+
+    @property
+    def micro_batch(self) -> int:
+        if self.size == 1024 or self.name == "full-512-pointwise":
+            return 1
+        return 3 if self.train == "lora" else 2
 
     @property
     def times_rollout(self) -> bool:
@@ -112,22 +131,14 @@ class Case:
 
 
 # First what a goal or a comparison hangs on, should time run out.
-_CASES = (
-    *(Case("lora", 1024, fuse, level, 1) for fuse, level in ((True, "none"), (False, "none"), (True, "pointwise"))),
-    Case("full", 512, True, "block", 2),
-    Case("lora", 512, True, "block", 3),
-    *(Case("lora", 1024, fuse, level, 1) for fuse, level in ((True, "block"), (True, "mlp"), (False, "block"))),
-    *(Case("lora", 512, fuse, level, 3) for fuse, level in ((False, "none"), (True, "none"), (True, "pointwise"))),
-    *(Case("lora", 512, fuse, level, 3) for fuse, level in ((True, "mlp"), (False, "block"))),
-    Case("full", 512, False, "block", 2),
-    Case("full", 512, True, "pointwise", 1),
-    Case("full", 512, True, "mlp", 2),
-    *(Case("full", 1024, fuse, "block", 1) for fuse in (True, False)),
-    *(Case("lora", size, fuse, "none", n, True) for size, n in ((1024, 1), (512, 3)) for fuse in (False, True)),
-    *(Case("full", 512, fuse, "block", 2, True) for fuse in (False, True)),
-    Case("full", 1024, True, "block", 1, True),
-)
-CASES = {case.name: case for case in _CASES}
+_NAMES = """
+lora-1024-none lora-1024-unfused-none lora-1024-pointwise full-512-block lora-512-block lora-1024-block lora-1024-mlp
+lora-1024-unfused-block lora-512-unfused-none lora-512-none lora-512-pointwise lora-512-mlp lora-512-unfused-block
+full-512-unfused-block full-512-pointwise full-512-mlp full-1024-block full-1024-unfused-block
+lora-1024-unfused-none-compiled lora-1024-none-compiled lora-512-unfused-none-compiled lora-512-none-compiled
+full-512-unfused-block-compiled full-512-block-compiled full-1024-block-compiled
+"""
+CASES = {name: Case(name) for name in _NAMES.split()}
 TOY_CASE = "full-512-block"
 """the one with most branches; --only runs any other"""
 
@@ -304,19 +315,22 @@ def measure_training(case: Case, toy: bool) -> Measured:
     yield "trainer", "rollout beside the optimizer", {name: n for name, n in peaks.items() if name != "took_s"}
 
 
-def measured(case: Case, toy: bool) -> list[tuple[str, str, Numbers]]:
-    """Everything about a case, in this process; if it does not fit, what came before that."""
+def measure_when_told(toy: bool) -> None:
+    """Read a case's name from stdin and print what was found; if it does not fit, what came before that."""
+    name = sys.stdin.readline().strip()
+    if not name:  # there is nobody to say so any more
+        return
     if not toy:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(int(MEMORY_GB * 1e9), total) / total)
     found: list[tuple[str, str, Numbers]] = []
     try:
-        for entry in measure_training(case, toy):  # one by one: what was found before an error counts
+        for entry in measure_training(CASES[name], toy):
             found.append(entry)
     except torch.OutOfMemoryError as error:
         last = found[-1][1] if found else "nothing"
         found.append(("trainer", "", {rows.OUT_OF_MEMORY: f"after {last}: {str(error).splitlines()[0]}"}))
-    return found
+    print(json.dumps(found))
 
 
 class Processes:
@@ -324,7 +338,7 @@ class Processes:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._waiting = self._start()
+        self._waiting: subprocess.Popen[str] | None = None
 
     def _start(self) -> subprocess.Popen[str]:
         environ = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -334,19 +348,15 @@ class Processes:
                 environ["TORCHDYNAMO_DISABLE"] = "1"  # the 8-bit optimizer would spend minutes on compiling for the CPU
         command = [sys.executable, __file__, "--child", *(["--toy"] if self._args.toy else [])]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True,
-                                start_new_session=True, preexec_fn=rows.end_with_parent)  # fmt: skip
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        rows.stop(self._waiting)
-        self._waiting.communicate()
+        return subprocess.Popen(
+            command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True,
+            preexec_fn=rows.end_with_parent,
+        )  # fmt: skip
 
     def measure(self, name: str) -> list[tuple[str, str, Numbers]]:
         """Raises RuntimeError for a process that fails, and TimeoutError."""
-        process, self._waiting = self._waiting, self._start()
+        process = self._waiting or self._start()
+        self._waiting = self._start()  # it ends with this one
         limit_s = min(CASE_LIMIT_S, max(1.0, self._args.end - time.monotonic()))
         try:
             printed, errors = process.communicate(f"{name}\n", timeout=limit_s)
@@ -355,8 +365,7 @@ class Processes:
         finally:
             rows.stop(process)
         if process.returncode:
-            last = " ".join(errors.strip().splitlines()[-4:])
-            raise RuntimeError(f"exit status {process.returncode}: {last}")
+            raise RuntimeError(f"exit status {process.returncode}: {' '.join(errors.strip().splitlines()[-4:])}")
         return json.loads(printed.splitlines()[-1])
 
 
@@ -377,24 +386,16 @@ def planned(case: Case, toy: bool) -> Measured:
     yield "planner", "both", {"fits": max(rolling, phases["update"].peak) <= limit_bytes(recipe)}
 
 
-def main() -> str | None:
-    parser = rows.parser(__doc__)
-    parser.add_argument("--plan", action="store_true", help="only the planner's predictions; needs no GPU")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        name = sys.stdin.readline().strip()  # when it is its turn; nothing, if there is nobody to say so any more
-        if name:
-            print(json.dumps(measured(CASES[name], args.toy)))
-        return None
-    rows.check_arguments(parser, args, needs_gpu=not args.plan)
+def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
     names = [TOY_CASE] if args.toy and args.only == ["*"] else list(CASES)
     if args.plan:  # the planner knows no compiler
-        plans: rows.Cases = {n: partial(planned, CASES[n], args.toy) for n in names if not CASES[n].compile}
-        return rows.measure("plan", plans, args)
-    with Processes(args) as processes:
-        return rows.measure("train_step", {name: partial(processes.measure, name) for name in names}, args)
+        return "plan", {name: partial(planned, CASES[name], args.toy) for name in names if not CASES[name].compile}
+    processes = Processes(args)
+    return "train_step", {name: partial(processes.measure, name) for name in names}
 
 
 if __name__ == "__main__":
-    rows.run(main)
+    if sys.argv[1:2] == ["--child"]:
+        measure_when_told(toy="--toy" in sys.argv)
+    else:
+        rows.main(__doc__, suite, lambda args: not args.plan, {"--plan": "only the planner's predictions"})

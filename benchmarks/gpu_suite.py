@@ -51,7 +51,7 @@ def main() -> str | None:
     args = parser.parse_args()
     if unknown := set(args.only) - {*STAGES, "*"}:
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(STAGES)}")
-    rows.check_arguments(parser, args)
+    rows.check_arguments(parser, args, needs_gpu=True)
     unfinished = []
     for name in STAGES:
         if args.only != ["*"] and name not in args.only:

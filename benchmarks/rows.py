@@ -85,7 +85,7 @@ def slug(device: str) -> str:
 
 def flat(suite: str, case: str, measured: Measured, env: Row) -> list[Row]:
     """A case's rows, of this moment."""
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
     found = []
     for contender, phase, numbers in measured:
         for name, value in numbers.items():
@@ -161,7 +161,7 @@ def _minutes(text: str) -> float:
     return value
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, needs_gpu: bool = True) -> None:
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, needs_gpu: bool) -> None:
     """Refuse what cannot work before anything is measured, and set `args.end`, the moment to stop at."""
     args.end = time.monotonic() + 60 * args.minutes
     if needs_gpu and not (args.dry_run or args.toy or torch.cuda.is_available()):
@@ -175,12 +175,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, n
         parser.error(f"--out {args.out}: {error.strerror}; expected a folder to write to")
     except ValueError as error:
         parser.error(str(error))
-
-
-def interpret_kernels() -> None:
-    """Run Triton kernels on a CPU. That has to be known before triton is imported: the program restarts."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
 
 
 def measure(suite: str, cases: Cases, args: argparse.Namespace) -> str | None:
@@ -221,6 +215,24 @@ def _measured(case: Callable[[], Measured]) -> list[tuple[str, str, Numbers]]:
         traceback.print_exc()
         kind = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else FAILED
         return [("", "", {kind: f"{type(error).__name__}: {str(error)[:300]}"})]
+
+
+def main(
+    doc: str | None,
+    suite: Callable[[argparse.Namespace], tuple[str, Cases]],
+    needs_gpu: Callable[[argparse.Namespace], bool] = lambda args: True,
+    flags: Mapping[str, str] | None = None,
+) -> None:
+    """A program that measures the cases of a suite, by its name. flags: its own, with their help."""
+    made = parser(doc)
+    for flag, text in (flags or {}).items():
+        made.add_argument(flag, action="store_true", help=text)
+    args = made.parse_args()
+    if args.toy and os.environ.get("TRITON_INTERPRET") != "1":
+        # Kernels then run on a CPU. That has to be known before triton is imported: the program restarts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
+    check_arguments(made, args, needs_gpu(args))
+    run(lambda: measure(*suite(args), args))
 
 
 def run(main: Callable[[], str | None]) -> None:

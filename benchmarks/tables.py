@@ -28,28 +28,15 @@ KEYS, ABOUT = (
 )
 FORMATS = {
     "times": "{}", "times_base": "{:.2f}x", "of_copy": "{:.0%} of copy", "bandwidth": "{:,.0f} GB/s",
-    "peak_new_mib": "{:,.1f} MiB new", "kept_mib": "{:,.1f} MiB kept", "kept_b": "{:.0f} B kept", "error": "{:.1e}", "largest": "of {:.1e}",
-    "moved_mb": "{:.1f} MB", "least_mb": "of {:.1f} MB", "of_least": "{:.3f}", "per_step": "{:.3f} s a step",
+    "peak_new_mib": "{:,.1f} MiB new", "error": "{:.1e}", "largest": "of {:.1e}", "moved_mb": "{:.1f} MB",
+    "least_mb": "of {:.1f} MB", "of_least": "{:.3f}", "per_step": "{:.3f} s a step",
     "p50_per_transition": "{:.3f} s a transition", "peak_gib": "{:.1f} GiB", "planned_gib": "planned {:.1f} GiB",
-    "mfu": "MFU {:.1%}", "of_update": "{:.3%} of the update", "executed_per_needed": "{:.2f} FLOPs for each needed",
-    "passed tests": "{:.0f} passed", "note": "{}",
+    "kept_mib": "{:,.1f} MiB kept", "kept_b": "{:.0f} B kept", "mfu": "MFU {:.1%}", "of_update": "{:.3%} of the update",
+    "executed_per_needed": "{:.2f} FLOPs for each needed", "passed tests": "{:.0f} passed", "note": "{}",
 }  # fmt: skip
 """of what is shown in a cell, in this order"""
 MEASURED = [
-    *(
-        "p20",
-        "p50",
-        "p80",
-        "of_copy",
-        "bandwidth",
-        "peak_new",
-        "kept",
-        "error",
-        "largest",
-        "moved",
-        "least",
-        "per_step",
-    ),
+    *("p20", "p50", "p80", "of_copy", "bandwidth", "peak_new", "kept", "error", "largest", "moved", "least", "per_step"),
     *("p50_per_transition", "peak", "needed", "of_update", "executed_per_needed", "passed tests", "failed", "skipped"),
     *("out of memory", "worst_log_ratio_of_clip_range"),
 ]
@@ -64,7 +51,7 @@ Frame = Any  # pandas has no annotations that mypy could read here
 
 
 def load(folder: Path = rows.RESULTS) -> Frame:
-    """One line for each device, case, contender and phase, with a column for each metric, and what follows from them."""
+    """A line for each device, case, contender and phase, a column for each metric, and what follows from them."""
     found = pd.DataFrame(rows.newest(rows.load(folder)), columns=[*KEYS, "metric", "value", "note", *ABOUT])
     order = pd.MultiIndex.from_frame(found[KEYS].drop_duplicates())
     wide = found.pivot_table(index=KEYS, columns="metric", values="value").reindex(index=order, columns=MEASURED)
@@ -92,7 +79,7 @@ def load(folder: Path = rows.RESULTS) -> Frame:
     for unit, size in {"mb": 1e6, "mib": 2**20, "gib": 2**30}.items():
         for name in ("peak_new", "moved", "least", "peak", "planned"):
             wide[f"{name}_{unit}"] = wide[name] / size
-    wide["kept_mib"], wide["kept_b"] = (wide.kept / 2**20).where(wide.kept >= 2**20), wide.kept.where(wide.kept < 2**20)
+    wide["kept_mib"], wide["kept_b"] = wide.kept.where(wide.kept >= 2**20) / 2**20, wide.kept.where(wide.kept < 2**20)
     wide["of_least"] = wide.moved / wide.least
     return wide
 
@@ -120,7 +107,7 @@ LARGE = "suite == 'loss' and contender == 'kernel' and case in ['8x16777216 bf16
 LOSS = "suite == 'loss' and case == '8x4096x64 bf16' and phase == 'both' and contender == "
 BLOCK = "suite == 'blocks' and phase == 'training' and contender == "
 SANITIZER = "phase == 'compute-sanitizer' and skipped != 1"
-CASE = "suite == 'train_step' and case == '{}'"
+CASE = "suite == 'train_step' and case == "
 CLIPPED = "worst_log_ratio_of_clip_range"
 GOALS = (
     Goal("kernels' tests on the GPU: red parts", 0, "phase == 'pytest'", "red", "{:.0f}", True, 3),
@@ -132,12 +119,12 @@ GOALS = (
     Goal("each Flux kernel backward: of the copy bandwidth", 0.7, KERNELS.format(""), "of_copy"),
     Goal("a fused block, forward + backward: faster than eager", 1.25, f"{BLOCK}'eager'", "times_base", "{:.2f}x"),
     Goal("the same: against torch.compile", 1.0, f"{BLOCK}'compiled'", "times_base", "{:.2f}x"),
-    Goal("update at 1024^2, LoRA, no recomputation: MFU", 0.45, f"{CASE.format('lora-1024-none')} and phase == 'update'", "mfu"),
+    Goal("update at 1024^2, LoRA, no recomputation: MFU", 0.45, f"{CASE}'lora-1024-none' and phase == 'update'", "mfu"),
     Goal("planner against the measured peaks: error", 0.05, STEPS, "planner_error", "{:.1%}", True),
-    Goal("all parameters trained within 80 GB", 80e9 / 2**30, CASE.format("full-512-block"), "peak_gib", "{:.1f} GiB", True),
-    Goal("LoRA, 512^2, recompute block: peak", 30, CASE.format("lora-512-block"), "peak_gib", "{:.1f} GiB", True),
-    Goal("LoRA, 1024^2, recompute block: peak", 30, CASE.format("lora-1024-block"), "peak_gib", "{:.1f} GiB", True),
-    Goal("all weights, 512^2, recompute block: peak", 78, CASE.format("full-512-block"), "peak_gib", "{:.1f} GiB", True),
+    Goal("all parameters trained within 80 GB", 80e9 / 2**30, f"{CASE}'full-512-block'", "peak_gib", "{:.1f} GiB", True),
+    Goal("LoRA, 512^2, recompute block: peak", 30, f"{CASE}'lora-512-block'", "peak_gib", "{:.1f} GiB", True),
+    Goal("LoRA, 1024^2, recompute block: peak", 30, f"{CASE}'lora-1024-block'", "peak_gib", "{:.1f} GiB", True),
+    Goal("all weights, 512^2, recompute block: peak", 78, f"{CASE}'full-512-block'", "peak_gib", "{:.1f} GiB", True),
     Goal("first log-ratio after a rollout, of the clip range", UpdateConfig.parity, STEPS, CLIPPED, "{:.2%}", True),
 )  # fmt: skip
 
@@ -169,22 +156,24 @@ def goals_table(found: Frame) -> str:
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
-GRAPHS = "CUDA graphs, inputs rotated past L2"
-TABLES: tuple[tuple[str, str, list[str], str], ...] = (
-    ("The loss, forward + backward, called from Python", "suite == 'loss' and phase == 'both from Python'", ["case"], "contender"),
-    (f"The loss, forward and both, {GRAPHS}; memory", "suite == 'loss' and phase in ['forward', 'both']", ["case", "phase"], "contender"),
-    (f"Kernels of loss and step, {GRAPHS}", "suite == 'loss' and contender in ['kernel', 'copy']", ["case"], "phase"),
-    ("The rollout's step", "suite == 'loss' and phase in ['step', 'step from Python']", ["case", "phase"], "contender"),
+BOTH, LAUNCH = "forward + backward", "bf16, CUDA graphs, inputs rotated past L2"
+BY_CASE, BY_PHASE, BY_CONTENDER = ["case"], ["case", "phase"], ["case", "contender"]
+TABLES: tuple[tuple[str, str, str, list[str], str], ...] = (
+    (f"The loss, {BOTH}, called from Python", "loss", "phase == 'both from Python'", BY_CASE, "contender"),
+    (f"The loss, {LAUNCH}; memory", "loss", "phase in ['forward', 'both']", BY_PHASE, "contender"),
+    (f"Kernels of loss and step, {LAUNCH}", "loss", "contender in ['kernel', 'copy']", BY_CASE, "phase"),
+    ("The rollout's step", "loss", "phase in ['step', 'step from Python']", BY_PHASE, "contender"),
     ("Largest error of the log-ratio against float64, in float32, at a velocity change of 1e-3; the largest log-ratio",
-     "suite == 'loss' and phase == 'log-ratio'", ["case"], "contender"),
-    (f"Kernels of a Flux block, 4,608 tokens, bf16, {GRAPHS}", "suite == 'blocks' and phase in ['launch', 'copy']", ["case"], "contender"),
-    ("Flux blocks, 4,608 tokens, bf16, LoRA", "suite == 'blocks' and phase in ['inference', 'training']", ["case", "contender"], "phase"),
-    ("Bytes that each kernel of a Flux block moves, of the least possible; 4,608 tokens, bf16", "suite == 'bytes'", ["case"], "phase"),
-    ("Training step of Flux, 11.9 billion random weights, held to 80 GB; the planner knows no compiler",
-     "suite == 'train_step' and phase not in ['build', 'matmul']", ["case"], "phase"),
-    ("Predicted by the planner, not measured, for cards of 80 GB (74.5 GiB)",
-     "suite == 'plan' and phase != 'both' and not case.str.contains('compiled')", ["case"], "phase"),
-    ("Tests and compute-sanitizer", "suite == 'validation'", ["case"], "phase"),
+     "loss", "phase == 'log-ratio'", BY_CASE, "contender"),
+    (f"Kernels of a Flux block, 4,608 tokens, {LAUNCH}", "blocks", "phase in ['launch', 'copy']", BY_CASE, "contender"),
+    ("Flux blocks, 4,608 tokens, bf16, LoRA", "blocks", "phase in ['inference', 'training']", BY_CONTENDER, "phase"),
+    ("Bytes that each kernel of a Flux block moves, of the least possible; 4,608 tokens, bf16", "bytes", "case != ''",
+     BY_CASE, "phase"),
+    ("Training step of Flux, 11.9 billion random weights, held to 80 GB; the planner knows no compiler", "train_step",
+     "phase not in ['', 'build', 'matmul']", BY_CASE, "phase"),
+    ("Predicted by the planner, not measured, for cards of 80 GB (74.5 GiB)", "plan",
+     "phase != 'both' and not case.str.contains('compiled')", BY_CASE, "phase"),
+    ("Tests and compute-sanitizer", "validation", "phase != ''", BY_CASE, "phase"),
 )  # fmt: skip
 
 
@@ -208,7 +197,7 @@ def grid(part: Frame, index: list[str], columns: str) -> str:
 
 
 def experiments(found: Frame) -> Iterator[str]:
-    """Choices across; in bold the fastest, if it beats the product's by more than noise and MARGIN, else the product's."""
+    """Choices across; in bold the fastest, if it beats the product's by more than noise and MARGIN; else that."""
     names = found.case.str.rsplit(": ", n=1).str
     found = found.assign(experiment=names[0], case=names[-1])
     for (name, phase), lines in found.groupby(["experiment", "phase"], sort=False):
@@ -235,8 +224,8 @@ def stack(part: Frame) -> str:
 def pages(found: Frame) -> Iterator[str]:
     """Everything that was measured, device by device."""
     for device, of_device in found.groupby("device", sort=False):
-        for title, query, index, columns in TABLES:
-            part = of_device.query(query)
+        for title, suite, query, index, columns in TABLES:
+            part = of_device[of_device.suite == suite].query(query)
             if len(part):
                 yield f"**{title}**: {device}, {stack(part)}\n\n{grid(part, index, columns)}"
         yield from experiments(of_device[of_device.suite == "tuning"])
@@ -269,11 +258,9 @@ def draw(found: Frame, folder: Path) -> Iterator[Path]:
             part = of_device.query(query).dropna(subset=column)
             if not len(part):
                 continue
-            grids = {name: part.pivot_table(index="case", columns=columns, values=name, sort=False) for name in
-                     ((column, "p20", "p80") if column == "p50" else (column,))}  # fmt: skip
-            bars, spread = grids[column], None
-            if column == "p50":
-                spread = [[bars[name] - grids["p20"][name], grids["p80"][name] - bars[name]] for name in bars]
+            bars, low, high = (part.pivot_table(index="case", columns=columns, values=name, sort=False, dropna=False)
+                               for name in (column, "p20", "p80"))  # fmt: skip
+            spread = [[bars[name] - low[name], high[name] - bars[name]] for name in bars] if column == "p50" else None
             if column == "peak_gib":
                 bars = bars.assign(planned=part.set_index("case").planned_gib)
             figure, axis = plt.subplots(figsize=(8, 1.4 + 0.16 * bars.size), layout="constrained")

@@ -8,6 +8,7 @@ and dtypes. The first choice is the product's; every other one must give its res
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -262,20 +263,14 @@ def results_of(run: Callable[[], Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.is_floating_point() and leaf.numel()]
 
 
-def main() -> str | None:
-    parser = rows.parser(__doc__)
-    args = parser.parse_args()
-    if args.toy:
-        rows.interpret_kernels()
-    rows.check_arguments(parser, args)
-    most = 1 if args.toy else None
-    cases: rows.Cases = {
-        f"{name}: {case}": partial(measure_case, experiment, experiment.cases[case], "cpu" if args.toy else "cuda")
+def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
+    device, most = ("cpu", 1) if args.toy else ("cuda", None)
+    return "tuning", {
+        f"{name}: {case}": partial(measure_case, experiment, experiment.cases[case], device)
         for name, experiment in EXPERIMENTS.items()
         for case in [*experiment.cases][:most]
     }
-    return rows.measure("tuning", cases, args)
 
 
 if __name__ == "__main__":
-    rows.run(main)
+    rows.main(__doc__, suite)

@@ -97,13 +97,10 @@ def outcome(command: Sequence[str], environ: dict[str, str], end: float) -> Numb
     return numbers
 
 
-def main() -> str | None:
-    parser = rows.parser(__doc__)
-    args = parser.parse_args()
-    rows.check_arguments(parser, args)
+def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
     tests: rows.Cases = {part: partial(run_tests, part, args) for part in [*TESTS][: 1 if args.toy else None]}
-    return rows.measure("validation", {**tests, **{tool: partial(run_sanitizer, tool, args) for tool in TOOLS}}, args)
+    return "validation", {**tests, **{tool: partial(run_sanitizer, tool, args) for tool in TOOLS}}
 
 
 if __name__ == "__main__":
-    rows.run(main)
+    rows.main(__doc__, suite)
