@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from diffusers.models.transformers.transformer_flux import (
 from launches import moved_bytes, recorded
 from operator_calls import BF16, FLUX_1024, FP32, Size, timed_block_calls
 from peft import LoraConfig, inject_adapter_in_model
-from rows import Numbers
+from rows import Measured
 from timing import copy_times, graph_times, kept_bytes, rotations
 from torch import Tensor, nn
 
@@ -40,7 +40,6 @@ LAYERS += ["net.0.proj", "net.2", "proj_mlp", "proj_out"]
 LEVELS: tuple[Recompute, ...] = ("none", "pointwise", "mlp")
 KINDS = ("double", "single")
 TOY = Size(samples=1, image=64, text=16, heads=4, head=16)
-Measured = Iterator[tuple[str, str, Numbers]]
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------

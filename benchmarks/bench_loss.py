@@ -10,7 +10,7 @@ than the L2 cache. "from Python" is a plain call, launches included. Loss and gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import rows
 import torch
 from naive import Inputs
 from operator_calls import BF16, FP16, FP32, Call, assert_agrees, timed_loss_calls
-from rows import Numbers
+from rows import Measured, Numbers
 from timing import attempt, call_time, call_times, copy_times, graph_times, peak_bytes, rotations, with_bandwidth
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def assert_correct(inputs: Inputs, losses: dict[str, Callable[[Inputs], Tensor]]
         assert worst < rtol, f"{name}: gradient off by {worst:.1e}"
 
 
-def exactness(device: str = "cpu") -> Iterator[tuple[str, str, Numbers]]:
+def exactness(device: str = "cpu") -> Measured:
     """Largest error of the log-ratio against float64 at a velocity change of 1e-3, float32, over 8 x 4 samples."""
     errors: dict[str, list[float]] = {"fused": [], "naive": [], "size": []}
     for seed in range(8):
@@ -113,9 +113,7 @@ def memory(loss: Callable[[Inputs], Tensor], inputs: Inputs, cuda: bool) -> Numb
     }
 
 
-def measure_on_gpu(
-    shape: tuple[int, ...], dtype: torch.dtype = BF16, device: str = "cuda"
-) -> Iterator[tuple[str, str, Numbers]]:
+def measure_on_gpu(shape: tuple[int, ...], dtype: torch.dtype = BF16, device: str = "cuda") -> Measured:
     """Kernels alone, then losses and steps; what does not fit is said to be so."""
     cuda = device == "cuda"
     backend, tensor_bytes = "inductor" if cuda else "eager", math.prod(shape) * dtype.itemsize
@@ -143,7 +141,7 @@ def measure_on_gpu(
         yield name, "both", attempt(memory, loss, sets[0], cuda)
 
 
-def measure_on_cpu(shape: tuple[int, ...]) -> Iterator[tuple[str, str, Numbers]]:
+def measure_on_cpu(shape: tuple[int, ...]) -> Measured:
     inputs, losses = naive.make_inputs(shape, FP32), loss_forms()
     assert_correct(inputs, losses)
     times = call_times({name: partial(both, loss, inputs) for name, loss in losses.items()}, False)

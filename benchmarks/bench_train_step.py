@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -34,7 +34,7 @@ import torch
 from accelerate import Accelerator
 from bench_loss import both
 from diffusers import FlowMatchEulerDiscreteScheduler
-from rows import Numbers
+from rows import Measured, Numbers
 from timing import call_time, graph_times, percentiles, rotations
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
@@ -53,12 +53,10 @@ from fastguard.train.update import minibatches, policy_loss, update_weights
 MEMORY_GB = 80.0
 CLIP_RANGE = {512: 2e-6, 1024: 1e-6}
 """of the recipes; the first log-ratio has to be within `update.parity` of it"""
-LEVELS: tuple[config.Recompute, ...] = ("none", "pointwise", "mlp", "block")
 MATMUL = 8192
 REPEATS, ENOUGH_S = range(3, 11), 8.0
 """repetitions: at least 3, at most 10, none begun after so many seconds"""
 CASE_LIMIT_S = 420
-Measured = Iterator[tuple[str, str, Numbers]]
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
@@ -66,38 +64,15 @@ Measured = Iterator[tuple[str, str, Numbers]]
 
 @dataclass(frozen=True)
 class Case:
-    """One setting, by its name: what is trained, pixels (squared), unfused blocks, recompute, compiled.
+    """One setting. The rollout batch equals the micro-batch, as parity asks for."""
 
-    The rollout batch equals the micro-batch, as parity asks for.
-    """
-
-    name: str
-
-    @property
-    def train(self) -> Literal["lora", "full"]:
-        return "lora" if self.name.startswith("lora") else "full"
-
-    @property
-    def size(self) -> int:
-        return int(self.name.split("-")[1])
-
-    @property
-    def fuse(self) -> bool:
-        return "unfused" not in self.name
-
-    @property
-    def compile(self) -> bool:
-        return self.name.endswith("compiled")
-
-    @property
-    def recompute(self) -> config.Recompute:
-        return next(level for level in LEVELS if level in self.name.split("-"))
-
-    @property
-    def micro_batch(self) -> int:
-        if self.size == 1024 or self.name == "full-512-pointwise":
-            return 1
-        return 3 if self.train == "lora" else 2
+    train: Literal["lora", "full"]
+    size: int
+    """pixels, squared"""
+    fuse: bool
+    recompute: config.Recompute
+    compile: bool
+    micro_batch: int
 
     @property
     def times_rollout(self) -> bool:
@@ -138,7 +113,17 @@ full-512-unfused-block full-512-pointwise full-512-mlp full-1024-block full-1024
 lora-1024-unfused-none-compiled lora-1024-none-compiled lora-512-unfused-none-compiled lora-512-none-compiled
 full-512-unfused-block-compiled full-512-block-compiled full-1024-block-compiled
 """
-CASES = {name: Case(name) for name in _NAMES.split()}
+
+
+def _case(name: str) -> Case:
+    train, size, *options = name.split("-")
+    recompute: Any = options[-2] if "compiled" in options else options[-1]
+    micro_batch = 1 if size == "1024" or name == "full-512-pointwise" else 3 if train == "lora" else 2
+    trained: Any = train
+    return Case(trained, int(size), "unfused" not in options, recompute, "compiled" in options, micro_batch)
+
+
+CASES = {name: _case(name) for name in _NAMES.split()}
 TOY_CASE = "full-512-block"
 """the one with most branches; --only runs any other"""
 
@@ -264,16 +249,11 @@ def repeated(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
 
 
 def measure_training(case: Case, toy: bool) -> Measured:
-    """Baselines, rollout and update, as far as memory reaches.
-
-    Times of a rollout do not depend on what waits on the device, its peak does: that is taken once the optimizer's
-    state is there.
-    """
+    """Baselines, rollout and update. The peak of a rollout is taken once the optimizer's state is there."""
     cuda, device = not toy, "cpu" if toy else "cuda"
     state = build(case, toy)
     recipe, backbone = state.recipe, state.backbone
-    trained = sum(p.numel() for p in state.parameters.values())
-    yield "trainer", "build", {"trained_parameters": trained}
+    yield "trainer", "build", {"trained_parameters": sum(p.numel() for p in state.parameters.values())}
     # The loss of one micro-batch alone, and what this card gives at best, while there is room for them.
     shape = (recipe.micro_batch, *backbone.latent_shape)
     count = rotations(3 * math.prod(shape) * backbone.dtype.itemsize, cuda)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import candidates
-from operator_calls import Call
-from torch import Tensor
+from operator_calls import Call, n_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastguard.kernels import adaln, common, gated_residual, gelu, qk_norm_rope, sde_step, transition
 
@@ -27,23 +25,18 @@ class Launched:
     args: dict[str, Any]
     num_warps: int
 
-    @property
-    def n_bytes(self) -> int:
-        """Of the tensors that it is given."""
-        return sum(value.nbytes for value in self.args.values() if isinstance(value, Tensor))
-
 
 @dataclass(frozen=True)
 class _Recorder:
     kernel: Any
     launches: list[Launched]
 
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, launch_pdl: bool = False, **flags: Any) -> None:
-            named = dict(zip(self.kernel.arg_names, args, strict=False)) | flags
-            self.launches.append(Launched(self.kernel, named, num_warps))
+    def __getitem__(self, grid: Any) -> Any:
+        return self
 
-        return launch
+    def __call__(self, *args: Any, num_warps: int, launch_pdl: bool = False, **flags: Any) -> None:
+        named = dict(zip(self.kernel.arg_names, args, strict=False)) | flags
+        self.launches.append(Launched(self.kernel, named, num_warps))
 
 
 @contextmanager
@@ -68,7 +61,7 @@ class _TorchBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in func.name():
-            self.n_bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
+            self.n_bytes += n_bytes((args, kwargs, out))
         return out
 
 
@@ -83,4 +76,4 @@ def moved_bytes(call: Call) -> int:
     with recorded() as launches, _TorchBytes() as around:  # not through the operator: that would hide what is inside
         launcher(*call.args[:-1])
     overwritten = call.args[0].nbytes if call.overwrites else 0  # read, and written
-    return sum(launch.n_bytes for launch in launches) + around.n_bytes + overwritten - call.unread_bytes
+    return n_bytes([launch.args for launch in launches]) + around.n_bytes + overwritten - call.unread_bytes

@@ -98,10 +98,10 @@ class Call:
 
     def least_bytes(self) -> int:
         """Bytes that have to be read or written once, whatever the method: all arguments and all results."""
-        return _n_bytes(self.args) + _n_bytes(self()) - self.unread_bytes
+        return n_bytes(self.args) + n_bytes(self()) - self.unread_bytes
 
 
-def _n_bytes(tensors: Any) -> int:
+def n_bytes(tensors: Any) -> int:
     return sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
 
 
@@ -272,15 +272,17 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     yield Call("qk_norm_rope_bwd two streams, not rotated", bwd, (*of_two, cos, sin, False, False), "compiled")
     yield Call("qk_norm_rope_bwd one stream, not rotated", bwd, (*of_one, cos, sin, False, False), "compiled")
     wide, grad_wide, bias = n.normal(b, t + s, 4 * c), n.normal(b, t + s, 4 * c), n.normal(4 * c, of=n.beside)
-    fwd, bwd = block_ops.bias_gelu_fwd, block_ops.bias_gelu_bwd_
+    fwd, inplace = block_ops.bias_gelu_fwd, block_ops.bias_gelu_bwd_
     yield Call("bias_gelu_fwd", fwd, (wide, bias, None), "timed", eager=_eager_gelu)
     yield Call("bias_gelu_fwd prefix", fwd, (wide, bias, x), "timed", eager=_eager_gelu)
     yield Call("bias_gelu_fwd prefix, without bias", fwd, (wide, None, x))
     yield Call("bias_gelu_fwd strided", fwd, (_strided(x), None, None))
-    yield Call("bias_gelu_bwd_", bwd, (grad_wide, wide, bias, False), "timed", overwrites=True)
-    yield Call("bias_gelu_bwd_ output", bwd, (grad_wide, wide, bias, True), "timed", overwrites=True)
-    yield Call("bias_gelu_bwd_ without bias", bwd, (grad_wide, wide, None, False), overwrites=True)
-    yield Call("bias_gelu_bwd_ output, without bias", bwd, (grad_wide, wide, None, True), "compiled", overwrites=True)
+    yield Call("bias_gelu_bwd_", inplace, (grad_wide, wide, bias, False), "timed", overwrites=True)
+    yield Call("bias_gelu_bwd_ output", inplace, (grad_wide, wide, bias, True), "timed", overwrites=True)
+    yield Call("bias_gelu_bwd_ without bias", inplace, (grad_wide, wide, None, False), overwrites=True)
+    yield Call(
+        "bias_gelu_bwd_ output, without bias", inplace, (grad_wide, wide, None, True), "compiled", overwrites=True
+    )
 
 
 def _strided(tensor: Tensor) -> Tensor:

@@ -49,15 +49,13 @@ Measured = Iterable[tuple[str, str, Numbers]]
 Cases = dict[str, Callable[[], Measured]]
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
 def environment() -> Row:
-    """What a number needs beside it."""
+    """What a number needs beside it. dirty: whether code differs from the commit; None if that is unknown."""
     gpu = torch.cuda.is_available()
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return {
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {_cpu_name()}",
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {cpu.group(1) if cpu else platform.machine()}",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -78,6 +76,14 @@ def commit() -> str:
     return given[:10]
 
 
+def _output(*command: str) -> str | None:
+    """What it prints; None if it cannot be run."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def slug(device: str) -> str:
     """A device's name as a file's."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -90,10 +96,10 @@ def flat(suite: str, case: str, measured: Measured, env: Row) -> list[Row]:
     for contender, phase, numbers in measured:
         for name, value in numbers.items():
             ending = next((ending for ending in UNITS if name.endswith(ending)), "")
-            metric, unit = name.removesuffix(ending), UNITS.get(ending, "1")
-            what: Row = {"suite": suite, "case": case, "contender": contender, "phase": phase, "metric": metric}
+            what: Row = {"suite": suite, "case": case, "contender": contender, "phase": phase}
             said: Row = {"value": 1.0, "note": value} if isinstance(value, str) else {"value": float(value)}
-            found.append({**what, **said, "unit": unit, **env, "date": date})
+            unit = {"metric": name.removesuffix(ending), "unit": UNITS.get(ending, "1")}
+            found.append({**what, **unit, **said, **env, "date": date})
     return found
 
 
@@ -110,9 +116,8 @@ def load(folder: Path = RESULTS) -> list[Row]:
     return found
 
 
-def newest(found: Iterable[Row]) -> list[Row]:
+def newest(found: list[Row]) -> list[Row]:
     """The last measurement of each case on each device."""
-    found = list(found)
     dates: dict[Any, str] = {}
     for row in found:
         dates[row["key"]] = max(row["date"], dates.get(row["key"], ""))
@@ -129,14 +134,13 @@ def finished(suite: str, env: Row, folder: Path) -> set[str]:
     return {row["case"] for row in last} - {row["case"] for row in last if row["metric"] in (FAILED, SKIPPED)}
 
 
-def text_of(found: Iterable[Row]) -> Iterator[str]:
+def text_of(found: list[Row]) -> str:
     """A line for each contender and phase."""
     lines: dict[tuple[str, str], list[str]] = {}
     for row in found:
         value = row.get("note") or f"{row['value']:,.5g} {row['unit'].removeprefix('1')}".strip()
         lines.setdefault((row["contender"], row["phase"]), []).append(f"{row['metric']} {value}")
-    for (contender, phase), values in lines.items():
-        yield f"  {contender:12} {phase:28} {', '.join(values)}"
+    return "\n".join(f"  {who:12} {phase:28} {', '.join(values)}" for (who, phase), values in lines.items())
 
 
 # --- programs -------------------------------------------------------------------------------------------------------
@@ -155,10 +159,9 @@ def parser(doc: str | None, patterns: str = "cases") -> argparse.ArgumentParser:
 
 
 def _minutes(text: str) -> float:
-    value = float(text)
-    if not value > 0:
+    if not float(text) > 0:
         raise argparse.ArgumentTypeError(f"{text}, expected more than 0")
-    return value
+    return float(text)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, needs_gpu: bool) -> None:
@@ -194,7 +197,7 @@ def measure(suite: str, cases: Cases, args: argparse.Namespace) -> str | None:
             left.append(name)
             continue
         found = flat(suite, name, _measured(cases[name]), env)
-        print(f"\n{suite}: {name}", *text_of(found), sep="\n", flush=True)
+        print(f"\n{suite}: {name}\n{text_of(found)}", flush=True)
         failed += [name] * any(row["metric"] == FAILED for row in found)
         if not args.toy:
             with (args.out / f"{slug(env['device'])}.jsonl").open("a") as file:
@@ -205,7 +208,7 @@ def measure(suite: str, cases: Cases, args: argparse.Namespace) -> str | None:
     return "; ".join(problems) or None
 
 
-def _measured(case: Callable[[], Measured]) -> list[tuple[str, str, Numbers]]:
+def _measured(case: Callable[[], Measured]) -> Measured:
     """The cases after one that fails may still be measured."""
     try:
         if torch.cuda.is_available():
@@ -272,16 +275,3 @@ def stop(process: subprocess.Popen[str]) -> None:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _cpu_name() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found.group(1).strip() if found else platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    """What it prints; None if it cannot be run."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -36,7 +36,20 @@ FORMATS = {
 }  # fmt: skip
 """of what is shown in a cell, in this order"""
 MEASURED = [
-    *("p20", "p50", "p80", "of_copy", "bandwidth", "peak_new", "kept", "error", "largest", "moved", "least", "per_step"),
+    *(
+        "p20",
+        "p50",
+        "p80",
+        "of_copy",
+        "bandwidth",
+        "peak_new",
+        "kept",
+        "error",
+        "largest",
+        "moved",
+        "least",
+        "per_step",
+    ),
     *("p50_per_transition", "peak", "needed", "of_update", "executed_per_needed", "passed tests", "failed", "skipped"),
     *("out of memory", "worst_log_ratio_of_clip_range"),
 ]

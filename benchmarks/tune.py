@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import candidates
 import naive
@@ -24,7 +25,7 @@ import torch
 from bench_blocks import TOY
 from bench_loss import LARGE, TOY_SHAPE, VIDEO, label
 from operator_calls import BF16, FLUX_512, FLUX_1024, FP16, FP32, Call, Size, timed_block_calls, timed_loss_calls
-from rows import Numbers
+from rows import Measured
 from timing import call_time, graph_times, rotations, with_bandwidth
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -32,9 +33,10 @@ from torch.utils._pytree import tree_leaves
 from fastguard.kernels import adaln, common, gated_residual, gelu, qk_norm_rope, sde_step, transition
 from fastguard.kernels.common import Launch
 
+Shape = tuple[int, ...]
 Runs = list[Callable[[], Any]]
-Case = Callable[[str], tuple[dict[str, Runs], int]]
-"""of a device: its runs, by form, and the bytes that one of them moves"""
+Forms = tuple[dict[str, Runs], int]
+"""the runs of a case, by form, and the bytes that one of them moves"""
 
 
 @dataclass(frozen=True)
@@ -48,57 +50,48 @@ class Choice:
     gpu_only: bool = False
     """the interpreter knows nothing of it"""
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        before = [(module, name, getattr(module, name)) for module, name, _ in self.constants]
-        try:
-            for module, name, value in self.constants:
-                setattr(module, name, value)
-            with self.within():
-                yield
-        finally:
-            for module, name, value in before:
-                setattr(module, name, value)
+    def applied(self) -> ExitStack:
+        stack = ExitStack()
+        for module, name, value in self.constants:
+            stack.enter_context(patch.object(module, name, value))
+        stack.enter_context(self.within())
+        return stack
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One question."""
+    """One question. Each case makes its runs on a device."""
 
     choices: dict[str, Choice]
-    cases: dict[str, Case]
+    cases: Mapping[str, Callable[[str], Forms]]
     from_python: bool = False
     """also time single calls, launches included"""
 
 
-def as_launched(call: Call, device: str) -> tuple[dict[str, Runs], int]:
+def as_launched(call: Call, device: str) -> Forms:
     """A kernel as the product launches it, over as many sets of tensors as it takes to find each cold."""
     largest = max(t.nbytes for t in call.args if isinstance(t, Tensor))
     return {"": [call.copied().run for _ in range(rotations(largest, device == "cuda"))]}, call.least_bytes()
 
 
-# --- the loss and the step ------------------------------------------------------------------------------------------
-
-LOSS_KERNELS = ("guard_loss", "transition_bwd", "sde_step")
-BATCH_8, HALF_GB = (8, 4096, 64), LARGE[0]
-IMAGES = [(count, tokens, 64) for tokens in (1024, 4096) for count in (1, 8, 32)]
+def loss_case(kernel: str, shape: Shape, dtype: torch.dtype, device: str) -> Forms:
+    return as_launched(timed_loss_calls(shape if device == "cuda" else TOY_SHAPE, dtype, device)[kernel], device)
 
 
-def loss_case(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[dict[str, Runs], int]:
-    shape = shape if device == "cuda" else TOY_SHAPE
-    return as_launched(timed_loss_calls(shape, dtype, device)[kernel], device)
+def block_case(kernel: str, size: Size, device: str) -> Forms:
+    dtype, size = (BF16, size) if device == "cuda" else (FP32, TOY)
+    return as_launched(timed_block_calls(size, dtype, device)[kernel], device)
 
 
-def forward_case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[dict[str, Runs], int]:
+def forward_case(shape: Shape, dtype: torch.dtype, device: str) -> Forms:
     """The forward pass of the loss in two launches and in one."""
     shape = shape if device == "cuda" else TOY_SHAPE
-    count = rotations(math.prod(shape) * dtype.itemsize, device == "cuda")
     options: dict[str, Any] = {
         "invert_weight": True, "objective": "grpo_guard", "log_clip": (-2e-6, 2e-6), "adv_clip": 5.0,
         "kl_threshold": 0.0, "kl_weight": 0.0, "velocity_kl": False, "reduction": "mean",
     }  # fmt: skip
     forms: dict[str, Runs] = {"two": [], "one, zeroed": [], "one": []}
-    for seed in range(count):
+    for seed in range(rotations(math.prod(shape) * dtype.itemsize, device == "cuda")):
         inputs = naive.make_inputs(shape, dtype, device, seed=seed)
         latents = (inputs.velocity.detach(), inputs.old_velocity, inputs.noise, None)
         per_sample = (inputs.advantages, inputs.step.velocity_coef, inputs.step.std, inputs.step.dt)
@@ -110,7 +103,23 @@ def forward_case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tup
     return forms, 3 * inputs.noise.nbytes
 
 
-def loss_cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], kernels: Sequence[str]) -> Any:
+# --- experiments ----------------------------------------------------------------------------------------------------
+
+LOSS_KERNELS = ("guard_loss", "transition_bwd", "sde_step")
+BATCH_8, HALF_GB = (8, 4096, 64), LARGE[0]
+IMAGES = [(count, tokens, 64) for tokens in (1024, 4096) for count in (1, 8, 32)]
+Places = Sequence[tuple[ModuleType, str]]
+
+
+def _choices(places: Places, values: dict[str, tuple[Any, ...]]) -> dict[str, Choice]:
+    """Values of the constants at these places."""
+    return {
+        name: Choice(tuple((*place, value) for place, value in zip(places, of_choice, strict=True)))
+        for name, of_choice in values.items()
+    }
+
+
+def _of_loss(shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], kernels: Sequence[str]) -> dict[str, Any]:
     return {
         f"{kernel}, {label(shape, dtype)}": partial(loss_case, kernel, shape, dtype)
         for kernel in kernels
@@ -119,12 +128,16 @@ def loss_cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype],
     }
 
 
-def _loss_launch(block: int, num_warps: int) -> Choice:
-    launch = Launch(block, num_warps)
-    return Choice(((transition, "LAUNCH", launch), (sde_step, "LAUNCH", launch)))
+def _of_blocks(*kernels: str) -> dict[str, Any]:
+    sizes = (("1024^2", FLUX_1024), ("512^2", FLUX_512))
+    return {f"{kernel}, {name}": partial(block_case, kernel, size) for name, size in sizes for kernel in kernels}
 
 
-LOSS_EXPERIMENTS = {
+ADALN = [(adaln, "PROGRAMS"), (adaln, "SUM_PROGRAMS"), (adaln, "ROWS_AHEAD")]
+_TILE = [(module, name) for name in ("BLOCK_C", "BLOCK_S") for module in (gated_residual, gelu)]
+TOKENS = [(common, "TOKENS_PER_PROGRAM"), *_TILE]
+HEADS = [(qk_norm_rope, name) for name in ("LAUNCH", "HEADS_PER_TILE", "HEADS_PER_PROGRAM")]
+EXPERIMENTS = {
     "one launch or two": Experiment(
         {
             "two launches": Choice(form="two"),
@@ -132,104 +145,55 @@ LOSS_EXPERIMENTS = {
             "one, counter kept at 0": Choice(form="one"),
             "two, the second early": Choice(form="two", within=candidates.early_epilogue, gpu_only=True),
         },
-        {
-            label(shape, dtype): partial(forward_case, shape, dtype)
-            for dtype, shapes in ((BF16, [*IMAGES, HALF_GB]), (FP32, [BATCH_8, HALF_GB]))
-            for shape in shapes
-        },
+        {label(shape, BF16): partial(forward_case, shape, BF16) for shape in (*IMAGES, HALF_GB)}
+        | {label(shape, FP32): partial(forward_case, shape, FP32) for shape in (BATCH_8, HALF_GB)},
         from_python=True,
     ),
     "tile of the loss and the step": Experiment(
-        {
-            f"{block} x {num_warps} warps": _loss_launch(block, num_warps)
-            for block, num_warps in ((4096, 8), (1024, 4), (2048, 4), (2048, 8), (8192, 8), (8192, 16))
-        },
-        {
-            **loss_cases([(1, 1024, 64), (8, 1024, 64), BATCH_8, HALF_GB], [BF16], LOSS_KERNELS),
-            **loss_cases([BATCH_8, HALF_GB], [FP32, FP16], LOSS_KERNELS),
-        },
+        _choices(
+            [(transition, "LAUNCH"), (sde_step, "LAUNCH")],
+            {f"{block} x {warps} warps": 2 * (Launch(block, warps),)
+             for block, warps in ((4096, 8), (1024, 4), (2048, 4), (2048, 8), (8192, 8), (8192, 16))},
+        ),
+        _of_loss([(1, 1024, 64), (8, 1024, 64), BATCH_8, HALF_GB], [BF16], LOSS_KERNELS)
+        | _of_loss([BATCH_8, HALF_GB], [FP32, FP16], LOSS_KERNELS),
     ),
     "partial sums of a sample, at most": Experiment(
-        {str(most): Choice(((transition, "MAX_PARTIALS", most),)) for most in (1024, 256, 512, 2048)},
-        loss_cases([VIDEO, *LARGE], [BF16], ["guard_loss"]),
+        _choices([(transition, "MAX_PARTIALS")], {str(most): (most,) for most in (1024, 256, 512, 2048)}),
+        _of_loss([VIDEO, *LARGE], [BF16], ["guard_loss"]),
     ),
-}
-
-
-# --- the kernels of a Flux block ------------------------------------------------------------------------------------
-
-
-def block_case(kernel: str, size: Size, device: str) -> tuple[dict[str, Runs], int]:
-    dtype, size = (BF16, size) if device == "cuda" else (FP32, TOY)
-    return as_launched(timed_block_calls(size, dtype, device)[kernel], device)
-
-
-def block_cases(*kernels: str) -> dict[str, Case]:
-    sizes = {"1024^2": FLUX_1024, "512^2": FLUX_512}
-    return {
-        f"{kernel}, {name}": partial(block_case, kernel, size) for name, size in sizes.items() for kernel in kernels
-    }
-
-
-def _rows(programs: int = 512, sum_programs: int = 128, ahead: int = 2) -> Choice:
-    return Choice(((adaln, "PROGRAMS", programs), (adaln, "SUM_PROGRAMS", sum_programs), (adaln, "ROWS_AHEAD", ahead)))
-
-
-def _tokens(short: int, long: int, channels: int = 256) -> Choice:
-    tile = [(module, name, value) for module in (gated_residual, gelu)
-            for name, value in (("BLOCK_C", channels), ("BLOCK_S", 4096 // channels))]  # fmt: skip
-    return Choice(((common, "TOKENS_PER_PROGRAM", (short, long)), *tile))
-
-
-def _heads(block: int, num_warps: int, per_tile: int, per_program: int) -> Choice:
-    launch = ((qk_norm_rope, "LAUNCH", Launch(block, num_warps)), (qk_norm_rope, "HEADS_PER_TILE", per_tile))
-    return Choice((*launch, (qk_norm_rope, "HEADS_PER_PROGRAM", per_program)))
-
-
-BLOCK_EXPERIMENTS = {
     "programs and rows ahead of adaLN": Experiment(
-        {
-            "512, sums 128, 2 ahead": _rows(),
-            "none ahead": _rows(ahead=0),
-            "1 ahead": _rows(ahead=1),
-            "3 ahead": _rows(ahead=3),
-            "256 programs": _rows(programs=256),
-            "1024 programs": _rows(programs=1024),
-            "sums 256": _rows(sum_programs=256),
-        },
-        block_cases("adaln_fwd", "adaln_fwd residual", "adaln_bwd residual", "adaln_bwd modulation"),
+        _choices(ADALN, {
+            "512, sums 128, 2 ahead": (512, 128, 2), "none ahead": (512, 128, 0), "1 ahead": (512, 128, 1),
+            "3 ahead": (512, 128, 3), "256 programs": (256, 128, 2), "1024 programs": (1024, 128, 2),
+            "sums 256": (512, 256, 2),
+        }),
+        _of_blocks("adaln_fwd", "adaln_fwd residual", "adaln_bwd residual", "adaln_bwd modulation"),
     ),
     "tokens and channels of gated residual and GELU": Experiment(
-        {
-            "32 or 64, 256 channels": _tokens(32, 64),
-            "16 or 32": _tokens(16, 32),
-            "64 or 128": _tokens(64, 128),
-            "128 channels": _tokens(32, 64, 128),
-            "512 channels": _tokens(32, 64, 512),
-        },
-        block_cases("gated_residual_fwd", "gated_residual_bwd gate", "bias_gelu_fwd", "bias_gelu_bwd_ output"),
+        _choices(TOKENS, {
+            "32 or 64, 256 channels": ((32, 64), 256, 256, 16, 16), "16 or 32": ((16, 32), 256, 256, 16, 16),
+            "64 or 128": ((64, 128), 256, 256, 16, 16), "128 channels": ((32, 64), 128, 128, 32, 32),
+            "512 channels": ((32, 64), 512, 512, 8, 8),
+        }),
+        _of_blocks("gated_residual_fwd", "gated_residual_bwd gate", "bias_gelu_fwd", "bias_gelu_bwd_ output"),
     ),
     "tile of query/key norm + rope": Experiment(
-        {
-            "1024 x 4 warps, 2 of 8 heads": _heads(1024, 4, 2, 8),
-            "512 x 4 warps, 1 of 8": _heads(512, 4, 1, 8),
-            "2048 x 8 warps, 2 of 8": _heads(2048, 8, 2, 8),
-            "2048 x 8 warps, 4 of 8": _heads(2048, 8, 4, 8),
-            "2 of 4 heads": _heads(1024, 4, 2, 4),
-            "2 of 24 heads": _heads(1024, 4, 2, 24),
-        },
-        block_cases(
-            *(f"qk_norm_rope_{way} {form}" for form in ("two streams", "one stream") for way in ("fwd", "bwd"))
-        ),
+        _choices(HEADS, {
+            "1024 x 4 warps, 2 of 8 heads": (Launch(1024, 4), 2, 8), "512 x 4 warps, 1 of 8": (Launch(512, 4), 1, 8),
+            "2048 x 8 warps, 2 of 8": (Launch(2048, 8), 2, 8), "2048 x 8 warps, 4 of 8": (Launch(2048, 8), 4, 8),
+            "2 of 4 heads": (Launch(1024, 4), 2, 4), "2 of 24 heads": (Launch(1024, 4), 2, 24),
+        }),
+        _of_blocks("qk_norm_rope_fwd two streams", "qk_norm_rope_bwd two streams", "qk_norm_rope_fwd one stream",
+                   "qk_norm_rope_bwd one stream"),
     ),
-}
-EXPERIMENTS = {**LOSS_EXPERIMENTS, **BLOCK_EXPERIMENTS}
+}  # fmt: skip
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure_case(experiment: Experiment, case: Case, device: str) -> Iterator[tuple[str, str, Numbers]]:
+def measure_case(experiment: Experiment, case: Callable[[str], Forms], device: str) -> Measured:
     """Every choice of a case; one that cannot be launched (too much shared memory, too many registers) says why."""
     cuda = device == "cuda"
     forms, moved = case(device)
@@ -241,8 +205,7 @@ def measure_case(experiment: Experiment, case: Case, device: str) -> Iterator[tu
         try:
             with choice.applied():
                 got = results_of(runs[0])
-                want = want or got
-                for result, expected in zip(got, want, strict=True):
+                for result, expected in zip(got, want or got, strict=True):
                     # Sums in another order may round to the neighbouring number of the storage dtype.
                     rtol, atol = max(1e-3, 2 * torch.finfo(result.dtype).eps), 1e-3 * float(expected.abs().max())
                     torch.testing.assert_close(result, expected, rtol=rtol, atol=atol)
@@ -252,9 +215,10 @@ def measure_case(experiment: Experiment, case: Case, device: str) -> Iterator[tu
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if name == next(iter(experiment.choices)):
+            if not want:
                 raise
             yield name, "launch", {"not launched": f"{type(error).__name__}: {str(error)[:200]}"}
+        want = want or got
 
 
 def results_of(run: Callable[[], Any]) -> list[Tensor]:

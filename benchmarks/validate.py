@@ -21,11 +21,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import rows
-from rows import Numbers
+from rows import Measured, Numbers
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 OPERATORS = ["benchmarks/operator_calls.py"]
@@ -38,7 +38,6 @@ TOY_TESTS = ["tests/test_step.py", "-m", "not slow"]
 LIMIT_S = 1200
 # Processes that test on one GPU. The tests with the largest tensors share one of them (xdist_group).
 WORKERS = 8
-Measured = Iterator[tuple[str, str, Numbers]]
 
 
 def run_tests(part: str, args: argparse.Namespace) -> Measured:

@@ -45,7 +45,9 @@ def test_memory_of_forward_and_backward() -> None:
     fused = bench_loss.memory(naive.fused_guard_loss, inputs, False)
     assert 0 < fused["kept_bytes"] <= 64 * 4
     assert bench_loss.memory(naive.guard_loss, inputs, False)["kept_bytes"] >= inputs.latents.nbytes
-    assert inputs.latents.nbytes <= fused["peak_new_bytes"] < 1.1 * inputs.latents.nbytes  # the gradient, next to nothing
+    assert (
+        inputs.latents.nbytes <= fused["peak_new_bytes"] < 1.1 * inputs.latents.nbytes
+    )  # the gradient, next to nothing
 
 
 def test_a_wrong_contender_is_not_timed() -> None:
@@ -100,7 +102,9 @@ def processes(script: Path, monkeypatch, code: str, seconds: float = 60.0) -> be
 
 
 def test_a_case_that_breaks_or_hangs_is_said_to(tmp_path: Path, monkeypatch) -> None:
-    broken = processes(tmp_path / "a.py", monkeypatch, "import sys; sys.stdin.readline(); sys.exit('the driver is gone')")
+    broken = processes(
+        tmp_path / "a.py", monkeypatch, "import sys; sys.stdin.readline(); sys.exit('the driver is gone')"
+    )
     with pytest.raises(RuntimeError, match="exit status 1: the driver is gone"):
         broken.measure("lora-512-block")
     hanging = processes(tmp_path / "b.py", monkeypatch, "import time; time.sleep(60)", seconds=0.5)
@@ -149,7 +153,14 @@ def test_the_gpu_suite_refuses_without_a_gpu() -> None:
 
 @pytest.mark.slow
 def test_the_gpu_suite_runs_at_toy_sizes(tmp_path: Path) -> None:
-    command = [*SUITE, "--toy", "--out", str(tmp_path), "--only", *(name for name in gpu_suite.STAGES if name != "plan")]
+    command = [
+        *SUITE,
+        "--toy",
+        "--out",
+        str(tmp_path),
+        "--only",
+        *(name for name in gpu_suite.STAGES if name != "plan"),
+    ]
     toy = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert toy.returncode == 0, toy.stderr
     assert re.findall(r"^== (\w+): ", toy.stdout, re.MULTILINE) == [*gpu_suite.STAGES][:-1]
@@ -199,7 +210,9 @@ def test_what_pytest_counted_is_told() -> None:
 def test_the_sanitizer_watches_every_operator(tmp_path: Path, monkeypatch) -> None:
     """With a stand-in for the tool: what it is called with, and what it reports."""
     tool, args = tmp_path / "compute-sanitizer", argparse.Namespace(toy=False, end=math.inf)
-    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\necho "========= Invalid read"\necho "1 passed"\nexit 9\n')
+    tool.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/called\necho "========= Invalid read"\necho "1 passed"\nexit 9\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     found = numbers(validate.run_sanitizer("memcheck", args))

@@ -73,7 +73,9 @@ def results() -> Suites:
 
 
 def load(suites: Suites, folder: Path) -> Any:
-    found = [row for suite, cases in suites.items() for case, m in cases.items() for row in rows.flat(suite, case, m, ENV)]
+    found = [
+        row for suite, cases in suites.items() for case, m in cases.items() for row in rows.flat(suite, case, m, ENV)
+    ]
     (folder / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     return tables.load(folder)
 
@@ -152,7 +154,11 @@ def test_a_page_is_made_from_the_results(tmp_path: Path) -> None:
 
 def test_a_choice_must_be_clearly_faster_to_be_the_best(tmp_path: Path) -> None:
     def chosen(ours: float, theirs: float) -> str:
-        choices = [("ours", "launch", us(ours)), ("theirs", "launch", us(theirs)), ("broken", "launch", {"failed": "no"})]
+        choices = [
+            ("ours", "launch", us(ours)),
+            ("theirs", "launch", us(theirs)),
+            ("broken", "launch", {"failed": "no"}),
+        ]
         (text,) = tables.experiments(load({"tuning": {"tile: 1024^2": choices}}, tmp_path))
         ((before, _),) = re.findall(r"\| 1024\^2 \|(.*)\*\*([\d.]+) us.*\*\* \|", text)
         return "theirs" if "us" in before else "ours"
