@@ -42,9 +42,6 @@ KINDS = ("double", "single")
 TOY = Size(samples=1, image=64, text=16, heads=4, head=16)
 
 
-# --- kernels --------------------------------------------------------------------------------------------------------
-
-
 def measure_bytes(name: str) -> Measured:
     """Bytes that a kernel moves and the least possible, from its launches at full size."""
     call = timed_block_calls(FLUX_1024, BF16, "cpu", filled=False)[name]
@@ -63,9 +60,6 @@ def measure_kernel(name: str, size: Size, dtype: torch.dtype, device: str) -> Me
     yield "kernel", "launch", time_kernel(call, cuda, copied["bandwidth_gb_per_s"])
     if call.eager:
         yield "eager", "launch", graph_times([call.copied().run_eager for _ in range(count)], cuda)
-
-
-# --- blocks ---------------------------------------------------------------------------------------------------------
 
 
 def make_block(kind: str, size: Size, dtype: torch.dtype, device: str, rank: int) -> nn.Module:

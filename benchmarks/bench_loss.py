@@ -107,19 +107,17 @@ def time_kernel(call: Call, cuda: bool, copy_gb_per_s: float) -> Numbers:
 
 
 def memory(loss: Callable[[Inputs], Tensor], inputs: Inputs, cuda: bool) -> Numbers:
-    return {
-        "peak_new_bytes": peak_bytes(partial(both, loss, inputs), cuda),
-        "kept_bytes": naive.kept_bytes(loss, inputs),
-    }
+    peak = peak_bytes(partial(both, loss, inputs), cuda)
+    return {"peak_new_bytes": peak, "kept_bytes": naive.kept_bytes(loss, inputs)}
 
 
 def measure_on_gpu(shape: tuple[int, ...], dtype: torch.dtype = BF16, device: str = "cuda") -> Measured:
     """Kernels alone, then losses and steps; what does not fit is said to be so."""
     cuda = device == "cuda"
     backend, tensor_bytes = "inductor" if cuda else "eager", math.prod(shape) * dtype.itemsize
-    copied = copy_times(
-        [torch.randn(shape, device=device).to(dtype) for _ in range(rotations(tensor_bytes, cuda))], cuda
-    )
+    sources = [torch.randn(shape, device=device).to(dtype) for _ in range(rotations(tensor_bytes, cuda))]
+    copied = copy_times(sources, cuda)
+    del sources
     yield "copy", "copy", copied
     for name, call in timed_loss_calls(shape, dtype, device).items():
         yield "kernel", name, attempt(time_kernel, call, cuda, copied["bandwidth_gb_per_s"])
@@ -127,12 +125,8 @@ def measure_on_gpu(shape: tuple[int, ...], dtype: torch.dtype = BF16, device: st
     sets = [naive.make_inputs(shape, dtype, device, seed=seed) for seed in range(rotations(3 * tensor_bytes, cuda))]
     losses = loss_forms(backend)
     assert_correct(sets[0], losses)
-    compiled_step = torch.compile(naive.sde_step, dynamic=False, backend=backend)
-    steps: dict[str, Callable[[Inputs], Any]] = {
-        "naive": naive.sde_step,
-        "compiled": compiled_step,
-        "fused": fused_step,
-    }
+    steps: dict[str, Callable[[Inputs], Any]] = {"naive": naive.sde_step, "fused": fused_step}
+    steps["compiled"] = torch.compile(naive.sde_step, dynamic=False, backend=backend)
     for name, loss in losses.items():
         for phase, work in (("forward", loss), ("both", partial(both, loss)), ("step", steps[name])):
             yield name, phase, attempt(graph_times, [partial(work, inputs) for inputs in sets], cuda)

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import naive
 import rows
@@ -39,19 +39,20 @@ from timing import call_time, graph_times, percentiles, rotations
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from fastguard import config
 from fastguard.backbones.flux import FluxBackbone, prepare_transformer
+from fastguard.config import Recipe, Recompute
 from fastguard.memory import executed_flops, kept_activations, rollout_flops, update_flops
 from fastguard.memory.models import meta_transformer, meta_vae, pipeline_configs
 from fastguard.memory.phases import limit_bytes, planned_phases
 from fastguard.prompts import EncodedPrompts, Prompt
+from fastguard.recipe import parse_recipe
 from fastguard.train.collect import images_to_sample
 from fastguard.train.rollout import RolloutBatch, rollout, training_schedule
 from fastguard.train.state import TrainState, build_state
 from fastguard.train.update import minibatches, policy_loss, update_weights
 
 MEMORY_GB = 80.0
-CLIP_RANGE = {512: 2e-6, 1024: 1e-6}
+CLIP_RANGE = {"512": 2e-6, "1024": 1e-6}
 """of the recipes; the first log-ratio has to be within `update.parity` of it"""
 MATMUL = 8192
 REPEATS, ENOUGH_S = range(3, 11), 8.0
@@ -59,76 +60,46 @@ REPEATS, ENOUGH_S = range(3, 11), 8.0
 CASE_LIMIT_S = 420
 
 
-# --- cases ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """One setting. The rollout batch equals the micro-batch, as parity asks for."""
-
-    train: Literal["lora", "full"]
-    size: int
-    """pixels, squared"""
-    fuse: bool
-    recompute: config.Recompute
-    compile: bool
-    micro_batch: int
-
-    @property
-    def times_rollout(self) -> bool:
-        """A rollout recomputes nothing: it is timed once for all levels."""
-        return self.recompute == ("none" if self.train == "lora" else "block")
-
-    def recipe(self, toy: bool) -> config.Recipe:
-        """One update of 5 trained steps of the 6 of each of 2 or 3 images. `toy`: the tiny pipeline, an eighth wide."""
-        size = self.size // 8 if toy else self.size
-        model = config.ModelConfig(
-            path="tiny" if toy else config.ModelConfig.path, dtype="float32" if toy else "bfloat16",
-            height=size, width=size, train=self.train, fuse=self.fuse, recompute=self.recompute,
-        )  # fmt: skip
-        sampler = config.SamplerConfig(
-            num_steps=6, noise_level=0.9, sde_steps=5, group_size=max(2, self.micro_batch), batch_size=self.micro_batch,
-            decode_batch=1, store="cpu",
-        )  # fmt: skip
-        update = config.UpdateConfig(
-            minibatches=1, micro_batch=self.micro_batch, learning_rate=0.0,
-            optimizer="adamw" if self.train == "lora" else "adamw8bit",
-        )  # fmt: skip
-        return config.Recipe(
-            model=model,
-            prompts=config.PromptsConfig(per_epoch=1, max_tokens=32 if toy else 128),
-            sampler=sampler,
-            objective=config.ObjectiveConfig(clip_range=0.5),  # of ratios that should be 1
-            rewards=(config.RewardConfig("jpeg_compressibility"),),  # a recipe needs one; nothing is scored here
-            update=update,
-            hardware=config.HardwareConfig(memory_gb=MEMORY_GB),
-        )
-
-
-# First what a goal or a comparison hangs on, should time run out.
-_NAMES = """
-lora-1024-none lora-1024-unfused-none lora-1024-pointwise full-512-block lora-512-block lora-1024-block lora-1024-mlp
-lora-1024-unfused-block lora-512-unfused-none lora-512-none lora-512-pointwise lora-512-mlp lora-512-unfused-block
-full-512-unfused-block full-512-pointwise full-512-mlp full-1024-block full-1024-unfused-block
-lora-1024-unfused-none-compiled lora-1024-none-compiled lora-512-unfused-none-compiled lora-512-none-compiled
-full-512-unfused-block-compiled full-512-block-compiled full-1024-block-compiled
-"""
-
-
-def _case(name: str) -> Case:
-    train, size, *options = name.split("-")
-    recompute: Any = options[-2] if "compiled" in options else options[-1]
-    micro_batch = 1 if size == "1024" or name == "full-512-pointwise" else 3 if train == "lora" else 2
-    trained: Any = train
-    return Case(trained, int(size), "unfused" not in options, recompute, "compiled" in options, micro_batch)
-
-
-CASES = {name: _case(name) for name in _NAMES.split()}
+# What is trained, pixels (squared), blocks, recompute, compiled. First what a goal or a comparison hangs on.
+CASES = [
+    "lora-1024-none", "lora-1024-unfused-none", "lora-1024-pointwise", "full-512-block", "lora-512-block",
+    "lora-1024-block", "lora-1024-mlp", "lora-1024-unfused-block", "lora-512-unfused-none", "lora-512-none",
+    "lora-512-pointwise", "lora-512-mlp", "lora-512-unfused-block", "full-512-unfused-block", "full-512-pointwise",
+    "full-512-mlp", "full-1024-block", "full-1024-unfused-block", "lora-1024-unfused-none-compiled",
+    "lora-1024-none-compiled", "lora-512-unfused-none-compiled", "lora-512-none-compiled",
+    "full-512-unfused-block-compiled", "full-512-block-compiled", "full-1024-block-compiled",
+]  # fmt: skip
 TOY_CASE = "full-512-block"
 """the one with most branches; --only runs any other"""
 
 
-# --- the trainer's own rollout and update, on random weights --------------------------------------------------------
+def recipe_of(case: str, toy: bool) -> Recipe:
+    """One update of 5 trained steps of the 6 of each of 2 or 3 images. `toy`: the tiny pipeline, an eighth wide.
+
+    The rollout batch equals the micro-batch, as parity asks for.
+    """
+    train, pixels, *_, recompute = case.removesuffix("-compiled").split("-")
+    size = int(pixels) // 8 if toy else int(pixels)
+    of_each = 1 if pixels == "1024" or case == "full-512-pointwise" else 3 if train == "lora" else 2
+    fields: dict[str, Any] = {
+        "model": {"path": "tiny", "dtype": "float32"} if toy else {"dtype": "bfloat16"},
+        "prompts": {"per_epoch": 1, "max_tokens": 32 if toy else 128},
+        "sampler": {"num_steps": 6, "noise_level": 0.9, "sde_steps": 5, "decode_batch": 1, "store": "cpu"},
+        "objective": {"clip_range": 0.5},  # of ratios that should be 1
+        "rewards": [{"use": "jpeg_compressibility"}],  # a recipe needs one; nothing is scored here
+        "update": {"minibatches": 1, "micro_batch": of_each, "learning_rate": 0.0},
+        "hardware": {"memory_gb": MEMORY_GB},
+    }
+    fields["model"] |= {"train": train, "height": size, "width": size, "recompute": recompute}
+    fields["model"]["fuse"] = "unfused" not in case
+    fields["sampler"] |= {"group_size": max(2, of_each), "batch_size": of_each}
+    fields["update"]["optimizer"] = "adamw" if train == "lora" else "adamw8bit"
+    return parse_recipe(fields, case)
+
+
+def level_of(recipe: Recipe) -> Recompute:
+    assert recipe.model.recompute != "auto"
+    return recipe.model.recompute
 
 
 @dataclass(frozen=True)
@@ -161,17 +132,17 @@ def fill(module: nn.Module, device: torch.device) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def build(case: Case, toy: bool) -> TrainState:
+def build(case: str, toy: bool) -> TrainState:
     """The trainer's state, as `FluxBackbone.load` and `train` build it, but for the values of the weights."""
     torch.manual_seed(0)
-    recipe, accelerator = case.recipe(toy), Accelerator(cpu=toy)
+    recipe, accelerator = recipe_of(case, toy), Accelerator(cpu=toy)
     configs, dtype = pipeline_configs(recipe.model.path), getattr(torch, recipe.model.dtype)
     vae, transformer = meta_vae(configs, dtype), meta_transformer(configs, dtype)
     for module in (vae, transformer):
         fill(module, accelerator.device)
         module.eval()
-    prepare_transformer(transformer, recipe.model, recipe.lora, case.recompute)
-    if case.compile:
+    prepare_transformer(transformer, recipe.model, recipe.lora, level_of(recipe))
+    if case.endswith("compiled"):
         torch._dynamo.config.recompile_limit = 32  # forms of a block, with and without gradients, share their code
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="aot_eager" if toy else "inductor")
     for name, parameter in transformer.named_parameters():
@@ -199,7 +170,7 @@ def sample(state: TrainState) -> tuple[RolloutBatch, ...]:
     return tuple(transitions)
 
 
-def update(state: TrainState, transitions: Sequence[RolloutBatch]) -> Numbers:
+def update(state: TrainState, transitions: Sequence[RolloutBatch]) -> dict[str, float]:
     """One optimizer update on all transitions. Raises AssertionError unless it has a gradient and clips nothing."""
     recipe, index = state.recipe, next(minibatches(state))
     advantages = 1.0 - 2.0 * (torch.arange(recipe.images_per_epoch) % 2)
@@ -223,32 +194,32 @@ def kept_bytes(state: TrainState, transitions: Sequence[RolloutBatch]) -> int:
     return kept
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
-
-
-def with_peak(run: Callable[[], Any], cuda: bool) -> tuple[Any, Numbers]:
-    """Its result; its seconds, and the most that PyTorch's allocator has handed out and held meanwhile."""
+def measured_once(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
+    """Seconds, and the most that PyTorch's allocator has handed out and held meanwhile."""
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    result = run()
+    run()
     if not cuda:
-        return result, {"took_s": time.perf_counter() - start}
+        return {"took_s": time.perf_counter() - start}
     torch.cuda.synchronize()
     peaks = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
-    return result, {"took_s": time.perf_counter() - start, **peaks}
+    return {"took_s": time.perf_counter() - start, **peaks}
 
 
-def repeated(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
-    """Percentiles of a warm call, in seconds."""
-    times: list[float] = []
-    while len(times) < REPEATS.start or (len(times) < REPEATS.stop - 1 and sum(times) < ENOUGH_S):
-        times.append(float(with_peak(run, cuda)[1]["took_s"]))
-    return {f"{name.removesuffix('_us')}_s": value for name, value in percentiles(times).items()}
+def repeated(run: Callable[[], Any], cuda: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Percentiles of a warm call in seconds, and its largest peaks."""
+    found: list[dict[str, float]] = []
+    while len(found) < REPEATS.start or (len(found) < REPEATS.stop - 1 and sum(n["took_s"] for n in found) < ENOUGH_S):
+        found.append(measured_once(run, cuda))
+    peaks = {name: max(numbers[name] for numbers in found) for name in found[0]}
+    took = percentiles([numbers["took_s"] for numbers in found])
+    del peaks["took_s"]
+    return {name.replace("_us", "_s"): value for name, value in took.items()}, peaks
 
 
-def measure_training(case: Case, toy: bool) -> Measured:
+def measure_training(case: str, toy: bool) -> Measured:
     """Baselines, rollout and update. The peak of a rollout is taken once the optimizer's state is there."""
     cuda, device = not toy, "cpu" if toy else "cuda"
     state = build(case, toy)
@@ -258,41 +229,42 @@ def measure_training(case: Case, toy: bool) -> Measured:
     shape = (recipe.micro_batch, *backbone.latent_shape)
     count = rotations(3 * math.prod(shape) * backbone.dtype.itemsize, cuda)
     sets = [naive.make_inputs(shape, backbone.dtype, device, seed=seed) for seed in range(count)]
-    losses = [partial(both, naive.fused_guard_loss, inputs) for inputs in sets]
-    times = {"loss": graph_times(losses, cuda), "loss from Python": call_time(losses[0], cuda)}
+    runs = [partial(both, naive.fused_guard_loss, inputs) for inputs in sets]
+    losses = {"loss": graph_times(runs, cuda), "loss from Python": call_time(runs[0], cuda)}
     square = torch.randn(2 * [MATMUL if cuda else 128], dtype=backbone.dtype, device=device)
     matmul_us = call_time(partial(torch.mm, square, square), cuda)["p50_us"]
     yield "trainer", "matmul", {"rate_tflop_per_s": 2 * len(square) ** 3 / matmul_us / 1e6}
     query = torch.empty(1, 24, 4608, 128, dtype=backbone.dtype, device=device, requires_grad=True)
     yield "trainer", "attention", {"kernel": SDPBackend(torch._fused_sdp_choice(query, query, query)).name}
-    del sets, losses, square, query
+    del sets, runs, square, query
     if cuda:
         torch.cuda.empty_cache()
     backbone.load_prompts([0])
     transitions = sample(state)
     assert all(bool(torch.isfinite(part.velocity).all()) for part in transitions), "a velocity is not finite"
-    if case.times_rollout:
-        found = repeated(lambda: sample(state), cuda)
+    # A rollout recomputes nothing: it is timed once for all levels.
+    if level_of(recipe) == ("none" if recipe.model.train == "lora" else "block"):
+        times, _ = repeated(partial(sample, state), cuda)
         steps = recipe.images_per_epoch // recipe.sampler.batch_size * recipe.sampler.num_steps
-        of_each = {"per_step_s": found["p50_s"] / steps, "per_image_s": found["p50_s"] / recipe.images_per_epoch}
-        yield "trainer", "rollout", {**found, **of_each}
+        of_each = {"per_step_s": times["p50_s"] / steps, "per_image_s": times["p50_s"] / recipe.images_per_epoch}
+        yield "trainer", "rollout", {**times, **of_each}
     if cuda:
         yield "trainer", "update", {"kept_bytes": kept_bytes(state, transitions)}
-    done, first = with_peak(lambda: update(state, transitions), cuda)  # makes the optimizer's state; compiles
-    steady, peaks = with_peak(lambda: repeated(lambda: update(state, transitions), cuda), cuda)
+    done: dict[str, float] = {}
+    first = measured_once(
+        lambda: done.update(update(state, transitions)), cuda
+    )  # makes the optimizer's state; compiles
+    times, peaks = repeated(partial(update, state, transitions), cuda)
     # What decides whether it fits is the larger of the two.
-    most = {name: max(float(first[name]), float(n)) for name, n in peaks.items() if name != "took_s"}
-    worst = float(done["worst_log_ratio"]) / CLIP_RANGE[case.size]
-    per_transition = {
-        name.replace("_s", "_per_transition_s"): s / recipe.transitions_per_update for name, s in steady.items()
-    }
-    yield "trainer", "update", {**steady, **per_transition, "first_s": first["took_s"], **most}
+    most = {name: max(first[name], n_bytes) for name, n_bytes in peaks.items()}
+    of_each = {f"{name[:3]}_per_transition_s": s / recipe.transitions_per_update for name, s in times.items()}
+    yield "trainer", "update", {**times, **of_each, "first_s": first["took_s"], **most}
+    worst = done["worst_log_ratio"] / CLIP_RANGE[case.split("-")[1]]
     yield "trainer", "update", {**done, "worst_log_ratio_of_clip_range": worst}
     passes = recipe.transitions_per_update / recipe.micro_batch
-    for phase, of_loss in times.items():
-        yield "trainer", phase, {**of_loss, "of_update": passes * of_loss["p50_us"] / 1e6 / steady["p50_s"]}
-    _, peaks = with_peak(lambda: sample(state), cuda)
-    yield "trainer", "rollout beside the optimizer", {name: n for name, n in peaks.items() if name != "took_s"}
+    for phase, of_loss in losses.items():
+        yield "trainer", phase, {**of_loss, "of_update": passes * of_loss["p50_us"] / 1e6 / times["p50_s"]}
+    yield "trainer", "rollout beside the optimizer", measured_once(partial(sample, state), cuda)
 
 
 def measure_when_told(toy: bool) -> None:
@@ -305,7 +277,7 @@ def measure_when_told(toy: bool) -> None:
         torch.cuda.set_per_process_memory_fraction(min(int(MEMORY_GB * 1e9), total) / total)
     found: list[tuple[str, str, Numbers]] = []
     try:
-        for entry in measure_training(CASES[name], toy):
+        for entry in measure_training(name, toy):
             found.append(entry)
     except torch.OutOfMemoryError as error:
         last = found[-1][1] if found else "nothing"
@@ -349,13 +321,10 @@ class Processes:
         return json.loads(printed.splitlines()[-1])
 
 
-# --- the planner ----------------------------------------------------------------------------------------------------
-
-
-def planned(case: Case, toy: bool) -> Measured:
+def planned(case: str, toy: bool) -> Measured:
     """The planner's prediction: bytes, and FLOPs that a transition's update and a rollout's step need."""
-    recipe = case.recipe(toy)
-    phases = {phase.name: phase for phase in planned_phases(recipe, case.recompute)}
+    recipe = recipe_of(case, toy)
+    phases = {phase.name: phase for phase in planned_phases(recipe, level_of(recipe))}
     parts = ("weights", "gradients", "optimizer", "activations", "trajectories", "peak")
     bytes_of = {f"{part}_bytes": getattr(phases["update"], part) for part in parts}
     needed = update_flops(recipe)
@@ -367,9 +336,9 @@ def planned(case: Case, toy: bool) -> Measured:
 
 
 def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
-    names = [TOY_CASE] if args.toy and args.only == ["*"] else list(CASES)
+    names = [TOY_CASE] if args.toy and args.only == ["*"] else CASES
     if args.plan:  # the planner knows no compiler
-        return "plan", {name: partial(planned, CASES[name], args.toy) for name in names if not CASES[name].compile}
+        return "plan", {name: partial(planned, name, args.toy) for name in names if not name.endswith("compiled")}
     processes = Processes(args)
     return "train_step", {name: partial(processes.measure, name) for name in names}
 

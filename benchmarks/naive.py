@@ -52,17 +52,11 @@ def make_inputs(
     old_mean, std = mean_of(latents, old_velocity, step), expand(step.std, latents)
     prev_sample = old_mean + std * noise.float()
     return Inputs(
-        latents=latents,
-        velocity=velocity,
-        old_velocity=old_velocity,
-        noise=noise,
-        prev_sample=prev_sample,
-        old_mean=old_mean,
-        old_log_prob=log_prob(prev_sample, old_mean, std),
-        advantages=torch.linspace(-1.0, 2.0, shape[0], device=device),
-        seeds=torch.arange(shape[0], device=device),
+        latents=latents, velocity=velocity, old_velocity=old_velocity, noise=noise, prev_sample=prev_sample,
+        old_mean=old_mean, old_log_prob=log_prob(prev_sample, old_mean, std),
+        advantages=torch.linspace(-1.0, 2.0, shape[0], device=device), seeds=torch.arange(shape[0], device=device),
         step=step,
-    )
+    )  # fmt: skip
 
 
 def expand(coef: Tensor, like: Tensor) -> Tensor:

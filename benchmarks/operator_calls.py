@@ -180,9 +180,6 @@ def compiled_calls(dtype: torch.dtype, beside: torch.dtype) -> Iterator[Call]:
         yield call.on("triton")
 
 
-# --- the loss and the step ------------------------------------------------------------------------------------------
-
-
 def _loss_options(objective: str, reduction: str, kl_weight: float, velocity_kl: bool, invert: bool) -> tuple[Any, ...]:
     """The last arguments of `guard_loss`, as loss_ops.Options has them, up to the backend."""
     return (objective, 0.02, 0.03, 5.0, 1e-3, kl_weight, velocity_kl, invert, reduction)
@@ -224,9 +221,6 @@ def _loss(n: Numbers, shape: tuple[int, ...]) -> Iterator[Call]:
             tested = drift and kl != from_means
             args = (one, coefs, noise, *needs, n.dtype, from_means, drift)
             yield Call(f"transition_bwd{flags}", bwd, args, "tested" if tested else "compiled")
-
-
-# --- the kernels of a Flux block ------------------------------------------------------------------------------------
 
 
 def _block(n: Numbers, size: Size) -> Iterator[Call]:
@@ -288,9 +282,6 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
 def _strided(tensor: Tensor) -> Tensor:
     """The same numbers, laid out with the second axis innermost."""
     return tensor.transpose(1, -1).contiguous().transpose(1, -1)
-
-
-# --- as diffusers writes them ---------------------------------------------------------------------------------------
 
 
 def _eager_adaln(

@@ -143,9 +143,6 @@ def text_of(found: list[Row]) -> str:
     return "\n".join(f"  {who:12} {phase:28} {', '.join(values)}" for (who, phase), values in lines.items())
 
 
-# --- programs -------------------------------------------------------------------------------------------------------
-
-
 def parser(doc: str | None, patterns: str = "cases") -> argparse.ArgumentParser:
     """With a module's docstring for --help, and the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

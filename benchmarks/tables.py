@@ -97,9 +97,6 @@ def load(folder: Path = rows.RESULTS) -> Frame:
     return wide
 
 
-# --- goals ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Goal:
     """A number to reach: every line of `query` that has this column must be on the right side of the limit."""
@@ -134,7 +131,7 @@ GOALS = (
     Goal("the same: against torch.compile", 1.0, f"{BLOCK}'compiled'", "times_base", "{:.2f}x"),
     Goal("update at 1024^2, LoRA, no recomputation: MFU", 0.45, f"{CASE}'lora-1024-none' and phase == 'update'", "mfu"),
     Goal("planner against the measured peaks: error", 0.05, STEPS, "planner_error", "{:.1%}", True),
-    Goal("all parameters trained within 80 GB", 80e9 / 2**30, f"{CASE}'full-512-block'", "peak_gib", "{:.1f} GiB", True),
+    Goal("all parameters trained in 80 GB", 80e9 / 2**30, f"{CASE}'full-512-block'", "peak_gib", "{:.1f} GiB", True),
     Goal("LoRA, 512^2, recompute block: peak", 30, f"{CASE}'lora-512-block'", "peak_gib", "{:.1f} GiB", True),
     Goal("LoRA, 1024^2, recompute block: peak", 30, f"{CASE}'lora-1024-block'", "peak_gib", "{:.1f} GiB", True),
     Goal("all weights, 512^2, recompute block: peak", 78, f"{CASE}'full-512-block'", "peak_gib", "{:.1f} GiB", True),
@@ -166,8 +163,6 @@ def goals_table(found: Frame) -> str:
     table = pd.DataFrame({"figure": [goal.what for goal in GOALS], "goal": limits, **verdicts})
     return markdown(table.dropna(subset=gpus, how="all")) if gpus else ""
 
-
-# --- tables ---------------------------------------------------------------------------------------------------------
 
 BOTH, LAUNCH = "forward + backward", "bf16, CUDA graphs, inputs rotated past L2"
 BY_CASE, BY_PHASE, BY_CONTENDER = ["case"], ["case", "phase"], ["case", "contender"]
@@ -248,8 +243,6 @@ def pages(found: Frame) -> Iterator[str]:
     if goals := goals_table(found):
         yield f"**Numbers to reach on a GPU**\n\n{goals}"
 
-
-# --- pictures -------------------------------------------------------------------------------------------------------
 
 PICTURES: tuple[tuple[str, str, str, str, list[float]], ...] = (
     ("loss", "suite == 'loss' and phase == 'both from Python'", "p50", "contender", []),

@@ -103,8 +103,6 @@ def forward_case(shape: Shape, dtype: torch.dtype, device: str) -> Forms:
     return forms, 3 * inputs.noise.nbytes
 
 
-# --- experiments ----------------------------------------------------------------------------------------------------
-
 LOSS_KERNELS = ("guard_loss", "transition_bwd", "sde_step")
 BATCH_8, HALF_GB = (8, 4096, 64), LARGE[0]
 IMAGES = [(count, tokens, 64) for tokens in (1024, 4096) for count in (1, 8, 32)]
@@ -188,9 +186,6 @@ EXPERIMENTS = {
                    "qk_norm_rope_bwd one stream"),
     ),
 }  # fmt: skip
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------
 
 
 def measure_case(experiment: Experiment, case: Callable[[str], Forms], device: str) -> Measured:

@@ -79,20 +79,17 @@ def test_what_a_block_keeps_is_counted() -> None:
     assert kept["eager"] > kept["fused none"]
 
 
-# --- the training step ----------------------------------------------------------------------------------------------
-
-
 def test_a_plan_adds_up_and_cases_are_what_their_names_say() -> None:
-    found = numbers(bench_train_step.planned(bench_train_step.CASES["lora-1024-unfused-none"], toy=True))
+    found = numbers(bench_train_step.planned("lora-1024-unfused-none", toy=True))
     parts = ("weights", "gradients", "optimizer", "activations", "trajectories")
     assert sum(found[f"planner update {part}_bytes"] for part in parts) == found["planner update peak_bytes"]
     assert found["planner both fits"] == 1
     assert found["planner update executed_per_needed"] == 1
     assert len(bench_train_step.CASES) == 25
-    case = bench_train_step.CASES["full-512-unfused-block-compiled"]
-    model, update = case.recipe(toy=False).model, case.recipe(toy=False).update
+    recipe = bench_train_step.recipe_of("full-512-unfused-block-compiled", toy=False)
+    model, update = recipe.model, recipe.update
     assert (model.train, model.height, model.fuse, model.recompute) == ("full", 512, False, "block")
-    assert (case.compile, update.micro_batch, update.optimizer) == (True, 2, "adamw8bit")
+    assert (update.micro_batch, update.optimizer) == (2, "adamw8bit")
 
 
 def processes(script: Path, monkeypatch, code: str, seconds: float = 60.0) -> bench_train_step.Processes:
@@ -129,7 +126,7 @@ def test_cases_wait_for_their_turn(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_case_out_of_memory_keeps_what_came_before_it(monkeypatch, capsys) -> None:
-    def out_of_memory(case: Any, toy: bool) -> Any:
+    def out_of_memory(case: str, toy: bool) -> Any:
         yield "trainer", "rollout", {"per_step_s": 0.1}
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
@@ -139,9 +136,6 @@ def test_a_case_out_of_memory_keeps_what_came_before_it(monkeypatch, capsys) -> 
     rollout, lost = json.loads(capsys.readouterr().out)
     assert rollout == ["trainer", "rollout", {"per_step_s": 0.1}]
     assert lost[2] == {"out of memory": "after rollout: CUDA out of memory. Tried to allocate 9 GiB."}
-
-
-# --- the suite ------------------------------------------------------------------------------------------------------
 
 
 def test_the_gpu_suite_refuses_without_a_gpu() -> None:

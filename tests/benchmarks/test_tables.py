@@ -114,7 +114,7 @@ def test_a_red_test_a_race_and_a_case_that_does_not_fit_are_missed(tmp_path: Pat
     found = verdicts(load(made, tmp_path))
     assert found["kernels' tests on the GPU: red parts"] == "1 (tests of blocks; 1 of 2 reach it): **missed**"
     assert found["compute-sanitizer: tools that found something"] == "1 (racecheck; 1 of 2 reach it): **missed**"
-    assert found["all parameters trained within 80 GB"] == "out of memory: **missed**"
+    assert found["all parameters trained in 80 GB"] == "out of memory: **missed**"
 
 
 def test_what_was_not_measured_is_not_judged_and_not_shown(tmp_path: Path) -> None:
