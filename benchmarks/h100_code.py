@@ -108,14 +108,9 @@ def report(variant: Variant, code: Code, faults_only: bool) -> bool:
     return bool(found)
 
 
-@functools.cache
-def _by_name() -> dict[str, Variant]:
-    return {variant.name: variant for variant in all_variants()}
-
-
 def _compile_by_name(name: str, everything: bool) -> Code:
     """For worker processes: kernels do not pickle, names do."""
-    variant = _by_name()[name]
+    variant = all_variants()[name]
     return compile_variant(variant, everything or variant.least is not None)
 
 
@@ -124,14 +119,14 @@ def main() -> int:
     parser.add_argument("--sass", type=Path, metavar="DIR", help="keep the disassembly of each variant here")
     parser.add_argument("--faults-only", action="store_true", help="print only variants with faults, and the verdict")
     args = parser.parse_args()
-    print(f"triton {triton.__version__}, sm_90, {len(_by_name())} variants")
+    print(f"triton {triton.__version__}, sm_90, {len(all_variants())} variants")
     if not args.faults_only:
         print(f"{'kernel, dtype, flags':80} regs spills bytes/elem least  accesses")
     failed = 0
     read_all = functools.partial(_compile_by_name, everything=bool(args.sass) or not args.faults_only)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        codes = pool.map(read_all, _by_name())
-        for variant, code in zip(_by_name().values(), codes, strict=True):
+        codes = pool.map(read_all, all_variants())
+        for variant, code in zip(all_variants().values(), codes, strict=True):
             failed += report(variant, code, args.faults_only)
             if args.sass:
                 args.sass.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ The variants are what the operator calls launch, each with every combination of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,8 +62,9 @@ class Variant:
                 yield index
 
 
-def all_variants() -> list[Variant]:
-    """The variants, and each kernel once more with every size 1."""
+@functools.cache
+def all_variants() -> dict[str, Variant]:
+    """The variants by name, and each kernel once more with every size 1."""
     found: dict[Any, Variant] = {}
     for kinds in DTYPES:
         dtype = ",".join(KINDS[kind] for kind in dict.fromkeys(kinds))
@@ -74,7 +76,7 @@ def all_variants() -> list[Variant]:
             variant = _variant(launch, dtype)
             found.setdefault((variant.kernel, *variant.signature.items(), *variant.constexprs.items()), variant)
     widest = {variant.kernel: variant for variant in sorted(found.values(), key=_n_used)}
-    return [*found.values(), *map(_with_sizes_of_one, widest.values())]
+    return {variant.name: variant for variant in (*found.values(), *map(_with_sizes_of_one, widest.values()))}
 
 
 def _n_used(variant: Variant) -> int:

@@ -175,7 +175,7 @@ def timed_block_calls(size: Size, dtype: torch.dtype, device: str, filled: bool 
 def compiled_calls(dtype: torch.dtype, beside: torch.dtype) -> Iterator[Call]:
     """Every combination of options that has machine code of its own, at sizes of Flux; the tensors are not filled."""
     n = Numbers(dtype, "cpu", beside, filled=False)
-    lists = [_block(n, replace(FLUX_1024, samples=2)), *(_loss(n, (2, tokens, 64)) for tokens in (1024, 4096))]
+    lists = [_block(n, replace(FLUX_512, samples=2)), *(_loss(n, (2, tokens, 64)) for tokens in (1024, 4096))]
     for call in itertools.chain(*lists):  # the two sizes of latents have a tile of the epilogue each
         yield call.on("triton")
 
