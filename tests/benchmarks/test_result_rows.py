@@ -193,10 +193,11 @@ def test_nothing_outlives_a_program(number: signal.Signals, tmp_path: Path) -> N
         time.sleep(0.02)
     family = [child, *child.children()]
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    process.wait(timeout=60)
     if number == signal.SIGKILL:  # ends the child as roughly: what that one has started is not ours to end
         family[1].kill()
     else:
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert errors.endswith("\nscript.py was stopped; --resume goes on with what it has saved\n")
     gone, alive = psutil.wait_procs(family, timeout=30)
