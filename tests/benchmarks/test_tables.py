@@ -61,8 +61,10 @@ def results() -> Suites:
         },
         "loss": {label(shape, BF16): list(loss(i)) for i, shape in enumerate(GPU_SHAPES)},
         "blocks": {
-            **{name: [("kernel", "launch", {**us(20.0), "of_copy": 0.95 - 0.015 * i})] for i, name in enumerate(kernels)},
-            **{f"{kind} block": [(form, "training", us(9e3 * t)) for form, t in forms] for kind in ("double", "single")},
+            **{name: [("kernel", "launch", {**us(20.0), "of_copy": 0.95 - 0.015 * i})]
+               for i, name in enumerate(kernels)},
+            **{f"{kind} block": [(form, "training", us(9e3 * t)) for form, t in forms]
+               for kind in ("double", "single")},
         },
         "train_step": {name: list(step(name, i)) for i, name in enumerate(cases)},
         "plan": {name: [("planner", "update", {"peak_bytes": (20 + 2 * i) * GIB, "needed_tflop": 100})]
