@@ -26,7 +26,7 @@ test-all: test
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_transition.py
+	$(BIN)/python -m pytest benchmarks/bench_loss.py benchmarks/bench_blocks.py
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
