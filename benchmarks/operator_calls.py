@@ -23,6 +23,7 @@ from fastguard.ops.gated_residual import gated_residual_bwd, gated_residual_fwd
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
 from fastguard.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from fastguard.ops.sde_step import sde_step
+from fastguard.ops.transition import guard_loss, transition_bwd, transition_sums
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CODES = [fused.code for name in OBJECTIVES if (fused := build_objective(name).fused()) is not None]
