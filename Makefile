@@ -26,7 +26,7 @@ test-all: test
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_transition.py
+	$(BIN)/python -m pytest benchmarks/bench_loss.py benchmarks/bench_blocks.py
 
 # Needs no network. The site is in build/site; nothing of it is committed.
 docs: $(READY)

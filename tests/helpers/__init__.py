@@ -1,4 +1,4 @@
-"""What several tests use: toy models, runs as processes, golden cases, every call of every operator."""
+"""What several tests use: toy models, runs as processes, golden cases."""
 
 import importlib.util
 from pathlib import Path

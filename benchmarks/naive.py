@@ -17,8 +17,6 @@ from torch import Tensor
 
 import fastguard as fg
 
-# (B, tokens, channels) of Flux latents at 512^2 and 1024^2, and a video latent.
-SHAPES = [(4, 1024, 64), (4, 4096, 64), (8, 4096, 64), (1, 16, 21, 90, 160)]
 CLIP_RANGE = 2e-6
 
 
@@ -54,17 +52,11 @@ def make_inputs(
     old_mean, std = mean_of(latents, old_velocity, step), expand(step.std, latents)
     prev_sample = old_mean + std * noise.float()
     return Inputs(
-        latents=latents,
-        velocity=velocity,
-        old_velocity=old_velocity,
-        noise=noise,
-        prev_sample=prev_sample,
-        old_mean=old_mean,
-        old_log_prob=log_prob(prev_sample, old_mean, std),
-        advantages=torch.linspace(-1.0, 2.0, shape[0], device=device),
-        seeds=torch.arange(shape[0], device=device),
+        latents=latents, velocity=velocity, old_velocity=old_velocity, noise=noise, prev_sample=prev_sample,
+        old_mean=old_mean, old_log_prob=log_prob(prev_sample, old_mean, std),
+        advantages=torch.linspace(-1.0, 2.0, shape[0], device=device), seeds=torch.arange(shape[0], device=device),
         step=step,
-    )
+    )  # fmt: skip
 
 
 def expand(coef: Tensor, like: Tensor) -> Tensor:
