@@ -30,7 +30,7 @@ bench: $(READY)
 
 # Needs no network. The site is in build/site; nothing of it is committed.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "wrote build/site/index.html"
 
 $(READY): pyproject.toml setup.py constraints.txt

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import tables
 from helpers import ROOT, script
 
 from fastguard.config import Recipe
@@ -78,6 +79,16 @@ def test_the_planner_saves_what_the_file_of_memory_says() -> None:
     recipe = MEMORY.at_level(load_recipe(find_recipe("flux_lora")), "block")
     (row,) = [row for row in ROWS if (row["recipe"], row["level"]) == ("flux_lora", "block")]
     assert kept_activations(MEMORY.one_image(recipe)).total == row["saved_for_backward"]
+
+
+def test_the_tables_of_benchmarks_are_those_of_the_results() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    made = text.partition(tables.BEGIN)[2].partition(tables.END)[0]
+    found = "\n\n".join(tables.pages(tables.load(tables.rows.RESULTS)))
+    assert found in made
+    assert "not yet measured" not in made
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", made):
+        assert (ROOT / "docs" / picture).is_file()
 
 
 @pytest.mark.slow
