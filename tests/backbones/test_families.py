@@ -24,7 +24,6 @@ from fastguard.config import (
     ModelConfig,
     ModelKind,
     MonitorConfig,
-    ObjectiveConfig,
     PromptsConfig,
     Recipe,
     RewardConfig,
@@ -32,6 +31,7 @@ from fastguard.config import (
     SamplerConfig,
     ScoringConfig,
     UpdateConfig,
+    objective_config,
 )
 from fastguard.memory import compare_kept, plan
 from fastguard.memory.live import allocated
@@ -59,7 +59,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
         model=ModelConfig(kind=KIND),  # type: ignore[arg-type]
         prompts=PromptsConfig(file=tmp_path / "prompts.txt", per_epoch=2),
         sampler=SamplerConfig(num_steps=5, sde_steps=4, group_size=16, batch_size=32),
-        objective=ObjectiveConfig("grpo_guard", clip_range=1e-2),
+        objective=objective_config("grpo_guard", clip_range=1e-2),
         rewards=(RewardConfig("helpers.shades:towards", name="towards"),),
         scoring=ScoringConfig(threads=1),
         update=UpdateConfig(inner_epochs=2, minibatches=4, micro_batch=0, learning_rate=2e-2, weight_decay=0.0),
