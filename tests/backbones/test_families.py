@@ -130,7 +130,7 @@ def test_a_new_family_is_trained_and_sampled(
 
     texts = ["something dark", "something light", "something else that is dark"]
     for checkpoint in ("newest", "none"):
-        assert sample_recipe(recipe, texts, checkpoint, 1, 5, 0, tmp_path / checkpoint) == 0
+        assert sample_recipe(recipe, texts, checkpoint, images=1, steps=5, seed=0, out=tmp_path / checkpoint) == 0
     trained, before = (
         [float(np.asarray(Image.open(tmp_path / name / f"prompt{i:03d}_00.png")).mean()) for i in range(3)]
         for name in ("newest", "none")
