@@ -17,6 +17,7 @@ from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
+import tyro
 from pydantic import Field
 
 from fastguard.errors import UserError
@@ -283,7 +284,7 @@ class ObjectiveConfig(Objective):
         try:
             super().__post_init__()
         except (TypeError, ValueError) as error:
-            raise UserError(f"objective: {error}") from None
+            raise UserError(str(error)) from None
         _at_least(0, kl_weight=self.kl_weight)
         _at_most(10**6, kl_weight=self.kl_weight)
 
@@ -291,7 +292,8 @@ class ObjectiveConfig(Objective):
 def _with_options_of(name: str) -> type[ObjectiveConfig]:
     """`ObjectiveConfig` with the options of one objective; it is such an objective itself."""
     objective = OBJECTIVES[name]
-    named: Any = ("name", Literal[name], field(default=name))
+    known = tyro.conf.arg(metavar="{" + ",".join(OBJECTIVES) + "}")
+    named: Any = ("name", Annotated[Literal[name], known], field(default=name))
     made = make_dataclass(f"{objective.__name__}Config", [named], bases=(ObjectiveConfig, objective), frozen=True)
     made.__doc__, made.__module__ = objective.__doc__, __name__
     globals()[made.__name__] = made  # where pickle looks for it

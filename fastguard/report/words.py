@@ -229,7 +229,7 @@ def clip_advice(run: TrainingRun) -> list[str]:
     used = recipe.objective.limit
     if recipe.objective.limit_name != "clip_range":
         limit = f"objective.{recipe.objective.limit_name} = {used:g}"
-        return [f"{limit} masked {shares}, {when}. There is no clip range."]
+        return [f"{limit} left {shares} without a gradient, {when}."]
     points = [f"objective.clip_range = {used:g} was used. It clipped {shares}, {when}."]
     thirty, ten = (
         finite_values([getattr(log, f"clip_range_for_{share}_percent") for log in logs]) for share in (30, 10)

@@ -257,7 +257,7 @@ def test_clip_advice_where_the_ratio_hardly_moves() -> None:
 def test_clip_advice_is_for_objectives_and_updates_that_clip(tmp_path: Path) -> None:
     masked = replace(RECIPE, objective=objective_config("flow_dppo"))
     (advice,) = clip_advice(in_memory([epoch_log(0)], masked))
-    assert "kl_threshold = 1e-05 masked 5.0%" in advice
+    assert "kl_threshold = 1e-05 left 5.0%" in advice
     assert "Clip ranges, as measured" not in titles(
         page_of(run_folder(tmp_path / "masked", [epoch_log(0)], recipe=masked))
     )
