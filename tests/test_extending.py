@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,13 @@ def test_the_example_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     blocks = run_page(page, tmp_path)
     assert any("/" in block.title for block in blocks)  # the file
     assert any(block.language == "python" and not block.title for block in blocks)  # the use
+    if page.stem == "objective":  # its last section sends the reader to these checks
+        checks = [sys.executable, "-m", "pytest", "-q", str(TESTS / "loss" / "test_objectives.py"), "-k", "quadratic"]
+        paths = os.pathsep.join([str(tmp_path / "package"), os.environ["PYTHONPATH"]])
+        environment = {**os.environ, "PYTHONPATH": paths}
+        done = subprocess.run(checks, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        assert "passed" in done.stdout
 
 
 def test_the_first_page_lists_the_others() -> None:
