@@ -12,11 +12,12 @@ import pytest
 import torch
 from helpers import TESTS
 
-if not torch.cuda.is_available():
+CUDA = torch.cuda.is_available()
+if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])  # of processes
 
-
+FOR_CUDA = pytest.StashKey[int]()
 LONGEST = (
     "test_distributed.py",
     "test_memory.py",
@@ -28,21 +29,34 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: under pytest-xdist, which shares out files, one process would end with one of them."""
+def pytest_report_header() -> str:
+    if CUDA:
+        return "kernels: on the CUDA device (-m gpu selects their tests)"
+    return "kernels: in Triton's interpreter; there is no CUDA device, so tests for one alone are deselected"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without CUDA, no test that is for it alone.
+
+    The longest files first: under pytest-xdist, which shares out files, one process would end with one of them.
+    """
+    for_cuda = [] if CUDA else [item for item in items if item.get_closest_marker("gpu")]
+    if for_cuda:
+        items[:] = [item for item in items if item not in for_cuda]
+        config.hook.pytest_deselected(items=for_cuda)
+        config.stash[FOR_CUDA] = len(for_cuda)
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
+    count = config.stash.get(FOR_CUDA, 0)
+    return f"deselected {count} tests that only a CUDA device can run" if count else None
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if CUDA else "interpreter"])
 def kernel_device(request: pytest.FixtureRequest) -> str:
-    """The device on which kernels run: every kernel test runs in the interpreter here, and natively on a GPU."""
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        return "cuda"
-    if torch.cuda.is_available():
-        pytest.skip("a CUDA device is there: the kernels run on it, under -m gpu")
-    return "cpu"
+    """The device on which kernels run: natively on a GPU where there is one, else in the interpreter on the CPU."""
+    return "cuda" if request.param == "cuda" else "cpu"
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16, torch.device("meta")], ids=str)

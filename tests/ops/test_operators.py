@@ -8,7 +8,6 @@ from helpers import operators
 from torch import Tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def test_no_operator_is_left_out() -> None:
@@ -68,7 +67,6 @@ def test_repeated_runs_are_bitwise_equal(dtype: torch.dtype, kernel_device: str)
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_repeated_runs_under_load_are_bitwise_equal() -> None:
     """The same while a second stream keeps taking multiprocessors away."""
     busy = torch.randn(2048, 2048, device="cuda", dtype=BF16)
@@ -87,7 +85,6 @@ def test_a_result_that_moves_is_seen() -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_captured_in_a_cuda_graph(dtype: torch.dtype) -> None:
     """Every operator, with its launches, waits for nobody on the host; replays give the eager bits."""
