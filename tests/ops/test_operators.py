@@ -6,6 +6,10 @@ import pytest
 import torch
 from helpers import operators
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fastguard.ops import registry
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -39,6 +43,34 @@ def test_kernels_agree_with_the_plain_backend_in_float64(dtype, size, kernel_dev
         for got, want in zip(call(), call.in_float64()(), strict=True):
             off = (got.double().cpu() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
             assert off <= of_results[got.dtype], f"{call.name}: {float(off):.1e} off"
+
+
+def test_a_fake_runs_its_formula_once_for_each_layout() -> None:
+    runs = []
+
+    def formula(x: Tensor, weights: list[Tensor], scale: float, flag: bool) -> tuple[Tensor, Tensor]:
+        runs.append(x.shape)
+        return (x * scale).t(), weights[0].double() if flag else x.sum()
+
+    fake = registry._once_a_layout(formula)
+    symbolic = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(4, 6))
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 5), torch.empty(7)
+        others = [
+            (x, [weight], 2.0, True), (x, [weight], 1.0, False), (x.double(), [weight], 1.0, True),
+            (x, [weight.half()], 1.0, True), (torch.empty(5, 3).t(), [weight], 1.0, True), (x[:2], [weight], 1.0, True),
+        ]  # fmt: skip
+        for n, arguments in enumerate([(x, [weight], 1.0, True), *others], 1):
+            first, again = fake(*arguments), fake(*arguments)
+            assert len(runs) == n
+            for one, other in zip(first, again, strict=True):
+                assert other is not one
+                assert (other.shape, other.stride(), other.dtype) == (one.shape, one.stride(), one.dtype)
+    assert isinstance(symbolic.shape[0], torch.SymInt)
+    for _ in range(2):  # a size that is not known yet is not remembered
+        result, _ = fake(symbolic, [weight], 1.0, True)
+        assert isinstance(result.shape[1], torch.SymInt)
+    assert len(runs) == n + 2
 
 
 # --- races ----------------------------------------------------------------------------------------------------------
