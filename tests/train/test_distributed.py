@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import TESTS
 from helpers.deadline import DEADLINE_S, deadline
-from helpers.toy_process import ToyProcess
+from helpers.forks import FASTGUARD, TOY, Fork
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import TCPStore
@@ -43,7 +43,7 @@ def accelerate(tmp_path: Path, kind: str) -> list[str]:
 
 
 def alone(folder: Path, *options: str) -> None:
-    process = ToyProcess(folder, *options)
+    process = Fork(TOY, folder, *options)
     assert process.wait() == 0, process.said()
 
 
@@ -89,7 +89,7 @@ def two(launched: Callable[[str], Path]) -> Two:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         environments = [json.loads((launched(kind) / f"out.{rank}.json").read_text()) for rank in (0, 1)]
-        processes = [ToyProcess(folder, *options, *FLAGS[kind], environment=own | meet) for own in environments]
+        processes = [Fork(TOY, folder, *options, *FLAGS[kind], environment=own | meet) for own in environments]
         codes = [process.wait() for process in processes]
         said = "".join(process.said() for process in processes)
         assert [c == 0 for c in codes] == [code == 0] * 2, said[-3000:]
@@ -212,13 +212,13 @@ def test_flux_on_two_processes_is_flux_on_one(
         "OMP_NUM_THREADS": "1",
     }
     if not alone.exists():
-        command = [sys.executable, "-m", "fastguard.cli", *options, "--run.dir", str(alone)]
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+        process = Fork(FASTGUARD, *options, "--run.dir", alone, environment=environment)
+        assert process.wait() == 0, process.said()
     sharding = ["--hardware.sharding", "fsdp2"] if kind == "fsdp2" else []
     script = [str(TESTS / "helpers/flux_run.py")] if kind == "fsdp2" else ["-m", "fastguard.cli"]
     result = subprocess.run(
         [*accelerate(tmp_path, kind), *script, *options, *sharding, "--run.dir", str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=DEADLINE_S, check=False, env=environment,
+        capture_output=True, text=True, timeout=300, check=False, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     ours, theirs = (checkpoint_of(folder, "newest") for folder in (tmp_path / "run", alone))

@@ -24,8 +24,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import TESTS
+from helpers.deadline import deadline
+from helpers.forks import TOY, Fork
 from helpers.run_folders import MONITOR, assert_same_end, in_process, newest, toy
-from helpers.toy_process import ToyProcess
 from helpers.toys import ToyBackbone, towards
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -48,15 +49,14 @@ def finish(folder: Path, epochs: int, *options: str, code: int = 0) -> str:
     return process.said()
 
 
-def start(folder: Path, epochs: int, *options: str) -> ToyProcess:
-    return ToyProcess(folder, epochs, *options)
+def start(folder: Path, epochs: int, *options: str) -> Fork:
+    return Fork(TOY, folder, epochs, *options)
 
 
 def wait_for_epoch(folder: Path, epoch: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(read_rows(folder / "metrics.jsonl")) < epoch:
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.02)
+    with deadline(folder):
+        while len(read_rows(folder / "metrics.jsonl")) < epoch:
+            time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
