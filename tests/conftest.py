@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TESTS
+from helpers import TESTS, interpreter
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -46,6 +46,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=for_cuda)
         config.stash[FOR_CUDA] = len(for_cuda)
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not CUDA and any("kernel_device" in getattr(item, "fixturenames", ()) for item in session.items):
+        interpreter.list_builtins_once()
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
