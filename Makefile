@@ -36,7 +36,7 @@ unit: $(READY)
 	$(PYTEST)
 
 quick: $(READY)
-	@echo "== tests without processes of their own, and without those of many seconds"
+	@echo "== the short tests: pytest"
 	$(PYTEST) -m 'not slow and not long'
 
 test-all: test

@@ -18,14 +18,29 @@ if not CUDA:
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])  # of processes
 
 FOR_CUDA = pytest.StashKey[int]()
-LONGEST = (
-    "test_distributed.py",
+# Files whose tests start processes, or take many seconds of CPU time, the longest first.
+LONG = (
     "test_memory.py",
-    "test_train.py",
-    "test_run_folder.py",
-    "test_damage.py",
     "test_fuse_flux.py",
+    "test_distributed.py",
     "test_demo.py",
+    "test_train.py",
+    "test_golden.py",
+    "test_run_folder.py",
+    "test_flux.py",
+    "test_operators.py",
+    "test_qk_norm_rope.py",
+    "test_fuse_changes.py",
+    "test_cache.py",
+    "test_output.py",
+    "test_packaging.py",
+    "test_run_report.py",
+    "test_damage.py",
+    "test_hostile_files.py",
+    "test_reward_server.py",
+    "test_optim.py",
+    "test_fuzz_recipes.py",
+    "test_conftest.py",
 )
 
 
@@ -36,16 +51,19 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without CUDA, no test that is for it alone.
+    """Without CUDA, no test that is for it alone. Tests of long files are marked: `make quick` leaves them out.
 
     The longest files first: under pytest-xdist, which shares out files, one process would end with one of them.
     """
+    for item in items:
+        if item.path.name in LONG or item.path.parent.name == "benchmarks":
+            item.add_marker("long")
     for_cuda = [] if CUDA else [item for item in items if item.get_closest_marker("gpu")]
     if for_cuda:
         items[:] = [item for item in items if item not in for_cuda]
         config.hook.pytest_deselected(items=for_cuda)
         config.stash[FOR_CUDA] = len(for_cuda)
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
