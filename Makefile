@@ -7,7 +7,7 @@ READY := .venv/.ready
 # The kernels run in Triton's interpreter where there is no GPU. One thread a process: the processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test style types imports sass unit quick test-all bench clean
+.PHONY: demo test style types imports sass unit quick test-all bench docs clean
 
 demo: $(READY)
 	$(BIN)/fastguard demo
@@ -44,7 +44,12 @@ test-all: test
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_transition.py
+	$(BIN)/python -m pytest benchmarks/bench_loss.py benchmarks/bench_blocks.py
+
+# Needs no network. The site is in build/site; nothing of it is committed.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "wrote build/site/index.html"
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -1,15 +1,13 @@
 """Rollout and update of the real 11.9-billion-parameter Flux with random weights: seconds, peak memory, utilisation.
 
-    python benchmarks/bench_train_step.py [--cases 'lora-*' ...] [--save] [--resume]    on a GPU of 80 GB or more
-    python benchmarks/bench_train_step.py --plan [--save]                    the planner's predictions; needs no GPU
-    python benchmarks/bench_train_step.py --dry-run                          every step with a tiny model on the CPU
+    python benchmarks/bench_train_step.py          on a GPU of 80 GB or more
+    python benchmarks/bench_train_step.py --plan   the planner's predictions; needs no GPU
 
 A case is `lora` (rank 64, AdamW) or `full` (8-bit AdamW), at 512^2 or 1024^2, with fused or `unfused` blocks, at one
 level of model.recompute, as far as it could fit, `compiled` (diffusers' compile_repeated_blocks) or not; no KL, no EMA.
-Each runs in a process of its own, held to 80 GB (1e9 bytes; the planner's unit) on larger cards too: one that runs out
-of memory is recorded as such. Nothing is downloaded: weights and prompt embeddings are random, made on the device; all
-else is the trainer's own code (`rollout`, `update_weights`), with the VAE in memory. The allocator is given expandable
-segments, so that what fits is not decided by how the memory lies.
+Each runs in a process of its own, held to 80 GB (1e9 bytes; the planner's unit) on larger cards too. Nothing is
+downloaded: weights and prompt embeddings are random, made on the device; all else is the trainer's own code, with the
+VAE in memory. The allocator is given expandable segments, so that fragmentation does not decide what fits.
 
 The learning rate is 0, so that every repetition is a first update, whose ratios should be 1: how far they are from it
 is recorded. The clip range is wide, so that a ratio that is not 1 clips nothing: matmuls on gradients of zeros are
@@ -22,271 +20,332 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-import program
-import results
-import textbook
+import naive
+import rows
 import torch
-from bench_kernels import both
-from timing import call_times, graph_times, rotations
+from accelerate import Accelerator
+from bench_loss import both
+from diffusers import FlowMatchEulerDiscreteScheduler
+from rows import Measured, Numbers
+from timing import call_time, graph_times, percentiles, rotations
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
-from tqdm import tqdm
-from train_step_cases import CASES, MEMORY_GB, Case, chosen_cases
-from train_step_model import build, kept_bytes, sample, update
-from train_step_plan import PEAK_TFLOPS, concluded, describe, plan_table, planned, planning_pool
 
-SECTION, PLAN_SECTION = "train_step", "plan_train_step"
+from fastguard.backbones.flux.backbone import FluxBackbone, prepare_transformer
+from fastguard.backbones.flux.skeleton import meta_transformer, meta_vae, pipeline_configs
+from fastguard.config import Recipe, Recompute
+from fastguard.memory import executed_flops, kept_activations, rollout_flops, update_flops
+from fastguard.memory.phases import limit_bytes, planned_phases
+from fastguard.prompts import EncodedPrompts, Prompt
+from fastguard.recipe import parse_recipe
+from fastguard.train.collect import images_to_sample
+from fastguard.train.rollout import RolloutBatch, rollout, training_schedule
+from fastguard.train.state import TrainState, build_state
+from fastguard.train.update import minibatches, policy_loss, update_weights
+
+MEMORY_GB = 80.0
+CLIP_RANGE = {"512": 2e-6, "1024": 1e-6}
+"""of the recipes; the first log-ratio has to be within `update.parity` of it"""
 MATMUL = 8192
 REPEATS, ENOUGH_S = range(3, 11), 8.0
 """repetitions: at least 3, at most 10, none begun after so many seconds"""
 CASE_LIMIT_S = 420
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# What is trained, pixels (squared), blocks, recompute, compiled. First what a goal or a comparison hangs on.
+CASES = [
+    "lora-1024-none", "lora-1024-unfused-none", "lora-1024-pointwise", "full-512-block", "lora-512-block",
+    "lora-1024-block", "lora-1024-mlp", "lora-1024-unfused-block", "lora-512-unfused-none", "lora-512-none",
+    "lora-512-pointwise", "lora-512-mlp", "lora-512-unfused-block", "full-512-unfused-block", "full-512-pointwise",
+    "full-512-mlp", "full-1024-block", "full-1024-unfused-block", "lora-1024-unfused-none-compiled",
+    "lora-1024-none-compiled", "lora-512-unfused-none-compiled", "lora-512-none-compiled",
+    "full-512-unfused-block-compiled", "full-512-block-compiled", "full-1024-block-compiled",
+]  # fmt: skip
+TOY_CASE = "full-512-block"
+"""the one with most branches; --only runs any other"""
 
 
-class Peak:
-    """Largest numbers of bytes that PyTorch's allocator has handed out and held since this was made; None on a CPU."""
+def recipe_of(case: str, toy: bool) -> Recipe:
+    """One update of 5 trained steps of the 6 of each of 2 or 3 images. `toy`: the tiny pipeline, an eighth wide.
 
-    def __init__(self, cuda: bool) -> None:
-        self._cuda = cuda
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+    The rollout batch equals the micro-batch, as parity asks for.
+    """
+    train, pixels, *_, recompute = case.removesuffix("-compiled").split("-")
+    size = int(pixels) // 8 if toy else int(pixels)
+    of_each = 1 if pixels == "1024" or case == "full-512-pointwise" else 3 if train == "lora" else 2
+    fields: dict[str, Any] = {
+        "model": {"path": "tiny", "dtype": "float32"} if toy else {"dtype": "bfloat16"},
+        "prompts": {"per_epoch": 1, "max_tokens": 32 if toy else 128},
+        "sampler": {"num_steps": 6, "noise_level": 0.9, "sde_steps": 5, "decode_batch": 1, "store": "cpu"},
+        "objective": {"clip_range": 0.5},  # of ratios that should be 1
+        "rewards": [{"use": "jpeg_compressibility"}],  # a recipe needs one; nothing is scored here
+        "update": {"minibatches": 1, "micro_batch": of_each, "learning_rate": 0.0},
+        "hardware": {"memory_gb": MEMORY_GB},
+    }
+    fields["model"] |= {"train": train, "height": size, "width": size, "recompute": recompute}
+    fields["model"]["fuse"] = "unfused" not in case
+    fields["sampler"] |= {"group_size": max(2, of_each), "batch_size": of_each}
+    fields["update"]["optimizer"] = "adamw" if train == "lora" else "adamw8bit"
+    return parse_recipe(fields, case)
 
-    def read(self) -> dict[str, int | None]:
-        if not self._cuda:
-            return {"peak_bytes": None, "reserved_bytes": None}
-        return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+
+def level_of(recipe: Recipe) -> Recompute:
+    assert recipe.model.recompute != "auto"
+    return recipe.model.recompute
 
 
-def seconds(run: Callable[[], Any], cuda: bool) -> float:
+@dataclass(frozen=True)
+class RandomPrompts(EncodedPrompts):
+    """Embeddings of random numbers, made when they are asked for."""
+
+    tokens: int
+    channels: int
+    pooled: int
+
+    def load(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        n = len(indices)
+        return {"embeds": torch.randn(n, self.tokens, self.channels), "pooled": torch.randn(n, self.pooled)}
+
+
+class NoRecorder:
+    """Leaves no traces; the trainer asks only this method of it here."""
+
+    def skipped(self, epoch: int, message: str) -> None:
+        raise FloatingPointError(message)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, device: torch.device) -> None:
+    """Give a meta module memory on the device and random matrices; biases are 0, scales 1."""
+    module.to_empty(device=device)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(0.0, 0.02)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def build(case: str, toy: bool) -> TrainState:
+    """The trainer's state, as `FluxBackbone.load` and `train` build it, but for the values of the weights."""
+    torch.manual_seed(0)
+    recipe, accelerator = recipe_of(case, toy), Accelerator(cpu=toy)
+    configs, dtype = pipeline_configs(recipe.model.path), getattr(torch, recipe.model.dtype)
+    vae, transformer = meta_vae(configs, dtype), meta_transformer(configs, dtype)
+    for module in (vae, transformer):
+        fill(module, accelerator.device)
+        module.eval()
+    prepare_transformer(transformer, recipe.model, recipe.lora, level_of(recipe))
+    if case.endswith("compiled"):
+        torch._dynamo.config.recompile_limit = 32  # forms of a block, with and without gradients, share their code
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="aot_eager" if toy else "inductor")
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:  # as after some training: they begin at zero, and with them the gradients of lora_A
+            nn.init.normal_(parameter, std=1e-3)
+    channels, pooled = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
+    prompts = RandomPrompts([Prompt("random")], [], recipe.prompts.max_tokens, channels, pooled)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)  # Flux.1-dev's
+    backbone = FluxBackbone(transformer, vae, scheduler, prompts, len(prompts.prompts), recipe, accelerator.device)
+    return build_state(backbone, recipe, accelerator, None)
+
+
+def sample(state: TrainState) -> tuple[RolloutBatch, ...]:
+    """The images of an epoch, as `sample_epoch` samples them, without decoding and rewards."""
+    recipe, backbone, device = state.recipe, state.backbone, state.accelerator.device
+    schedule = training_schedule(recipe.sampler, backbone.shift, recipe.run.seed, 0)
+    prompt_indices, seeds = images_to_sample(state)
+    transitions = []
+    for first in range(0, len(prompt_indices), recipe.sampler.batch_size):
+        part = slice(first, first + recipe.sampler.batch_size)
+        on_device = prompt_indices[part].to(device)
+        rolled = rollout(state.policy, on_device, seeds[part], backbone.latent_shape, schedule, backbone.dtype)
+        batch = RolloutBatch.cat(rolled.transitions)
+        transitions.append(replace(batch, sample=batch.sample + first).to(recipe.sampler.store))
+    return tuple(transitions)
+
+
+def update(state: TrainState, transitions: Sequence[RolloutBatch]) -> dict[str, float]:
+    """One optimizer update on all transitions. Raises AssertionError unless it has a gradient and clips nothing."""
+    recipe, index = state.recipe, next(minibatches(state))
+    advantages = 1.0 - 2.0 * (torch.arange(recipe.images_per_epoch) % 2)
+    done = update_weights(state, transitions, index, advantages, NoRecorder())  # type: ignore[arg-type]
+    worst, norm = float(done.log_ratio.abs().max()), float(done.grad_norm)
+    assert not done.clipped.any(), f"a log-ratio of {worst:.2e} before any weight has changed"
+    assert 0 < norm < math.inf, f"gradient norm {norm}"
+    return {"worst_log_ratio": worst, "grad_norm": norm}
+
+
+def kept_bytes(state: TrainState, transitions: Sequence[RolloutBatch]) -> int:
+    """What the forward pass of one micro-batch leaves on the device for its backward pass."""
+    index = next(minibatches(state))[: state.recipe.micro_batch]
+    batch = RolloutBatch.select(transitions, index).to(state.accelerator.device)
+    advantages = torch.ones(len(batch), device=state.accelerator.device)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    result = policy_loss(state.policy, batch, advantages, state.recipe.objective)
+    kept = torch.cuda.memory_allocated() - before
+    del result
+    return kept
+
+
+def measured_once(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
+    """Seconds, and the most that PyTorch's allocator has handed out and held meanwhile."""
     if cuda:
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     run()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    if not cuda:
+        return {"took_s": time.perf_counter() - start}
+    torch.cuda.synchronize()
+    peaks = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    return {"took_s": time.perf_counter() - start, **peaks}
 
 
-def repeated(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
-    """Percentiles of a warm call."""
-    times: list[float] = []
-    while len(times) < REPEATS.start or (len(times) < REPEATS.stop - 1 and sum(times) < ENOUGH_S):
-        times.append(seconds(run, cuda))
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return {"p20_s": deciles[1], "p50_s": deciles[4], "p80_s": deciles[7], "repetitions": len(times)}
+def repeated(run: Callable[[], Any], cuda: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Percentiles of a warm call in seconds, and its largest peaks."""
+    found: list[dict[str, float]] = []
+    while len(found) < REPEATS.start or (len(found) < REPEATS.stop - 1 and sum(n["took_s"] for n in found) < ENOUGH_S):
+        found.append(measured_once(run, cuda))
+    peaks = {name: max(numbers[name] for numbers in found) for name in found[0]}
+    took = percentiles([numbers["took_s"] for numbers in found])
+    del peaks["took_s"]
+    return {name.replace("_us", "_s"): value for name, value in took.items()}, peaks
 
 
-def measure_loss(shape: tuple[int, ...], dtype: torch.dtype, cuda: bool) -> dict[str, Any]:
-    """`guard_loss`, forward and backward, of one micro-batch alone: as a CUDA graph past L2, and called from Python."""
-    device = "cuda" if cuda else "cpu"
-    tensor_bytes = math.prod(shape) * dtype.itemsize
-    count = rotations(3 * tensor_bytes, cuda)
-    sets = [textbook.make_inputs(shape, dtype, device, seed=seed) for seed in range(count)]
-    runs = [both(textbook.fused_guard_loss, inputs) for inputs in sets]
-    return {"shape": shape, "graph": graph_times(runs, cuda), "called_from_python": call_times(runs[0], cuda)}
-
-
-def measure_matmul(dtype: torch.dtype, cuda: bool) -> float:
-    """TFLOP/s of a large square matmul of random numbers: what this card gives at best, in the same run."""
-    n = MATMUL if cuda else 128
-    a, b = (torch.randn(n, n, dtype=dtype, device="cuda" if cuda else "cpu") for _ in range(2))
-    return 2 * n**3 / call_times(lambda: a @ b, cuda)["p50_us"] / 1e6
-
-
-def attention_kernel(dtype: torch.dtype, cuda: bool) -> str:
-    """What PyTorch takes for attention of Flux's heads when gradients are asked for."""
-    query = torch.empty(1, 24, 4608, 128, dtype=dtype, device="cuda" if cuda else "cpu", requires_grad=True)
-    return SDPBackend(torch._fused_sdp_choice(query, query, query)).name
-
-
-def measure_training(case: Case, dry: bool, row: dict[str, Any]) -> None:
-    """Fill the row; `row["phase"]` says what was going on, should it end early.
-
-    Times of a rollout do not depend on what waits on the device, its peak does: that is taken once the optimizer's
-    state is there.
-    """
-    cuda = not dry
-    row["phase"] = "build"
-    state = build(case, dry)
+def measure_training(case: str, toy: bool) -> Measured:
+    """Baselines, rollout and update. The peak of a rollout is taken once the optimizer's state is there."""
+    cuda, device = not toy, "cpu" if toy else "cuda"
+    state = build(case, toy)
     recipe, backbone = state.recipe, state.backbone
-    row["phase"] = "baselines"  # while there is room for them
-    row["loss"] = measure_loss((recipe.micro_batch, *backbone.latent_shape), backbone.dtype, cuda)
-    row["matmul_tflop_per_s"] = measure_matmul(backbone.dtype, cuda)
+    yield "trainer", "build", {"trained_parameters": sum(p.numel() for p in state.parameters.values())}
+    # The loss of one micro-batch alone, and what this card gives at best, while there is room for them.
+    shape = (recipe.micro_batch, *backbone.latent_shape)
+    count = rotations(3 * math.prod(shape) * backbone.dtype.itemsize, cuda)
+    sets = [naive.make_inputs(shape, backbone.dtype, device, seed=seed) for seed in range(count)]
+    runs = [partial(both, naive.fused_guard_loss, inputs) for inputs in sets]
+    losses = {"loss": graph_times(runs, cuda), "loss from Python": call_time(runs[0], cuda)}
+    square = torch.randn(2 * [MATMUL if cuda else 128], dtype=backbone.dtype, device=device)
+    matmul_us = call_time(partial(torch.mm, square, square), cuda)["p50_us"]
+    yield "trainer", "matmul", {"rate_tflop_per_s": 2 * len(square) ** 3 / matmul_us / 1e6}
+    query = torch.empty(1, 24, 4608, 128, dtype=backbone.dtype, device=device, requires_grad=True)
+    yield "trainer", "attention", {"kernel": SDPBackend(torch._fused_sdp_choice(query, query, query)).name}
+    del sets, runs, square, query
     if cuda:
         torch.cuda.empty_cache()
-    row["attention"] = attention_kernel(backbone.dtype, cuda)
-    row["parameters"] = sum(p.numel() for p in state.policy.parameters())
-    row["trained_parameters"] = sum(p.numel() for p in state.parameters.values())
     backbone.load_prompts([0])
-    row["phase"] = "rollout"
     transitions = sample(state)
     assert all(bool(torch.isfinite(part.velocity).all()) for part in transitions), "a velocity is not finite"
-    row["rollout"] = {}
-    if case.times_rollout:
-        row["rollout"] = repeated(lambda: sample(state), cuda)
-        row["rollout"]["s_per_image"] = row["rollout"]["p50_s"] / recipe.images_per_epoch
-        batches = recipe.images_per_epoch // recipe.sampler.batch_size
-        row["rollout"]["s_per_step"] = row["rollout"]["p50_s"] / batches / recipe.sampler.num_steps
-    row["phase"] = "update"
-    row["kept_bytes"] = kept_bytes(state, transitions) if cuda else None
-    first, found = Peak(cuda), {}
-    first_s = seconds(lambda: found.update(update(state, transitions)), cuda)  # makes the optimizer's state; compiles
-    first_peak = first.read()
-    steady = Peak(cuda)
-    row["update"] = {**found, **repeated(lambda: update(state, transitions), cuda)}
-    row["update"] |= {"first_s": first_s, "first_peak_bytes": first_peak["peak_bytes"]}
-    row["update"]["s_per_transition"] = row["update"]["p50_s"] / recipe.transitions_per_update
+    # A rollout recomputes nothing: it is timed once for all levels.
+    if level_of(recipe) == ("none" if recipe.model.train == "lora" else "block"):
+        times, _ = repeated(partial(sample, state), cuda)
+        steps = recipe.images_per_epoch // recipe.sampler.batch_size * recipe.sampler.num_steps
+        of_each = {"per_step_s": times["p50_s"] / steps, "per_image_s": times["p50_s"] / recipe.images_per_epoch}
+        yield "trainer", "rollout", {**times, **of_each}
+    if cuda:
+        yield "trainer", "update", {"kept_bytes": kept_bytes(state, transitions)}
+    done: dict[str, float] = {}
+    first = measured_once(
+        lambda: done.update(update(state, transitions)), cuda
+    )  # makes the optimizer's state; compiles
+    times, peaks = repeated(partial(update, state, transitions), cuda)
     # What decides whether it fits is the larger of the two.
-    row["update"] |= {name: n if n is None else max(n, first_peak[name] or 0) for name, n in steady.read().items()}
-    row["phase"] = "rollout beside the optimizer's state"
-    sampling = Peak(cuda)
-    sample(state)
-    row["rollout"] |= sampling.read()
+    most = {name: max(first[name], n_bytes) for name, n_bytes in peaks.items()}
+    of_each = {f"{name[:3]}_per_transition_s": s / recipe.transitions_per_update for name, s in times.items()}
+    yield "trainer", "update", {**times, **of_each, "first_s": first["took_s"], **most}
+    worst = done["worst_log_ratio"] / CLIP_RANGE[case.split("-")[1]]
+    yield "trainer", "update", {**done, "worst_log_ratio_of_clip_range": worst}
+    passes = recipe.transitions_per_update / recipe.micro_batch
+    for phase, of_loss in losses.items():
+        yield "trainer", phase, {**of_loss, "of_update": passes * of_loss["p50_us"] / 1e6 / times["p50_s"]}
+    yield "trainer", "rollout beside the optimizer", measured_once(partial(sample, state), cuda)
 
 
-def measure(case: Case, dry: bool) -> dict[str, Any]:
-    """Everything about a case, in this process; a case that does not fit has an `error`, and what came before it."""
-    row: dict[str, Any] = {**case.settings(dry), "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")}
-    if not dry:
+def measure_when_told(toy: bool) -> None:
+    """Read a case's name from stdin and print what was found; if it does not fit, what came before that."""
+    name = sys.stdin.readline().strip()
+    if not name:  # there is nobody to say so any more
+        return
+    if not toy:
         total = torch.cuda.get_device_properties(0).total_memory
-        row["cap_bytes"] = min(int(MEMORY_GB * 1e9), total)
-        torch.cuda.set_per_process_memory_fraction(row["cap_bytes"] / total)
+        torch.cuda.set_per_process_memory_fraction(min(int(MEMORY_GB * 1e9), total) / total)
+    found: list[tuple[str, str, Numbers]] = []
     try:
-        measure_training(case, dry, row)
-        del row["phase"]
+        for entry in measure_training(name, toy):
+            found.append(entry)
     except torch.OutOfMemoryError as error:
-        row |= {"error": "out of memory", "message": f"in {row['phase']}: {str(error).splitlines()[0]}"}
-    return row
+        last = found[-1][1] if found else "nothing"
+        found.append(("trainer", "", {rows.OUT_OF_MEMORY: f"after {last}: {str(error).splitlines()[0]}"}))
+    print(json.dumps(found))
 
 
-class Child:
-    """`measure` in a process of its own, which waits for its turn with everything imported."""
+class Processes:
+    """Measures each case in a process of its own. The next one imports everything while one measures."""
 
-    def __init__(self, case: Case, dry: bool) -> None:
-        self.case, self._dry = case, dry
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._waiting: subprocess.Popen[str] | None = None
+
+    def _start(self) -> subprocess.Popen[str]:
         environ = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-        if dry:
+        if self._args.toy:
             environ["CUDA_VISIBLE_DEVICES"] = ""
-            if not case.compile:  # the 8-bit optimizer would spend minutes on compiling for the CPU
-                environ["TORCHDYNAMO_DISABLE"] = "1"
-        self._folder = tempfile.TemporaryDirectory()
-        self._to = Path(self._folder.name) / "row.json"
-        self._errors = Path(self._folder.name) / "errors"
-        command = [sys.executable, __file__, "--child", case.name, "--to", str(self._to)]
-        command += ["--dry-run"] if dry else []
-        with self._errors.open("w") as errors:
-            self._process = subprocess.Popen(
-                command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, text=True
-            )
+            if not any("compiled" in pattern for pattern in self._args.only):
+                environ["TORCHDYNAMO_DISABLE"] = "1"  # the 8-bit optimizer would spend minutes on compiling for the CPU
+        command = [sys.executable, __file__, "--child", *(["--toy"] if self._args.toy else [])]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True,
+            preexec_fn=rows.end_with_parent,
+        )  # fmt: skip
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._folder.cleanup()
-
-    def measure(self, limit_s: float = CASE_LIMIT_S) -> dict[str, Any]:
-        """The case's row, whatever happens to its process."""
+    def measure(self, name: str) -> list[tuple[str, str, Numbers]]:
+        """Raises RuntimeError for a process that fails, and TimeoutError."""
+        process = self._waiting or self._start()
+        self._waiting = self._start()  # it ends with this one
+        limit_s = min(CASE_LIMIT_S, max(1.0, self._args.end - time.monotonic()))
         try:
-            self._process.communicate("go\n", timeout=limit_s)
+            printed, errors = process.communicate(f"{name}\n", timeout=limit_s)
         except subprocess.TimeoutExpired:
-            return {**self.case.settings(self._dry), "error": "timed out", "message": f"not done after {limit_s:g} s"}
-        if self._to.exists():
-            return json.loads(self._to.read_text())
-        last = "\n".join(self._errors.read_text().strip().splitlines()[-4:])
-        message = f"exit status {self._process.returncode}: {last}"
-        return {**self.case.settings(self._dry), "error": "failed", "message": message}
+            raise TimeoutError(f"not done after {limit_s:.0f} s") from None
+        finally:
+            rows.stop(process)
+        if process.returncode:
+            raise RuntimeError(f"exit status {process.returncode}: {' '.join(errors.strip().splitlines()[-4:])}")
+        return json.loads(printed.splitlines()[-1])
 
 
-class Children:
-    """The processes of some cases, in turn: the next one starts up while one measures."""
-
-    def __init__(self, cases: Sequence[Case], dry: bool) -> None:
-        self._cases, self._dry = list(cases), dry
-        self._next: Child | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._next is not None:
-            self._next.__exit__()
-
-    def measure(self, case: Case, limit_s: float = CASE_LIMIT_S) -> dict[str, Any]:
-        child = self._next
-        if child is None or child.case is not case:
-            self.__exit__()
-            child = Child(case, self._dry)
-        after = self._cases[self._cases.index(case) + 1 :]
-        self._next = Child(after[0], self._dry) if after else None
-        with child:
-            return child.measure(limit_s)
+def planned(case: str, toy: bool) -> Measured:
+    """The planner's prediction: bytes, and FLOPs that a transition's update and a rollout's step need."""
+    recipe = recipe_of(case, toy)
+    phases = {phase.name: phase for phase in planned_phases(recipe, level_of(recipe))}
+    parts = ("weights", "gradients", "optimizer", "activations", "trajectories", "peak")
+    bytes_of = {f"{part}_bytes": getattr(phases["update"], part) for part in parts}
+    needed = update_flops(recipe)
+    flops = {"needed_tflop": needed / recipe.micro_batch / 1e12, "executed_per_needed": executed_flops(recipe) / needed}
+    yield "planner", "update", {**bytes_of, "kept_bytes": kept_activations(recipe).total, **flops}
+    rolling = phases["rollout"].peak
+    yield "planner", "rollout", {"peak_bytes": rolling, "needed_tflop": rollout_flops(recipe) / 1e12}
+    yield "planner", "both", {"fits": max(rolling, phases["update"].peak) <= limit_bytes(recipe)}
 
 
-# --- the program ----------------------------------------------------------------------------------------------------
-
-
-def arguments() -> argparse.Namespace:
-    parser = program.parser(__doc__)
-    parser.add_argument("--cases", nargs="+", metavar="PATTERN", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--plan", action="store_true", help="print the planner's predictions and the goals, no more")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
-    program.add_arguments(parser)
-    args = parser.parse_args()
-    try:
-        args.chosen = chosen_cases(args.cases, args.dry_run)
-    except ValueError as error:
-        parser.error(str(error))
-    program.check_arguments(parser, args, needs_gpu=not args.plan)
-    return args
-
-
-def main() -> str | None:
-    args = arguments()
-    if args.child:
-        program.end_with_parent()
-        if not sys.stdin.readline():  # until it is this case's turn; nothing, if there is nobody to say so any more
-            return None
-        args.to.write_text(json.dumps(measure(CASES[args.child], args.dry_run)))
-        return None
-    if args.plan:
-        with planning_pool(args.dry_run) as pool:
-            plans = {case.name: pool.submit(planned, case, args.dry_run) for case in args.chosen}
-            rows = {name: plan.result() for name, plan in tqdm(plans.items(), "planning", leave=False)}
-        print(plan_table(rows), flush=True)
-        if args.save:
-            numbers = {"memory_gb": MEMORY_GB, "rows": rows}
-            print(f"\nsaved {results.save(PLAN_SECTION, results.environment(), numbers, args.out)}")
-        return None
-    peak_tflops = PEAK_TFLOPS.get(results.environment()["device"])
-    run = results.Run(SECTION, args, memory_gb=MEMORY_GB, peak_tflop_per_s=peak_tflops)
-    cases = [CASES[name] for name in run.missing(case.name for case in args.chosen)]
-    with planning_pool(args.dry_run) as pool, Children(cases, args.dry_run) as children:
-        plans = {case.name: pool.submit(planned, case, args.dry_run) for case in cases}  # while the first one measures
-
-        def row_of(name: str) -> dict[str, Any]:
-            measured = children.measure(CASES[name], min(CASE_LIMIT_S, run.seconds_left))
-            row = concluded(CASES[name], measured, plans[name].result(), peak_tflops)
-            print(describe(name, row), flush=True)
-            return row
-
-        run.measure([case.name for case in cases], row_of)
-    return run.finish()
+def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
+    names = [TOY_CASE] if args.toy and args.only == ["*"] else CASES
+    if args.plan:  # the planner knows no compiler
+        return "plan", {name: partial(planned, name, args.toy) for name in names if not name.endswith("compiled")}
+    processes = Processes(args)
+    return "train_step", {name: partial(processes.measure, name) for name in names}
 
 
 if __name__ == "__main__":
-    program.run(main)
+    if sys.argv[1:2] == ["--child"]:
+        measure_when_told(toy="--toy" in sys.argv)
+    else:
+        rows.main(__doc__, suite, lambda args: not args.plan, {"--plan": "only the planner's predictions"})

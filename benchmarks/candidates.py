@@ -29,43 +29,13 @@ _guard_epilogue_kernel = transition._guard_epilogue_kernel
 
 @triton.jit
 def _guard_forward_kernel(
-    velocity_ptr,
-    old_ptr,
-    noise_ptr,
-    ref_ptr,
-    advantages_ptr,
-    velocity_coef_ptr,
-    std_ptr,
-    weight_ptr,
-    partials_ptr,
-    ticket_ptr,
-    loss_ptr,
-    stats_ptr,
-    coefs_ptr,
-    clipped_ptr,
-    stride_velocity,
-    stride_old,
-    stride_noise,
-    stride_ref,
-    log_clip_low,
-    log_clip_high,
-    adv_clip,
-    kl_threshold,
-    kl_weight,
-    n_samples,
-    n_elements,
-    n_partials,
-    OBJECTIVE: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    FROM_MEANS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    INVERT_WEIGHT: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    VELOCITY_KL: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    velocity_ptr, old_ptr, noise_ptr, ref_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, partials_ptr,
+    ticket_ptr, loss_ptr, stats_ptr, coefs_ptr, clipped_ptr, stride_velocity, stride_old, stride_noise, stride_ref,
+    log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
+    OBJECTIVE: tl.constexpr, REDUCTION: tl.constexpr, FROM_MEANS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    INVERT_WEIGHT: tl.constexpr, HAS_REF: tl.constexpr, VELOCITY_KL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """Sums and epilogue in one launch: the program that takes the last ticket finds all partial sums written.
 
     Taking a ticket releases a program's sums and acquires those of the programs before it, for the whole GPU; the
@@ -91,22 +61,9 @@ def _guard_forward_kernel(
 
 @triton.jit
 def _early_sums_kernel(
-    velocity_ptr,
-    old_ptr,
-    noise_ptr,
-    ref_ptr,
-    partials_ptr,
-    stride_velocity,
-    stride_old,
-    stride_noise,
-    stride_ref,
-    n_samples,
-    n_elements,
-    n_partials,
-    FROM_MEANS: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    velocity_ptr, old_ptr, noise_ptr, ref_ptr, partials_ptr, stride_velocity, stride_old, stride_noise, stride_ref,
+    n_samples, n_elements, n_partials, FROM_MEANS: tl.constexpr, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The product's sums, which let the epilogue be launched while they run."""
     gdc.gdc_launch_dependents()
     _transition_sums_kernel(
@@ -118,33 +75,12 @@ def _early_sums_kernel(
 
 @triton.jit
 def _waiting_epilogue_kernel(
-    partials_ptr,
-    advantages_ptr,
-    velocity_coef_ptr,
-    std_ptr,
-    weight_ptr,
-    loss_ptr,
-    stats_ptr,
-    coefs_ptr,
-    clipped_ptr,
-    log_clip_low,
-    log_clip_high,
-    adv_clip,
-    kl_threshold,
-    kl_weight,
-    n_samples,
-    n_elements,
-    n_partials,
-    OBJECTIVE: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    FROM_MEANS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    INVERT_WEIGHT: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    VELOCITY_KL: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, loss_ptr, stats_ptr, coefs_ptr,
+    clipped_ptr, log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
+    OBJECTIVE: tl.constexpr, REDUCTION: tl.constexpr, FROM_MEANS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    INVERT_WEIGHT: tl.constexpr, HAS_REF: tl.constexpr, VELOCITY_KL: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):
+):  # fmt: skip
     """The product's epilogue, launched early: it waits here until the sums are complete and can be seen."""
     gdc.gdc_wait()
     _guard_epilogue_kernel(
@@ -166,25 +102,11 @@ class _Early:
 
 
 def guard_forward_one_launch(
-    velocity: Tensor,
-    old: Tensor,
-    noise: Tensor,
-    ref: Tensor | None,
-    advantages: Tensor,
-    velocity_coef: Tensor | None,
-    std: Tensor,
-    weight: Tensor | None,
-    ticket: Tensor | None = None,
-    *,
-    invert_weight: bool,
-    objective: str,
-    log_clip: tuple[float, float],
-    adv_clip: float,
-    kl_threshold: float,
-    kl_weight: float,
-    velocity_kl: bool,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, advantages: Tensor,
+    velocity_coef: Tensor | None, std: Tensor, weight: Tensor | None, ticket: Tensor | None = None, *,
+    invert_weight: bool, objective: int, log_clip: tuple[float, float], adv_clip: float, kl_threshold: float,
+    kl_weight: float, velocity_kl: bool, reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What `transition_partials` and `guard_epilogue` give together: loss, stats, coefs, clipped.
 
     ticket: int32 at 0, of nobody else's; None makes one, which costs the launch that fills it.
@@ -207,12 +129,18 @@ def guard_forward_one_launch(
         loss, stats, coefs, clipped,
         stride_velocity, stride_old, stride_noise, stride_ref,
         *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
-        OBJECTIVE=transition.OBJECTIVES[objective], REDUCTION=transition.REDUCTIONS[reduction],
+        OBJECTIVE=objective, REDUCTION=transition.REDUCTIONS[reduction],
         FROM_MEANS=velocity_coef is None, HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight,
         HAS_REF=ref is not None, VELOCITY_KL=velocity_kl, BLOCK=LAUNCH.block,
         BLOCK_B=transition.EPILOGUE_TILE // block, BLOCK_P=block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return loss, stats, coefs, clipped
+
+
+def two_launches(latents: Any, per_sample: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The product's forward pass, from the same arguments."""
+    partials = transition.transition_partials(*latents, from_means=False)
+    return transition.guard_epilogue(partials, *per_sample, latents[0][0].numel(), **options)
 
 
 @contextmanager

@@ -94,33 +94,24 @@ def faults(variant: Variant, code: Code) -> list[str]:
     return found
 
 
-def report(variant: Variant, code: Code, sass_dir: Path | None, faults_only: bool) -> list[str]:
-    """Print a variant's line, keep its machine code if asked to, and return its faults."""
-    if sass_dir:
-        sass_dir.mkdir(parents=True, exist_ok=True)
-        (sass_dir / f"{variant.name.replace(' ', '_')}.sass").write_text(code.sass)
+def report(variant: Variant, code: Code, faults_only: bool) -> bool:
+    """Print a variant's line and its faults; whether it has any."""
     found = faults(variant, code)
-    if faults_only and not found:
-        return found
-    accesses = " ".join(f"{access}x{count}" for access, count in sorted(code.accesses.items()))
-    cost = f"{'-':>10} {'-':>5}"
-    if variant.least is not None:
-        cost = f"{code.bytes_per_element(variant):10g} {variant.least:5d}"
-    print(f"{variant.name:80} {code.registers:4d} {code.spilled_bytes:6d} {cost}  {accesses}", flush=True)
+    if found or not faults_only:
+        accesses = " ".join(f"{access}x{count}" for access, count in sorted(code.accesses.items()))
+        cost = f"{'-':>10} {'-':>5}"
+        if variant.least is not None:
+            cost = f"{code.bytes_per_element(variant):10g} {variant.least:5d}"
+        print(f"{variant.name:80} {code.registers:4d} {code.spilled_bytes:6d} {cost}  {accesses}", flush=True)
     for fault in found:
         print(f"    FAULT: {fault}")
-    return found
+    return bool(found)
 
 
 def _compile_by_name(name: str, everything: bool) -> Code:
     """For worker processes: kernels do not pickle, names do."""
-    variant = _by_name()[name]
+    variant = all_variants()[name]
     return compile_variant(variant, everything or variant.least is not None)
-
-
-@functools.cache
-def _by_name() -> dict[str, Variant]:
-    return {variant.name: variant for variant in all_variants()}
 
 
 def main() -> int:
@@ -128,15 +119,18 @@ def main() -> int:
     parser.add_argument("--sass", type=Path, metavar="DIR", help="keep the disassembly of each variant here")
     parser.add_argument("--faults-only", action="store_true", help="print only variants with faults, and the verdict")
     args = parser.parse_args()
-    print(f"triton {triton.__version__}, sm_90, {len(_by_name())} variants")
+    print(f"triton {triton.__version__}, sm_90, {len(all_variants())} variants")
     if not args.faults_only:
         print(f"{'kernel, dtype, flags':80} regs spills bytes/elem least  accesses")
     failed = 0
     read_all = functools.partial(_compile_by_name, everything=bool(args.sass) or not args.faults_only)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        codes = pool.map(read_all, _by_name())
-        for variant, code in zip(_by_name().values(), codes, strict=True):
-            failed += bool(report(variant, code, args.sass, args.faults_only))
+        codes = pool.map(read_all, all_variants())
+        for variant, code in zip(all_variants().values(), codes, strict=True):
+            failed += report(variant, code, args.faults_only)
+            if args.sass:
+                args.sass.mkdir(parents=True, exist_ok=True)
+                (args.sass / f"{variant.name.replace(' ', '_')}.sass").write_text(code.sass)
     verdict = "no spills, no narrow access where many elements are, no byte too many"
     print(f"{failed} variants with faults" if failed else verdict)
     return 1 if failed else 0

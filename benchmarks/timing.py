@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 # Twice the L2 of an H100 or H200 (50 to 60 MB), in all sets of inputs together: every launch finds its own cold.
 ROTATED_BYTES = 120 * 2**20
 REPLAYS = 25
+CALL_ROUNDS, CALLS = 10, 10
 
 
 def rotations(set_bytes: int, cuda: bool) -> int:
@@ -23,7 +24,7 @@ def rotations(set_bytes: int, cuda: bool) -> int:
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(times, n=10)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
     return {"p20_us": deciles[1], "p50_us": deciles[4], "p80_us": deciles[7]}
 
 
@@ -59,23 +60,41 @@ def graph_times(runs: Sequence[Callable[[], Any]], cuda: bool) -> dict[str, floa
     return percentiles([1e3 * before.elapsed_time(after) / len(runs) for before, after in events])
 
 
-def call_times(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
-    """Time of a plain call from Python, launches included, in microseconds."""
-    times = []
-    for index in range(25):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        if index >= 5:
-            times.append(1e6 * (time.perf_counter() - start))
-    return percentiles(times)
+def call_times(runs: dict[str, Callable[[], Any]], cuda: bool) -> dict[str, dict[str, float]]:
+    """Time of a plain call from Python, launches included, in microseconds.
+
+    In blocks by turns, so that a drift of the machine meets all alike.
+    """
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(CALL_ROUNDS):
+        for name, run in runs.items():
+            time.sleep(0.05)  # until the threads of the block before have stopped spinning
+            for index in range(-5, CALLS):
+                wait()
+                start = time.perf_counter()
+                run()
+                wait()
+                if index >= 0:
+                    times[name].append(1e6 * (time.perf_counter() - start))
+    return {name: percentiles(found) for name, found in times.items()}
+
+
+def call_time(run: Callable[[], Any], cuda: bool) -> dict[str, float]:
+    return call_times({"": run}, cuda)[""]
+
+
+def attempt(measure: Callable[..., Mapping[str, Any]], *args: Any) -> Mapping[str, Any]:
+    """Numbers, or that there was no room for them."""
+    try:
+        return measure(*args)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return {"out of memory": str(error).splitlines()[0]}
 
 
 def with_bandwidth(times: dict[str, float], moved_bytes: int) -> dict[str, float]:
-    return {**times, "moved_bytes": moved_bytes, "gb_per_s": moved_bytes / times["p50_us"] / 1e3}
+    return {**times, "moved_bytes": moved_bytes, "bandwidth_gb_per_s": moved_bytes / times["p50_us"] / 1e3}
 
 
 def copy_times(sources: Sequence[torch.Tensor], cuda: bool) -> dict[str, float]:

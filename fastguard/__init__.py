@@ -7,7 +7,7 @@ from fastguard.sde import Transition, cps, dance_sde, flow_sde, ode
 from fastguard.step import SdeStep, sde_step
 
 if TYPE_CHECKING:
-    from fastguard.blocks import fuse_flux, unfuse_flux
+    from fastguard.blocks.fuse import fuse, fuse_flux, unfuse, unfuse_flux
 
 __version__ = "0.1.0"
 
@@ -19,19 +19,21 @@ __all__ = [
     "cps",
     "dance_sde",
     "flow_sde",
+    "fuse",
     "fuse_flux",
     "guard_loss",
     "guard_loss_from_means",
     "ode",
     "sde_step",
     "transition_moments",
+    "unfuse",
     "unfuse_flux",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The Flux blocks on first use: they import diffusers and peft, which takes seconds."""
-    if name in ("fuse_flux", "unfuse_flux"):
+    """Import fused blocks on first use, because they import diffusers and peft, which takes seconds."""
+    if name in ("fuse", "fuse_flux", "unfuse", "unfuse_flux"):
         from fastguard import blocks
 
         return getattr(blocks, name)

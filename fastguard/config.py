@@ -1,8 +1,8 @@
-"""Settings of a training run as frozen dataclasses; under each field: its unit, its scope and its effect.
+"""Settings of a training run as frozen dataclasses. The line under each field gives its unit, scope and effect.
 
-Every class checks its own fields when it is built, `Recipe` checks them against each other; an error names the field to
-change. Words: an *epoch* is one rollout and its updates; an *image* is one sample of a prompt; a *transition* is one
-denoising step of one image; a *process* is one GPU (or one CPU process).
+Every class checks its own fields when it is built, and `Recipe` checks them against each other. An error names the
+field to change. An *epoch* is one rollout and its updates. An *image* is one sample of a prompt. A *transition* is one
+denoising step of one image. A *process* is one GPU, or one CPU process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from fastguard.errors import UserError
 from fastguard.loss.checks import KlType, Reweight
 from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective
 
@@ -46,7 +47,7 @@ ModelKind = Literal["flux", "digits"]
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _at_least(low: float, **values: float) -> None:
@@ -82,22 +83,22 @@ def _check_images(images: int, called: str, num_steps: int, steps_called: str) -
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and how long it takes."""
+    """Where a run is stored and how long it takes."""
 
     dir: Path = Path("runs/train")
     """folder of the run: checkpoints, metrics, images, report"""
     seed: int = 0
-    """run seed; prompts, noise and minibatch order derive from it and from nothing else"""
+    """run seed; prompts, noise and the order of minibatches depend on it alone"""
     epochs: int = 100
     """epochs (rollouts, each followed by its updates) of the whole run"""
     save_every: int = 5
     """epochs between checkpoints; the last epoch is always saved"""
     keep_last: int = 2
-    """checkpoints kept beside the best one"""
+    """newest checkpoints that are not deleted; the best one stays too"""
     images_every: int = 10
     """epochs between grids of rollout images; 0 writes none"""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """trackers that get the metrics beside metrics.jsonl (accelerate's names; wandb needs `pip install wandb`)"""
+    """trackers that also receive the metrics of metrics.jsonl (wandb needs `pip install wandb`)"""
 
     def __post_init__(self) -> None:
         _at_least(0, seed=self.seed, images_every=self.images_every)
@@ -110,13 +111,14 @@ class RunConfig:
 class ModelConfig:
     """The model that is trained.
 
-    The levels of `recompute`, from the fastest to the smallest: `none` keeps what every linear layer reads; `pointwise`
-    computes LayerNorms, activations, and normalized query and key again, but no matmul; `mlp` also the first layer of
-    each feed-forward; `block` everything (gradient checkpointing). Unfused blocks know none and block.
+    The levels of `recompute`, from the fastest to the smallest: `none` saves the input of every linear layer.
+    `pointwise` recomputes LayerNorms, activations, and normalized query and key, but no matmul. `mlp` also recomputes
+    the first layer of each feed-forward. `block` recomputes whole blocks (gradient checkpointing). Unfused blocks have
+    only `none` and `block`.
     """
 
     kind: ModelKind = "flux"
-    """model family: a diffusers FluxPipeline, or the demo's digit model (then only `kind` and `fuse` are read)"""
+    """model family: a diffusers FluxPipeline, or the demo's digit model, which reads only `kind` and `fuse`"""
     path: str = "black-forest-labs/FLUX.1-dev"
     """folder of the pipeline in diffusers' layout, or its name on the model hub"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -126,13 +128,13 @@ class ModelConfig:
     width: int = 512
     """image width in pixels"""
     guidance: float = 3.5
-    """guidance scale that a guidance-distilled model such as Flux.1-dev takes as an input"""
+    """guidance scale, an input of guidance-distilled models such as Flux.1-dev"""
     train: Literal["lora", "full"] = "lora"
     """what is trained: float32 LoRA adapters, or every weight of the transformer in `dtype`"""
     fuse: bool = True
-    """run the transformer's blocks with fused kernels, which keep less for the backward pass"""
+    """run the transformer's blocks with fused kernels, which save less for backward"""
     recompute: Literal["auto", Recompute] = "auto"
-    """what the backward pass computes again instead of keeping it; auto takes the fastest level that fits (planner)"""
+    """what backward recomputes instead of saving it; auto takes the fastest level that fits, by the planner"""
     attention: str = "native"
     """attention backend, by diffusers' name (native, flash, _flash_3, ...)"""
 
@@ -156,7 +158,7 @@ class LoraConfig:
     alpha: int = 128
     """scale of the adapters: their output is multiplied by alpha / rank"""
     targets: Literal["auto"] | tuple[str, ...] = "auto"
-    """layers that get an adapter, by the end of their names; auto takes the model family's own"""
+    """layers that get an adapter, by the end of their names; auto takes the model family's list"""
 
     def __post_init__(self) -> None:
         _at_least(1, rank=self.rank, alpha=self.alpha)
@@ -166,16 +168,16 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """What is drawn."""
+    """The prompts."""
 
     file: Path = Path("prompts.txt")
-    """text file with a prompt per line, or .jsonl with {"prompt": ..., further keys as metadata for the rewards}"""
+    """text file with a prompt per line, or .jsonl with {"prompt": ...}, whose further keys are metadata for rewards"""
     per_epoch: int = 48
-    """prompts per rollout, over all processes; taken in a seeded order, all prompts before any comes again"""
+    """prompts per rollout, over all processes; in a seeded order, and none comes twice before all have come once"""
     max_tokens: int = 128
-    """T5 tokens per prompt (longer prompts are cut)"""
+    """T5 tokens per prompt; longer prompts are cut"""
     cache: Path | None = None
-    """folder of encoded prompts; none means $FASTGUARD_CACHE or ~/.cache/fastguard"""
+    """folder of encoded prompts; none takes $FASTGUARD_CACHE, or ~/.cache/fastguard"""
 
     def __post_init__(self) -> None:
         _at_least(1, per_epoch=self.per_epoch, max_tokens=self.max_tokens)
@@ -192,19 +194,19 @@ class SamplerConfig:
     num_steps: int = 6
     """denoising steps per image"""
     shift: float | Literal["auto"] = "auto"
-    """schedule shift (1 = uniform steps); larger values spend more steps near the noise; auto asks the model"""
+    """schedule shift; 1 has uniform steps, larger values take more steps near the noise, auto takes the model's own"""
     noise_level: float = 0.9
-    """eta of the stochastic step; scales the noise that it adds (at most 1 for cps)"""
+    """eta of the stochastic step, a factor on the noise that it adds; at most 1 for cps"""
     sde_steps: int = 5
-    """steps in the window: stochastic and trained; all others are deterministic (ODE) and not trained"""
+    """steps of the window, which are stochastic and trained; all others are deterministic (ODE) and not trained"""
     window: Literal["fixed", "random", "sliding"] = "fixed"
-    """the window stays at window_start, is drawn anew each epoch, or moves one step every window_epochs"""
+    """fixed stays at window_start, random is drawn for each epoch, sliding moves one step every window_epochs"""
     window_start: int = 0
-    """first step of the window (0 is the step from pure noise); for random and sliding, its earliest place"""
+    """first step of the window; 0 starts from pure noise; for random and sliding, the earliest first step"""
     window_epochs: int = 10
-    """epochs before a sliding window moves on; after its last place it begins again"""
+    """epochs before a sliding window moves; after its last place it returns to its first"""
     group_size: int = 24
-    """images per prompt and rollout, over all processes; advantages compare images within it"""
+    """images per prompt and rollout, over all processes; advantages compare the images of a group"""
     batch_size: int = 4
     """images sampled at once, per process"""
     decode_batch: int = 4
@@ -242,7 +244,7 @@ class SamplerConfig:
         )
 
     def shift_for(self, model_shift: float) -> float:
-        """The schedule shift: as set, or the model's own. Raises ValueError if that leaves no steps between 1 and 0.
+        """The schedule shift: as set, or the model's own. Raises UserError if that leaves no steps between 1 and 0.
 
         A model's own grows with the exponential of the image's area.
         """
@@ -263,22 +265,25 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Objective):
-    """What `guard_loss` minimizes: an objective, whose own options stand beside these.
+    """What `guard_loss` minimizes. The options of the objective that `name` chooses are further fields.
 
-    Made by `objective_config`; each objective's class (see `fastguard.loss.objectives`) documents its options.
+    `objective_config` makes one. The class of each objective in `fastguard.loss.objectives` documents its options.
     """
 
     name: str = DEFAULT_OBJECTIVE
-    """the objective, which decides what options there are; naming another one starts from its defaults"""
+    """the objective; its options are the other fields, and start from their defaults when another one is named"""
     reweight: Reweight = "inverse_dt"
-    """factor on each denoising step's loss: 1 / |dt| (GRPO-Guard), 1 / |velocity_coef|, or none (Flow-GRPO)"""
+    """factor on the loss of each denoising step: 1 / |dt| (GRPO-Guard), 1 / |velocity_coef|, or none (Flow-GRPO)"""
     kl_weight: float = 0.0
     """weight of the KL to the model before training; 0 computes none"""
     kl_type: KlType = "gaussian"
-    """KL of the step's Gaussians, or the mean squared velocity difference (about 100 times larger)"""
+    """KL of the step's Gaussians, or the mean squared velocity difference, which is about 100 times larger"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"objective: {error}") from None
         _at_least(0, kl_weight=self.kl_weight)
         _at_most(10**6, kl_weight=self.kl_weight)
 
@@ -301,9 +306,9 @@ else:
 
 
 def objective_config(name: str = DEFAULT_OBJECTIVE, **options: Any) -> ObjectiveConfig:
-    """The [objective] table of a recipe. Raises ValueError for an unknown name, TypeError for an unknown option."""
+    """The [objective] table of a recipe. Raises UserError for an unknown name, TypeError for an unknown option."""
     if name not in OBJECTIVES:
-        raise ValueError(f"objective.name must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+        raise UserError(f"objective.name must be one of {', '.join(OBJECTIVES)}, got {name!r}")
     return OBJECTIVE_CONFIGS[name](**options)
 
 
@@ -321,7 +326,7 @@ class RewardConfig:
     name: str = ""
     """name in metrics and messages; empty means `use`"""
     options: dict[str, RewardOption] = field(default_factory=dict)
-    """keyword arguments of the reward (a built-in's docstring lists its own)"""
+    """keyword arguments of the reward; the docstring of a built-in lists its own"""
 
     @property
     def label(self) -> str:
@@ -330,18 +335,18 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """How rewards are computed while the next images are sampled, and become advantages."""
+    """How rewards are computed, and how they become advantages. Scoring runs while the next images are sampled."""
 
     threads: int = 2
     """scoring threads per process"""
     timeout_s: float = 300.0
     """seconds that one batch may wait for one reward"""
     on_failure: Literal["stop", "drop_group"] = "stop"
-    """a reward that raises, times out or gives no finite score: save and stop, or train without that prompt's group"""
+    """if a reward raises, times out or gives no finite score: save and stop, or train without that prompt's images"""
     std: Literal["group", "global"] = "group"
-    """rewards are divided by the standard deviation of their group, or of the whole rollout"""
+    """divide rewards by the standard deviation of their group, or of the whole rollout"""
     normalize_each: bool = False
-    """normalize each reward within its group before the weighted sum, so that weights compare unlike scales"""
+    """normalize each reward within its group before the weighted sum, so that weights do not depend on its scale"""
 
     def __post_init__(self) -> None:
         _at_least(1, threads=self.threads)
@@ -357,11 +362,11 @@ class UpdateConfig:
     inner_epochs: int = 1
     """passes over each rollout"""
     minibatches: int = 2
-    """optimizer updates per pass; each takes an equal share of every rollout batch's transitions"""
+    """optimizer updates per pass; each takes an equal share of the transitions of every rollout batch"""
     micro_batch: int = 4
-    """transitions per forward and backward pass, per process; 0 takes a minibatch's whole share at once"""
+    """transitions per forward and backward pass, per process; 0 takes the whole share of a minibatch at once"""
     optimizer: Literal["adamw", "adamw8bit", "adamw_cpu"] = "adamw"
-    """AdamW; with 8-bit state and stochastic rounding (torchao); with float32 weights and state in host memory"""
+    """plain AdamW; with 8-bit state and stochastic rounding (torchao); or with float32 weights and state on the host"""
     learning_rate: float = 1e-4
     """AdamW learning rate"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -373,15 +378,15 @@ class UpdateConfig:
     max_grad_norm: float = 1.0
     """gradient norm above which the gradient is scaled down"""
     ema_decay: float = 0.0
-    """decay of the averaged weights that are evaluated and exported; 0 keeps none"""
+    """decay of the averaged weights, which are evaluated and exported; 0 averages none"""
     ema_every: int = 8
     """optimizer updates between steps of the average"""
     copies: Literal["cpu", "device"] = "device"
-    """where copies of trained weights wait: the average (EMA) and, for a KL of full fine-tuning, the model before it"""
+    """where copies of weights are stored: the average, and for a KL in full fine-tuning the model before training"""
     parity: float = 0.5
-    """before the first update, rollout steps scored again may differ by this share of the clip range; 0 skips this"""
+    """before the first update, rollout steps scored again may differ by this share of the clip range; 0 skips it"""
     max_bad_updates: int = 3
-    """updates in a row with a loss or gradient that is not finite, each of them skipped, before the run stops"""
+    """updates in a row that are skipped, since loss or gradient is not finite, before the run stops"""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -421,13 +426,13 @@ class MonitorConfig:
     num_steps: int = 28
     """denoising steps of the evaluation, all deterministic"""
     drop: float = 2.0
-    """fall of the gold score below its best that counts, in standard errors of the paired difference over the images"""
+    """how far the gold score must fall below its best, in standard errors of the paired difference over the images"""
     patience: int = 2
-    """evaluations in a row with the gold score fallen, and the proxy above its value then, before the warning"""
+    """evaluations in a row, with the gold score fallen and the proxy risen since its best, before the warning"""
     on_hacking: Literal["warn", "stop"] = "warn"
-    """what follows when the proxy rises while the gold score falls: a warning, or a warning and the end of the run"""
+    """when the proxy rises while the gold score falls: warn, or warn and stop the run"""
     gold: tuple[RewardConfig, ...] = ()
-    """rewards that are measured and never trained on; their weights make the gold score"""
+    """rewards that are measured and never trained on; their weighted sum is the gold score"""
 
     def __post_init__(self) -> None:
         _at_least(0, every=self.every, drop=self.drop)
@@ -447,12 +452,12 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """What the run is planned for; the launch is checked against it."""
+    """The hardware that the run is planned for. The launch is checked against it."""
 
     processes: int = 1
     """GPUs (processes) that the run is launched on"""
     sharding: Literal["none", "fsdp2"] = "none"
-    """weights whole on every GPU (DDP), or sharded over the GPUs (FSDP2)"""
+    """weights unsharded on every GPU (DDP), or sharded over the GPUs (FSDP2)"""
     memory_gb: float = 80.0
     """memory of one GPU in GB (1e9 bytes), for the planner"""
 
@@ -469,15 +474,15 @@ class Recipe:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by recipe.py: unknown fields are errors
     run: RunConfig = field(default_factory=RunConfig)
-    """where it lives and how long it takes"""
+    """where the run is stored and how long it takes"""
     model: ModelConfig = field(default_factory=ModelConfig)
     """what is trained"""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """adapters"""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    """what is drawn"""
+    """the prompts"""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """how it is drawn"""
+    """how images are sampled"""
     objective: AnyObjectiveConfig = field(default_factory=objective_config)
     """the loss"""
     rewards: tuple[RewardConfig, ...] = ()
@@ -489,7 +494,7 @@ class Recipe:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """gold rewards that watch for over-optimization"""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    """what it is planned for"""
+    """the hardware that it is planned for"""
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -527,7 +532,7 @@ class Recipe:
         """Work divides evenly over processes, batches and minibatches, so that every rank takes the same steps."""
         sampler, processes = self.sampler, self.hardware.processes
         if self.images_per_epoch % (sampler.batch_size * processes):
-            raise ValueError(
+            raise UserError(
                 f"prompts.per_epoch * sampler.group_size = {self.images_per_epoch} images do not divide into batches "
                 f"of sampler.batch_size = {sampler.batch_size} on hardware.processes = {processes}. "
                 f"Nearest that work: {nearest_divisible(self)}"

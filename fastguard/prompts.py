@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastguard.errors import UserError
 from fastguard.utils.files import parse_json, read_text, writing
 from fastguard.utils.sealed import DamagedError, clear_scratch, is_whole, load_sealed, save_sealed
 from fastguard.utils.terminal import a_few, say
@@ -39,7 +40,7 @@ class Prompt:
             self.text.encode()
         except UnicodeEncodeError as error:
             lone = error.object[error.start]
-            raise ValueError(f"the prompt {self.text!r} holds {lone!r}, half of a character; remove it") from None
+            raise UserError(f"the prompt {self.text!r} holds {lone!r}, half of a character; remove it") from None
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -51,10 +52,10 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a text file (a prompt per line) or a .jsonl file (`{"prompt": "...", ...}` per line), without blank lines.
 
-    Raises ValueError, naming the line, for what is not JSON, has no "prompt", or if there are no prompts at all.
+    Raises UserError, naming the line, for what is not JSON, has no "prompt", or if there are no prompts at all.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no prompt file {path}; set prompts.file (or monitor.file)")
+    if not os.path.isfile(path):  # which is False for what is no path, too, as a name that is too long
+        raise UserError(f"there is no prompt file {path}; set prompts.file (or monitor.file)")
     prompts = []
     lines = read_text(path).split("\n")  # splitlines() would also cut inside JSON strings
     for number, line in enumerate(lines, start=1):
@@ -65,7 +66,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         else:
             prompts.append(Prompt(line.strip()))
     if not prompts:
-        raise ValueError(f"{path} holds no prompts; it needs one per line")
+        raise UserError(f"{path} holds no prompts; it needs one per line")
     return prompts
 
 
@@ -73,13 +74,13 @@ def _from_json(line: str, where: str) -> Prompt:
     try:
         entry = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+        raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise ValueError(f'{where}: expected an object with a "prompt" string, got {line.strip()[:80]}')
+        raise UserError(f'{where}: expected an object with a "prompt" string, got {line.strip()[:80]}')
     try:
         return Prompt(entry["prompt"], {key: value for key, value in entry.items() if key != "prompt"})
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)

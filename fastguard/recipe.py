@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fastguard.backbones import family_of
 from fastguard.config import OBJECTIVE_CONFIGS, Recipe, objective_config
+from fastguard.errors import UserError
 from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, OPTIONS, unknown_option
 from fastguard.utils.files import read_text
 
@@ -27,27 +29,27 @@ def shipped_recipes() -> Path:
 
 
 def find_recipe(name: str) -> Path:
-    """A file, or the name of a shipped recipe (with or without .toml). Raises ValueError with the names there are."""
-    if Path(name).is_file():
+    """A file, or the name of a shipped recipe (with or without .toml). Raises UserError with the names there are."""
+    if os.path.isfile(name):  # which is False for what is no path, too, as a name that is too long
         return Path(name)
     folder = shipped_recipes()
     shipped = folder / f"{name.removesuffix('.toml')}.toml"
-    if "/" not in name and shipped.is_file():
+    if "/" not in name and os.path.isfile(shipped):
         return shipped
     names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
-    raise ValueError(f"there is no recipe {name}; give a TOML file, or one of the shipped ones: {names}")
+    raise UserError(f"there is no recipe {name}; give a TOML file, or one of the shipped ones: {names}")
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe. Paths in it are relative to its own folder (run.dir: to the working directory).
 
-    Raises ValueError that names every field that is unknown, of a wrong type, or at odds with another.
+    Raises UserError that names every field that is unknown, of a wrong type, or at odds with another.
     """
     text = read_text(path)
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # besides its own: integers of thousands of digits, nesting
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+        raise UserError(f"{path} is not valid TOML: {error}") from None
     for section, name in (("prompts", "file"), ("monitor", "file")):
         value = content.get(section, {}).get(name) if isinstance(content.get(section, {}), dict) else None
         if isinstance(value, str):
@@ -81,11 +83,11 @@ def unread_values(recipe: Recipe) -> dict[str, str]:
 
 
 def refuse_unread(recipe: Recipe, unread: Mapping[str, str]) -> None:
-    """Raise ValueError for values that are set but that nothing reads (from `unread_values`)."""
+    """Raise UserError for values that are set but that nothing reads (from `unread_values`)."""
     for field, reason in unread.items():
         section, name = field.split(".")
         value = getattr(getattr(recipe, section), name)
-        raise ValueError(f"{field} = {value}: set, but not read: {reason}. Remove it, or change what it depends on")
+        raise UserError(f"{field} = {value}: set, but not read: {reason}. Remove it, or change what it depends on")
 
 
 def overridden(recipe: Recipe, changed: Recipe) -> Recipe:
@@ -112,11 +114,11 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         found = error.errors()
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, nesting
-        raise ValueError(f"{where} is no recipe: {error}") from None
+        raise UserError(f"{where} is no recipe: {error}") from None
     problems = [_problem(e["loc"], e["type"], e["msg"], e["input"]) for e in found[:MOST_PROBLEMS]]
     if len(found) > MOST_PROBLEMS:
         problems.append(f"and {len(found) - MOST_PROBLEMS} more")
-    raise ValueError("\n".join([f"{where}:", *(f"  {_shortened(problem)}" for problem in problems)]))
+    raise UserError("\n".join([f"{where}:", *(f"  {_shortened(problem)}" for problem in problems)]))
 
 
 MOST_PROBLEMS = 20

@@ -29,20 +29,22 @@ FIRST_STEP = 0.999
 class Transition:
     """The Gaussian of one denoising step, one entry per sample: `x' ~ N(latents_coef x + velocity_coef v, std^2)`.
 
-    Build it with `flow_sde`, `dance_sde`, `cps` or `ode`; they check the schedule on the host, so that the losses
-    need not look at values on the GPU.
+    Build it with `flow_sde`, `dance_sde`, `cps` or `ode`. They check the schedule on the host, so the losses need not
+    read values on the GPU. A transition of length 1 holds for any batch.
 
-    Fields:
+    Attributes:
         kind: the sampler's name.
-        latents_coef, velocity_coef, std, dt: (B,) float32 (float64 if sigma was a float64 tensor). `std` includes
-            sqrt(|dt|); `dt` is negative. A leading size of 1 broadcasts over any batch.
+        latents_coef: (B,) float32 (float64 if sigma was a float64 tensor).
+        velocity_coef: as latents_coef.
+        std: as latents_coef; the standard deviation, which includes sqrt(|dt|).
+        dt: as latents_coef; the time step, which is negative.
         has_density: whether every std is positive, so that a log-ratio exists.
-        is_deterministic: whether every std is zero, so that a step draws no noise. Both are known on the host, so that
-            nobody has to ask the GPU. None, for coefficients of your own, checks them and finds both (which
-            synchronizes with a GPU).
+        is_deterministic: whether every std is zero, so that a step draws no noise. If you build a transition from
+            coefficients of your own, leave these two at None. They are then found from the values, which waits for
+            the GPU.
 
     Raises:
-        ValueError: shapes that differ; coefficients that are not finite; std < 0 or dt >= 0.
+        ValueError: shapes differ, coefficients are not finite, std < 0, or dt >= 0.
     """
 
     kind: str
@@ -130,12 +132,17 @@ def flow_sde(
     """Flow-GRPO's SDE (arXiv 2505.05470): diffusion `noise_level * sqrt(t / (1 - t))`.
 
     Args:
-        sigma, sigma_next: float, or tensor 0-d or (B,); 0 <= sigma_next < sigma <= 1. A tensor on a GPU is read
-            back once, so hand over the schedule from the host. Floats (Python's or numpy's) count with all their
-            digits, and give float32 coefficients.
+        sigma: flow time before the step: a float, or a tensor () or (B,). A tensor on a GPU is read back once, so pass
+            the schedule from the host. A float, of Python or numpy, is used with all its digits and gives float32
+            coefficients.
+        sigma_next: flow time after the step, as sigma; 0 <= sigma_next < sigma <= 1.
         noise_level: eta >= 0; 0 makes the step deterministic.
-        sigma_max: the schedule's second sigma (`sigmas[1]`), which stands in for t where `1 - t` would vanish:
-            needed when a sigma is above 0.999, that is, at the first step.
+        sigma_max: the schedule's second sigma (`sigmas[1]`). It replaces t where `1 - t` would vanish. It is needed
+            when a sigma is above 0.999, which is the first step.
+
+    Raises:
+        ValueError: a value is out of range, or sigma_max is missing.
+        TypeError: sigma is neither a number nor a tensor.
     """
     t, t_next, like = _schedule(sigma, sigma_next)
     noise_level = _check_noise_level(noise_level, upper=None)
@@ -163,14 +170,14 @@ def flow_sde(
 
 
 def dance_sde(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 0.7) -> Transition:
-    """DanceGRPO's SDE (arXiv 2505.07818): constant diffusion `noise_level`. Arguments as for `flow_sde`."""
+    """DanceGRPO's SDE (arXiv 2505.07818): constant diffusion `noise_level`. Arguments and errors as in `flow_sde`."""
     t, t_next, like = _schedule(sigma, sigma_next)
     noise_level = _check_noise_level(noise_level, upper=None)
     return _euler_maruyama("dance_sde", t, t_next, torch.full_like(t, noise_level), like)
 
 
 def cps(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 0.7) -> Transition:
-    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952). Arguments as for `flow_sde`.
+    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952). Arguments and errors as in `flow_sde`.
 
     `noise_level` lies in [0, 1]. The last step (sigma_next == 0) is deterministic and has no density.
     """
@@ -183,7 +190,7 @@ def cps(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 
 
 
 def ode(sigma: float | Tensor, sigma_next: float | Tensor) -> Transition:
-    """The deterministic Euler step: for sampling only, since it has no density."""
+    """The deterministic Euler step. It has no density, so it is for sampling only."""
     t, t_next, like = _schedule(sigma, sigma_next)
     return _transition("ode", torch.ones_like(t), t_next - t, torch.zeros_like(t), t_next - t, like)
 

@@ -20,11 +20,11 @@ from fastguard.sde import Transition
 class SdeStep(NamedTuple):
     """What a step returns.
 
-    Fields:
+    Attributes:
         latents: (B, ...) the next latents, dtype of the input latents.
-        noise: (B, ...) the noise exactly as used, or None for a deterministic step.
-        log_prob: (B,) float32 (float64 for float64 velocity), Gaussian log-density averaged over the elements, if
-            asked for.
+        noise: (B, ...) the noise exactly as it was used, or None for a deterministic step.
+        log_prob: (B,) float32 (float64 for float64 velocity), the Gaussian log-density averaged over the elements; None
+            unless return_log_prob.
     """
 
     latents: Tensor
@@ -43,23 +43,24 @@ def sde_step(
     return_log_prob: bool = False,
     backend: Backend = "auto",
 ) -> SdeStep:
-    """Draw `x' = A x + B v + s eps`; eps is rounded to its storage dtype first, so that storing it is lossless.
+    """Draw `x' = A x + B v + s eps`. eps is rounded to its storage dtype before use, so storing it loses nothing.
 
-    Element e of a sample's noise is Philox4x32-10 keyed by the sample's seed: it depends neither on the batch, nor on
-    the number of GPUs, nor (up to a float32 rounding of log and cos) on the device. A seed used twice gives the same
-    noise, so take a new one for every step.
+    The noise of a sample is Philox4x32-10 keyed by the sample's seed. It does not depend on the batch or on the number
+    of GPUs. It depends on the device only by a float32 rounding of log and cos. A seed used twice gives the same noise,
+    so take a new seed for every step.
 
     Args:
         latents: (B, ...) floating.
-        velocity: (B, ...) floating, the model's output at `latents`; its dtype may differ from that of the latents.
+        velocity: (B, ...) floating, the model's output at `latents`. Its dtype may differ from that of the latents.
         step: the Transition of each sample's step.
-        seeds: (B,) int64, one per sample, on the device of the latents. Needed unless the step is deterministic.
-        noise_dtype: storage dtype of the noise; that of the velocity unless given.
-        return_log_prob: also return the log-density of the draw (one more pass over the noise).
+        seeds: (B,) int64, one per sample, on the device of the latents. Not needed for a deterministic step.
+        noise_dtype: storage dtype of the noise; by default that of the velocity.
+        return_log_prob: also return the log-density of the draw, which takes one more pass over the noise.
         backend: as in `guard_loss`.
 
     Raises:
-        ValueError, TypeError: what came and what was expected.
+        ValueError: a shape, device or option does not fit; the message says what came and what was expected.
+        TypeError: the same for a type or a dtype.
     """
     check_latents({"latents": latents, "velocity": velocity}, same_dtype=("latents",))
     step = check_step(step, "latents", latents, needs_density=False)

@@ -32,6 +32,7 @@ LONG = (
     "test_qk_norm_rope.py",
     "test_fuse_changes.py",
     "test_cache.py",
+    "test_quiet.py",
     "test_output.py",
     "test_packaging.py",
     "test_run_report.py",
@@ -40,6 +41,9 @@ LONG = (
     "test_reward_server.py",
     "test_optim.py",
     "test_fuzz_recipes.py",
+    "test_extending.py",
+    "test_docs.py",
+    "test_readme.py",
     "test_conftest.py",
 )
 

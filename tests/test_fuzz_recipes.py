@@ -21,8 +21,9 @@ from test_recipe import numbers
 from fastguard.backbones.flux.parts import PARTS as FLUX
 from fastguard.backbones.flux.tiny import make_tiny_flux
 from fastguard.backbones.folder import pipeline_problems
-from fastguard.cli import parse_recipe_command
+from fastguard.cli import parse_command
 from fastguard.config import Recipe, RewardConfig
+from fastguard.errors import UserError
 from fastguard.memory import passes, plan
 from fastguard.recipe import as_dict, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
 from fastguard.report.data import read_run
@@ -195,7 +196,7 @@ def read(file: Path) -> Recipe | None:
         recipe = load_recipe(file) if file.suffix == ".toml" else read_run(file.parent).recipe
         totals(recipe)
         return recipe
-    except ValueError as error:
+    except UserError as error:
         assert_told(error, str(file))
         return None
 
@@ -213,7 +214,7 @@ def test_a_mutated_recipe_is_read_or_refused_with_a_name(
                 seen["planned"] += 1
                 try:
                     plan(replace(recipe, model=replace(recipe.model, path="tiny")))
-                except ValueError as error:
+                except UserError as error:
                     assert_told(error)
         seen["refused" if recipe is None else "accepted"] += 1
     assert min(seen["refused"], seen["accepted"]) > count / 20
@@ -227,9 +228,9 @@ def test_a_mutated_recipe_is_read_or_refused_with_a_name(
 def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
     """Letters and digits of the message, which may stand in a box whose lines break anywhere."""
     try:
-        parse_recipe_command(command)
+        parse_command(command)
         return None
-    except ValueError as error:
+    except UserError as error:
         told = str(error)
     except SystemExit:
         told = capsys.readouterr().err
@@ -298,7 +299,7 @@ def test_mutated_settings_of_a_pipeline_are_planned_or_refused_with_the_file(
             try:
                 plan(recipe)
                 planned += 1
-            except ValueError as error:
+            except UserError as error:
                 assert_told(error, str(folder))
             problems = list(pipeline_problems(folder, FLUX))
             checked += not problems

@@ -30,7 +30,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"fastguard/__init__.py", "fastguard/py.typed", "fastguard/kernels/transition.py"} <= set(names)
+    parts = ("__init__.py", "py.typed", "kernels/transition.py", "report/page.html")
+    assert {f"fastguard/{part}" for part in parts} <= set(names)
     recipes = {f"fastguard/recipes/{name}" for name in ("flux_lora.toml", "prompts.txt", "accelerate/fsdp2.yaml")}
     assert recipes <= set(names)
     assert {name.split("/")[0] for name in names} == {"fastguard", f"fastguard-{wheel.name.split('-')[1]}.dist-info"}

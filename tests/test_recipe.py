@@ -14,16 +14,20 @@ import torch
 from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, pool
 from torch import nn
 
-from fastguard.cli import RECIPE_COMMANDS, parse_recipe_command
+from fastguard.cli import COMMANDS, parse_command, takes_recipe
+from fastguard.commands.demo import Demo
+from fastguard.commands.doctor import Doctor
 from fastguard.config import (
     OBJECTIVE_CONFIGS,
     ModelConfig,
     Recipe,
+    Recompute,
     SamplerConfig,
     UpdateConfig,
     objective_config,
     recompute_levels,
 )
+from fastguard.errors import UserError
 from fastguard.prompts import read_prompts
 from fastguard.recipe import (
     as_dict,
@@ -321,8 +325,6 @@ def test_a_prompt_line_that_cannot_be_used_is_told_by_its_number(tmp_path: Path,
 
 
 def test_levels_of_recompute_are_those_of_the_blocks(tmp_path: Path) -> None:
-    from fastguard.blocks.flux import Recompute
-
     assert recompute_levels(fuse=True) == get_args(Recompute)
     for fuse in (True, False):
         for level in ("auto", *recompute_levels(fuse)):
@@ -362,29 +364,27 @@ def test_relative_prompt_files_belong_to_the_recipe(tmp_path: Path) -> None:
 def test_overrides_come_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(written(tmp_path, "[sampler]\nsde_steps = 5"))
     options = ["--run.dir", "elsewhere", "--objective.clip-range", "3e-6", "--resume", "auto", "--sampler.shift", "2.5"]
-    command: Any = parse_recipe_command(["train", file, *options])
+    command: Any = parse_command(["train", file, *options])
     assert (command.recipe.run.dir, command.recipe.objective.clip_range) == (Path("elsewhere"), 3e-6)
     assert (command.recipe.sampler.shift, command.resume) == (2.5, "auto")
     assert command.recipe.sampler.sde_steps == 5
-    masked: Any = parse_recipe_command(
-        ["train", file, "--objective.name", "flow_dppo", "--objective.kl-threshold", "1"]
-    )
+    masked: Any = parse_command(["train", file, "--objective.name", "flow_dppo", "--objective.kl-threshold", "1"])
     assert masked.recipe.objective == objective_config("flow_dppo", kl_threshold=1.0)
     with pytest.raises(SystemExit) as caught:
-        parse_recipe_command(["train", file, "--sampler.num-steps", "many"])
+        parse_command(["train", file, "--sampler.num-steps", "many"])
     assert caught.value.code == 2
     assert "sampler.num-steps" in capsys.readouterr().err
     with pytest.raises((ValueError, SystemExit)):
-        parse_recipe_command(["train", file, "--lora.rank", "0"])
+        parse_command(["train", file, "--lora.rank", "0"])
     with pytest.raises(ValueError, match=r"no recipe nothing\.toml.*flux_lora"):
-        parse_recipe_command(["train", "nothing.toml"])
+        parse_command(["train", "nothing.toml"])
 
 
 def test_an_override_may_leave_other_fields_unread_but_must_be_read_itself() -> None:
-    command: Any = parse_recipe_command(["train", "flux_tiny", "--monitor.every", "0", "--model.train", "full"])
+    command: Any = parse_command(["train", "flux_tiny", "--monitor.every", "0", "--model.train", "full"])
     assert (command.recipe.monitor.every, command.recipe.model.train) == (0, "full")  # monitor.*, lora.* stand idle
     with pytest.raises(ValueError, match=r"lora\.rank = 3: set, but not read"):
-        parse_recipe_command(["train", "flux_tiny", "--model.train", "full", "--lora.rank", "3"])
+        parse_command(["train", "flux_tiny", "--model.train", "full", "--lora.rank", "3"])
 
 
 def test_a_recipe_survives_the_way_through_json() -> None:
@@ -419,12 +419,36 @@ def test_every_field_has_its_line() -> None:
             assert re.search(rf"\n    {field.name}: [^\n]*\n    \"\"\"[^\n]+\"\"\"\n", body), f"{section} {field.name}"
 
 
-def test_every_recipe_command_parses() -> None:
-    for name in RECIPE_COMMANDS:
-        assert parse_recipe_command([name, "flux_tiny"]) is not None
-        assert parse_recipe_command([name]) is None
-        assert parse_recipe_command([name, "--help"]) is None
-    assert parse_recipe_command(["demo", "--quick"]) is None
+@pytest.mark.parametrize("name", [name for name in COMMANDS if takes_recipe(name)])
+def test_every_recipe_command_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert isinstance(parse_command([name, "flux_tiny"]), COMMANDS[name])
+    for options, said in (
+        (["--help"], "RECIPE      a TOML file, or the name of a shipped recipe"),
+        (["flux_tiny", "--help"], "--update.learning-rate FLOAT"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            parse_command([name, *options])
+        assert caught.value.code == 0
+        assert said in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"options come after the recipe: fastguard {name} RECIPE --run.seed 3"):
+        parse_command([name, "--run.seed", "3"])
+
+
+def test_doctor_alone_needs_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_command(["doctor"]) == Doctor(None)
+    assert parse_command(["demo", "--quick"]) == Demo(quick=True)
+    with pytest.raises(SystemExit) as caught:
+        parse_command(["train"])
+    assert caught.value.code == 2
+    assert "RECIPE" in capsys.readouterr().err
+
+
+def test_help_lists_every_command_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_command(["--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, kind in COMMANDS.items():
+        assert f"• {name} {kind.__doc__.splitlines()[0]}" in said
 
 
 def test_the_tutorials_recipe_is_a_whole_recipe(tmp_path: Path) -> None:

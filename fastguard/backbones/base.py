@@ -124,7 +124,7 @@ class Family(ABC):
     # --- a run
 
     def read_prompts(self, recipe: Recipe) -> list[Prompt]:
-        """The prompts that are trained on. Raises ValueError as `prompts.read_prompts`."""
+        """The prompts that are trained on. Raises UserError as `prompts.read_prompts`."""
         return read_prompts(recipe.prompts.file)
 
     def prepare(self, recipe: Recipe) -> Recipe:
@@ -134,7 +134,7 @@ class Family(ABC):
     def encode(self, recipe: Recipe, prompts: Sequence[Prompt], device: torch.device) -> Any:
         """Check the files of the model and encode the prompts; the result is handed to `load`.
 
-        Called by the first process before the others, so that they find what it has cached. Raises ValueError.
+        Called by the first process before the others, so that they find what it has cached. Raises UserError.
         """
         return prompts
 
@@ -142,7 +142,7 @@ class Family(ABC):
     def load(
         self, recipe: Recipe, encoded: Any, num_trained_prompts: int, device: torch.device, recompute: Recompute
     ) -> Backbone:
-        """Load what is trained and what decodes; `recompute` is model.recompute, "auto" resolved. Raises ValueError."""
+        """Load what is trained and what decodes; `recompute` is model.recompute, "auto" resolved. Raises UserError."""
 
     # --- words
 
@@ -175,7 +175,7 @@ class Family(ABC):
     # --- the planner
 
     def skeleton(self, model: ModelConfig, lora: LoraConfig, recompute: Recompute) -> Skeleton:
-        """The modules of a run without weights; downloads nothing. Raises ValueError for a model that is not known."""
+        """The modules of a run without weights; downloads nothing. Raises UserError for a model that is not known."""
         raise NotImplementedError(f"{type(self).__name__} has neither a skeleton nor a footprint")
 
     def text_encoders(self, model: ModelConfig, max_tokens: int) -> Sequence[TextEncoder]:

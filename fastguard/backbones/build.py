@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from fastguard.backbones.base import Family
+from fastguard.errors import UserError
 
 FAMILIES = {
     "digits": "fastguard.demo.family:Digits",
@@ -15,8 +16,8 @@ the same names, for the type checker and the command line."""
 
 
 def family_of(kind: str) -> Family:
-    """The family of this model.kind. Raises ValueError, with the known ones, if there is none."""
+    """The family of this model.kind. Raises UserError, with the known ones, if there is none."""
     if kind not in FAMILIES:
-        raise ValueError(f"model.kind = {kind!r} is no model family; expected one of {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"model.kind = {kind!r} is no model family; expected one of {', '.join(sorted(FAMILIES))}")
     module, _, name = FAMILIES[kind].partition(":")
     return getattr(import_module(module), name)()

@@ -22,13 +22,15 @@ import torch
 import transformers.utils.logging
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from fastguard.backbones.schedule import schedule_shift
 from fastguard.backbones.sizes import size_problems
-from fastguard.utils.files import fitting, out_of_memory, parse_json, writing
+from fastguard.errors import UserError
+from fastguard.utils.files import out_of_memory, parse_json, read_bytes, writing
 from fastguard.utils.findings import Finding
+from fastguard.utils.quiet import quiet_bars
 from fastguard.utils.terminal import a_few
 
 AGAIN = "download it again"
@@ -62,8 +64,12 @@ def pipeline_folder(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     missed = f": it was not downloaded to {HF_HUB_CACHE}"
-    with writing(Path(path), missed, "start again, or set HF_HOME to another folder"):
-        return Path(DiffusionPipeline.download(path, use_safetensors=True))
+    quiet_bars()
+    try:
+        with writing(Path(path), missed, "start again, or set HF_HOME to another folder"):
+            return Path(DiffusionPipeline.download(path, use_safetensors=True))
+    except HFValidationError as error:
+        raise UserError(f"model.path = {path!r} is no folder here, and no name on the hub: {error}") from error
 
 
 def examine_pipeline(path: str, parts: PipelineParts, download: str) -> Iterator[Finding]:
@@ -99,11 +105,11 @@ def _examine_hub(name: str, parts: PipelineParts, download: str) -> Finding:
 
 
 def check_pipeline(folder: Path, parts: PipelineParts) -> None:
-    """Raise ValueError, with the first of the `pipeline_problems`, unless the folder has none."""
+    """Raise UserError, with the first of the `pipeline_problems`, unless the folder has none."""
     problems = list(pipeline_problems(folder, parts))
     if problems:
         others = f" (and {len(problems) - 1} more, which `fastguard doctor` lists)" if len(problems) > 1 else ""
-        raise ValueError(f"model.path: {problems[0]}{others}")
+        raise UserError(f"model.path: {problems[0]}{others}")
 
 
 def pipeline_problems(folder: Path, parts: PipelineParts) -> Iterator[str]:
@@ -128,17 +134,16 @@ def _failure(folder: Path, error: Exception) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of a pipeline. Raises ValueError, naming the file, if it holds no JSON object."""
-    with fitting(file):
-        content = file.read_bytes()
+    """A JSON file of a pipeline. Raises UserError, naming the file, if it holds no JSON object."""
+    content = read_bytes(file)
     if content.startswith(LFS_POINTER):
-        raise ValueError(_pointer(file))
+        raise UserError(_pointer(file))
     try:
         values = parse_json(content.decode())  # as the loaders do: other encodings, and byte order marks, stop them
     except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{file} is cut short or no JSON ({error}): {AGAIN}") from None
+        raise UserError(f"{file} is cut short or no JSON ({error}): {AGAIN}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a JSON {type(values).__name__}, expected an object: {AGAIN}")
+        raise UserError(f"{file} holds a JSON {type(values).__name__}, expected an object: {AGAIN}")
     return values
 
 
@@ -164,7 +169,7 @@ def _unreadable(folder: Path, settings: str) -> Iterator[str]:
         try:
             if not read_json(file) and file.name == settings:
                 yield f"{file} is empty: {AGAIN}"
-        except ValueError as error:
+        except UserError as error:
             yield str(error)
 
 
@@ -340,7 +345,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def described_by(file: Path | None) -> Iterator[None]:
-    """Inside, what a library raises about modules that a file or folder describes becomes a ValueError that names it.
+    """Inside, what a library raises about modules that a file or folder describes becomes a UserError that names it.
 
     None: a known configuration, whose errors are nobody's but ours.
     """
@@ -350,4 +355,4 @@ def described_by(file: Path | None) -> Iterator[None]:
         if file is None:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"model.path: what {file} describes cannot be planned ({reason}): {AGAIN}") from error
+        raise UserError(f"model.path: what {file} describes cannot be planned ({reason}): {AGAIN}") from error

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastguard.blocks.linear import LowPrecisionLinear
 from fastguard.config import LoraConfig
+from fastguard.errors import UserError
 
 ADAPTER = "default"
 
@@ -21,13 +22,13 @@ def add_lora(transformer: Any, config: LoraConfig, family_targets: Sequence[str]
     Args:
         family_targets: what lora.targets = "auto" means.
 
-    Raises ValueError for a target that names no linear layer.
+    Raises UserError for a target that names no linear layer.
     """
     targets = family_targets if config.targets == "auto" else config.targets
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if missing:
-        raise ValueError(f"lora.targets: no linear layer of the transformer is called {missing}")
+        raise UserError(f"lora.targets: no linear layer of the transformer is called {missing}")
     transformer.requires_grad_(False)
     adapters = PeftLoraConfig(
         r=config.rank, lora_alpha=config.alpha, init_lora_weights="gaussian", target_modules=list(targets)

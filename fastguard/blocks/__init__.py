@@ -1,5 +1,5 @@
-"""Flux blocks with fused kernels: less memory kept for backward, fewer passes over the activations."""
+"""Transformer blocks with fused kernels: less is saved for backward, with fewer passes over the activations."""
 
-from fastguard.blocks.fuse import FuseReport, fuse_flux, unfuse_flux
+from fastguard.blocks.fuse import FuseReport, fuse, fuse_flux, unfuse, unfuse_flux
 
-__all__ = ["FuseReport", "fuse_flux", "unfuse_flux"]
+__all__ = ["FuseReport", "fuse", "fuse_flux", "unfuse", "unfuse_flux"]

@@ -1,9 +1,9 @@
-"""Linear layers with their LoRA adapters, whose input is computed again in backward instead of being kept.
+"""Linear layers with their LoRA adapters, whose input is recomputed in backward instead of being saved.
+
+A layer is `y = n W^T + b + (n A^T) B^T`. Its backward needs n only for the gradients of W and A. There n is cheap to
+recompute: it is LayerNorm + modulate, or the GELU, of a tensor that is saved for backward anyway.
 
 Axes: B sample, S token, C input channel, N output channel, R rank (of all adapters of a group of layers, side by side).
-
-A layer is `y = n W^T + b + (n A^T) B^T`. Its backward needs n only for the gradients of W and A, and n is cheap to
-make: LayerNorm + modulate of a tensor that is kept anyway, or the GELU of one.
 """
 
 from __future__ import annotations
@@ -51,28 +51,56 @@ class LinearWeights(NamedTuple):
 
 
 def backward_needs_input(linear: LinearWeights) -> bool:
-    """No property: torch 2.9's compiler cannot trace those of named tuples."""
+    """A function, since the compiler of torch 2.9 cannot trace properties of named tuples."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (linear.weight, linear.down))
 
 
+class AdaLNSources(NamedTuple):
+    """What LayerNorm + modulate can be recomputed from."""
+
+    x: Tensor
+    """(B, S, C)"""
+    mean: Tensor
+    """(B, S)"""
+    rstd: Tensor
+    """(B, S)"""
+    scale: Tensor
+    """(B, C)"""
+    shift: Tensor
+    """(B, C)"""
+
+
 class Normed(NamedTuple):
-    """The output of LayerNorm + modulate, and what it can be computed from again."""
+    """The output of LayerNorm + modulate."""
 
     value: Tensor
     """(B, S, C)"""
-    sources: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None
-    """x (B, S, C), mean, rstd (B, S), scale, shift (B, C); None: keep the value itself"""
+    sources: AdaLNSources | None
+    """what backward recomputes the value from; None: the value itself is saved"""
+
+
+class HiddenSources(NamedTuple):
+    """What the first linear layer of a feed-forward can be recomputed from."""
+
+    normed: AdaLNSources
+    """of its input"""
+    weight: Tensor
+    """(N, C)"""
+    low: Tensor | None
+    """`input down^T`, (B, S, R)"""
+    up: Tensor | None
+    """(N, R)"""
 
 
 class Hidden(NamedTuple):
-    """A feed-forward layer between its two linear layers: before its activation, and without its bias."""
+    """A feed-forward between its two linear layers: before the activation, and without the first layer's bias."""
 
     value: Tensor
     """(B, S, N)"""
     bias: Tensor | None
     """(N,)"""
-    sources: tuple[Tensor | None, ...] | None
-    """those of its input, then its layer's weight, `input down^T` (B, S, R) and up; None: keep the value itself"""
+    sources: HiddenSources | None
+    """what backward recomputes the value from; None: the value itself is saved"""
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -82,7 +110,8 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether nobody has replaced the forward of this one module; hooks that were removed leave the class's, bound."""
+    """Whether nobody has replaced the forward of this one module. A hook that was removed may leave the class's forward
+    behind, bound to the module."""
     forward = module.__dict__.get("forward")
     return forward is None or (
         getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
@@ -90,11 +119,11 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def linear_weights(module: nn.Module, dtype: torch.dtype, autocast: bool) -> LinearWeights | str:
-    """What a call of the module computes with, or why it has to be called.
+    """The weights that a call of the module computes with, or the reason why it has to be called.
 
-    Fit are `nn.Linear` and peft's LoRA around it, without hooks, quantized or sharded weights, dropout, DoRA or other
-    variants. Under autocast weights are cast to `dtype`; else they must have it, but for float32 adapters that say
-    that they compute in the dtype of their input (peft's `cast_input_dtype_enabled = False`).
+    It knows `nn.Linear` and peft's LoRA around it, without hooks, quantized or sharded weights, dropout, DoRA or other
+    variants. Under autocast, weights are cast to `dtype`. Otherwise they must have it, except for float32 adapters that
+    compute in the dtype of their input (peft's `cast_input_dtype_enabled = False`).
     """
     base = module.base_layer if type(module) is LoraLinear else module
     if type(base) is not nn.Linear:
@@ -134,7 +163,7 @@ def linear_weights(module: nn.Module, dtype: torch.dtype, autocast: bool) -> Lin
             return f"has a {a.weight.dtype} adapter for {dtype} inputs"
         scaling = module.scaling[name]
         downs.append(a.weight.to(dtype))
-        # Some of peft's scalings are tensors, whose values are not to be asked for.
+        # Some of peft's scalings are tensors: asking for their values would wait for the GPU.
         ups.append((b.weight if isinstance(scaling, (float, int)) and scaling == 1 else b.weight * scaling).to(dtype))
     if not downs:
         return plain
@@ -148,11 +177,14 @@ def _join(tensors: list[Tensor], dim: int) -> Tensor:
 # --- several layers of one input ------------------------------------------------------------------------------------
 
 
-def project(normed: Normed, linears: Sequence[LinearWeights], backend: str) -> tuple[list[Tensor], Tensor]:
-    """The layers' outputs (B, S, N_i), and `n down^T` of all their adapters: (B, S, sum of R_i), or empty."""
+def projections(normed: Normed, linears: Sequence[LinearWeights], backend: str) -> tuple[list[Tensor], Tensor]:
+    """The outputs (B, S, N_i) of layers with the same input, and `n down^T` of all their adapters, (B, S, sum of R_i);
+    without adapters that is empty."""
     downs = [linear.down for linear in linears if linear.down is not None]
     needs_input = any(backward_needs_input(linear) for linear in linears)
-    sources = normed.sources if needs_input and normed.sources is not None else (None,) * 5
+    sources: Sequence[Tensor | None] = (None,) * 5
+    if needs_input and normed.sources is not None:
+        sources = normed.sources
     *outputs, low = ProjectionsFunction.apply(
         normed.value,
         needs_input and normed.sources is None,
@@ -168,16 +200,16 @@ def project(normed: Normed, linears: Sequence[LinearWeights], backend: str) -> t
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None) -> Tensor:
-    """`x W^T + b + low up^T`, all of them matrices.
+    """`x W^T + b + low up^T` of matrices.
 
-    Matrices, since F.linear computes by its input's layout otherwise: where a batch's rows are not contiguous it adds
-    the bias in a second rounding, so that a batch and its samples one by one would not give the same bits.
+    Matrices, because F.linear of a batch whose rows are not contiguous adds the bias in a second rounding. A batch and
+    its samples one by one would then not give the same bits.
     """
     out = F.linear(x, weight, bias)
     if low is None or up is None:
         return out
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
-        # Somebody watches, who may have kept the first result: selective checkpointing does.
+        # A dispatch mode may have saved the first result, as that of selective checkpointing does.
         return torch.addmm(out, low, up.T)
     return out.addmm_(low, up.T)
 
@@ -202,16 +234,16 @@ def _slices(ups: Sequence[Tensor | None]) -> list[slice]:
 
 
 class ProjectionsFunction(torch.autograd.Function):
-    """The outputs of several layers of one input n, and n A^T; keeps the input's sources instead of n if it has them.
+    """The outputs of several layers of one input n, and n A^T. Saves the sources of n, if it has them, instead of n.
 
-    One matmul serves the adapters' A of all layers: n is read once for them, not once each.
+    One matmul serves the adapters' A of all layers, so that n is read once for all of them.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         n: Tensor,
-        keep: bool,
+        save_n: bool,
         x: Tensor | None,
         mean: Tensor | None,
         rstd: Tensor | None,
@@ -231,7 +263,7 @@ class ProjectionsFunction(torch.autograd.Function):
             out = _linear(rows, weight, bias, None if up is None else _rows(low)[:, part], up)
             outputs.append(_like_rows_of(out, n))
         ctx.mark_non_differentiable(low)
-        ctx.save_for_backward(n if keep else None, x, mean, rstd, scale, shift, down, low, *weights, *ups)
+        ctx.save_for_backward(n if save_n else None, x, mean, rstd, scale, shift, down, low, *weights, *ups)
         ctx.count, ctx.backend = count, backend
         return (*outputs, low)
 
@@ -274,23 +306,24 @@ class ProjectionsFunction(torch.autograd.Function):
 
 
 def gelu_linear(
-    hidden: Hidden, prefix: Tensor | None, linear: LinearWeights, keep_activation: bool, backend: str
+    hidden: Hidden, prefix: Tensor | None, linear: LinearWeights, save_activation: bool, backend: str
 ) -> Tensor:
     """`linear([prefix, gelu(hidden + bias)])`, (B, S, N); prefix (B, S, P) stands before it along the channels."""
+    sources = hidden.sources
     return GeluLinearFunction.apply(
         hidden.value,
         hidden.bias,
         prefix,
         *linear,
         backward_needs_input(linear),
-        keep_activation,
+        save_activation,
         backend,
-        *(hidden.sources or ()),
+        *(() if sources is None else (*sources.normed, sources.weight, sources.low, sources.up)),
     )
 
 
 class GeluLinearFunction(torch.autograd.Function):
-    """Keeps what the activation was computed from, or what that was computed from, instead of the activation."""
+    """Saves the layer before its activation, or the sources of that, instead of the activation."""
 
     @staticmethod
     def forward(
@@ -303,16 +336,16 @@ class GeluLinearFunction(torch.autograd.Function):
         down: Tensor | None,
         up: Tensor | None,
         needs_input: bool,
-        keep_activation: bool,
+        save_activation: bool,
         backend: str,
         *sources: Tensor | None,
     ) -> Tensor:
         joined = bias_gelu_fwd(hidden, bias, prefix, backend)
         low = None if down is None else F.linear(_rows(joined), down)
-        kept_joined = joined if needs_input and keep_activation else None
-        kept_prefix = prefix if needs_input and not keep_activation else None
-        kept_hidden = None if sources else hidden
-        ctx.save_for_backward(kept_hidden, bias, kept_prefix, kept_joined, weight, down, up, low, *sources)
+        saved_joined = joined if needs_input and save_activation else None
+        saved_prefix = prefix if needs_input and not save_activation else None
+        saved_hidden = None if sources else hidden
+        ctx.save_for_backward(saved_hidden, bias, saved_prefix, saved_joined, weight, down, up, low, *sources)
         ctx.n_prefix = 0 if prefix is None else prefix.shape[-1]
         ctx.needs_input, ctx.backend = needs_input, backend
         return _like_rows_of(_linear(_rows(joined), weight, out_bias, low, up), joined)
@@ -337,7 +370,7 @@ class GeluLinearFunction(torch.autograd.Function):
             return _like_rows_of(part, grad)
 
         grad_hidden = of_input_part(slice(p, None))
-        # In place: nobody else has seen this gradient.
+        # In place, since nothing else holds this gradient.
         recompute = ctx.needs_input and joined is None
         activation = bias_gelu_bwd_(grad_hidden, hidden, bias, recompute, ctx.backend)
         parts = [joined] if joined is not None else [prefix, activation] if p else [activation]

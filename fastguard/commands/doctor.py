@@ -1,4 +1,4 @@
-"""Checks this machine, and everything that a recipe needs, before a long run finds out.
+"""`fastguard doctor`: checks this machine, and everything that a recipe needs, before a long run finds out.
 
 A check is a generator of findings; what it raises becomes a FAIL of that check, and the next one goes on.
 """
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from fastguard import guard_loss, sde_step
 from fastguard.backbones import family_of
+from fastguard.commands import OptionalRecipeFields
 from fastguard.config import Recipe, RewardConfig
+from fastguard.errors import UserError
 from fastguard.ops import transition as naive
 from fastguard.ops.registry import Backend
 from fastguard.ops.sde_step import naive_sde_step
 from fastguard.prompts import Prompt, cache_folder
 from fastguard.rewards import RewardPool, build_reward
 from fastguard.sde import flow_sde
-from fastguard.train.build import gather_prompts
-from fastguard.train.optim import build_optimizer
 from fastguard.utils.findings import Finding
 from fastguard.utils.terminal import say
 
@@ -53,6 +53,16 @@ TOLERANCE = 1e-4
 Check = Callable[[], Iterator[Finding]]
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine (versions, GPU, kernels), and what a recipe needs if one is given."""
+
+    recipe: OptionalRecipeFields = None
+
+    def __call__(self) -> int:
+        return examine(self.recipe)
+
+
 def examine(recipe: Recipe | None) -> int:
     """Print a line per finding; returns 1 if one of them is a FAIL, else 0."""
     failed = 0
@@ -70,7 +80,7 @@ def _findings(check: Check) -> Iterator[Finding]:
     except Exception as error:
         message = " ".join(str(error).split())
         yield Finding(
-            "FAIL", message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
+            "FAIL", message if isinstance(error, UserError) and message else f"{type(error).__name__}: {message}"
         )
 
 
@@ -246,6 +256,8 @@ def _size(n_bytes: float) -> str:
 
 
 def _prompts(recipe: Recipe) -> Iterator[Finding]:
+    from fastguard.train.build import gather_prompts
+
     prompts = gather_prompts(recipe)
     own = len(prompts.all) - prompts.first_evaluated if prompts.first_evaluated else 0
     evaluated = f", {own} more for the monitor" if own else ""
@@ -262,6 +274,7 @@ def _attention(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _processes(recipe: Recipe) -> Iterator[Finding]:
+
     processes, gpus = recipe.hardware.processes, torch.cuda.device_count()
     if gpus == 0:
         toy = family_of(recipe.model.kind).runs_on_cpu(recipe.model)
@@ -324,6 +337,8 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def _optimizer(recipe: Recipe) -> Iterator[Finding]:
+    from fastguard.train.optim import build_optimizer
+
     build_optimizer([nn.Parameter(torch.zeros(256))], recipe.update)
     yield Finding("ok", recipe.update.optimizer)
 
@@ -346,13 +361,15 @@ def _reward(recipe: Recipe, config: RewardConfig, first: int | None) -> Iterator
     Args:
         first: which prompts it gets: from this one on; None takes those of the monitor.
     """
+    from fastguard.train.build import gather_prompts
+
     began = time.perf_counter()
     reward = build_reward(config)
     built = time.perf_counter()
     try:
         prompts = gather_prompts(recipe)
         texts = prompts.all[prompts.first_evaluated if first is None else first :][:2]
-    except (ValueError, OSError):  # a line of its own says so
+    except UserError:  # a line of its own says so
         texts = [Prompt("a photo of a cat")]
     generator = torch.Generator().manual_seed(0)
     shape = family_of(recipe.model.kind).image_shape(recipe.model)

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from fastguard.commands import RecipeFields
 from fastguard.config import Recipe
-from fastguard.memory import MemoryPlan, compare_kept, plan
 from fastguard.recipe import totals
-from fastguard.train.build import print_exceptions, with_model
+
+if TYPE_CHECKING:
+    from fastguard.memory import MemoryPlan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict a recipe's peak memory, phase by phase, without a GPU."""
+
+    recipe: RecipeFields
+    kept: bool = False
+    """show what an update keeps for its backward pass instead, tensor by tensor, at each level of model.recompute"""
+
+    def __call__(self) -> int:
+        return print_plan(self.recipe, self.kept)
 
 
 def print_plan(recipe: Recipe, kept: bool = False) -> int:
@@ -16,6 +32,9 @@ def print_plan(recipe: Recipe, kept: bool = False) -> int:
     Args:
         kept: print what an update's forward pass keeps for its backward pass instead, by level of model.recompute.
     """
+    from fastguard.memory import compare_kept, plan
+    from fastguard.train.build import print_exceptions, with_model
+
     recipe = with_model(recipe)
     if kept:
         print(compare_kept(recipe))

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastguard.report.run import write_run_report
+import tyro
+
 from fastguard.utils.files import writing
 from fastguard.utils.terminal import say
 
 
-def report_run(run: Path) -> int:
-    """Write `run`/report.html and print its path."""
-    with writing(run):
-        page = write_run_report(run)
-    say(str(page), sys.stdout)
-    return 0
+@dataclass(frozen=True)
+class Report:
+    """Write RUN/report.html: metrics, ratio statistics, clip advice, images."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a run (run.dir of its recipe)"""
+
+    def __call__(self) -> int:
+        from fastguard.report.run import write_run_report
+
+        with writing(self.run):
+            page = write_run_report(self.run)
+        say(str(page), sys.stdout)
+        return 0

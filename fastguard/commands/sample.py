@@ -1,30 +1,55 @@
-"""Draw images with a run's trained weights."""
+"""`fastguard sample`: images by a run's trained weights."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from fastguard.backbones import family_of
+from fastguard.commands import RecipeFields
 from fastguard.config import LARGEST_INT, MOST_AT_ONCE, MOST_STEPS, Recipe
+from fastguard.errors import UserError
 from fastguard.prompts import Prompt
-from fastguard.rewards.images import to_pil
-from fastguard.train.build import Prompts, gather_prompts, load_backbone, with_model
-from fastguard.train.checkpoint import read_state, read_tensors, require
-from fastguard.train.rollout import ode_schedule, rollout, sample_seeds
-from fastguard.train.run_folder import checkpoint_of
 from fastguard.utils.files import writing
-from fastguard.utils.grids import save_images
 from fastguard.utils.sealed import clear_scratch, scratch
-from fastguard.utils.sharding import copy_all_into, trained_parameters
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw prompts with a run's trained weights, deterministically (ODE)."""
+
+    recipe: RecipeFields
+    prompt: tuple[str, ...] = ()
+    """texts to draw; none draws the first prompts of the recipe"""
+    checkpoint: str = "newest"
+    """"newest" or "best" of run.dir, the path of a checkpoint, or "none" for the model before training"""
+    images: int = 4
+    """images per prompt"""
+    steps: int = 28
+    """denoising steps"""
+    seed: int = 0
+    """seed of the initial noise"""
+    out: Path | None = None
+    """folder for the PNG files; none means run.dir/samples"""
+
+    def __call__(self) -> int:
+        return sample_recipe(
+            self.recipe,
+            self.prompt,
+            self.checkpoint,
+            images=self.images,
+            steps=self.steps,
+            seed=self.seed,
+            out=self.out or self.recipe.run.dir / "samples",
+        )
 
 
 def sample_recipe(
-    recipe: Recipe, texts: Sequence[str], checkpoint: str, images: int, steps: int, seed: int, out: Path
+    recipe: Recipe, texts: Sequence[str], checkpoint: str, *, images: int, steps: int, seed: int, out: Path
 ) -> int:
     """Write `images` PNG files per prompt, and grid.png with a row for each, to `out`.
 
@@ -35,16 +60,24 @@ def sample_recipe(
         checkpoint: as in `run.checkpoint_of`, or "none" for the model before training.
         steps: denoising steps, all deterministic.
     """
+    from accelerate import Accelerator
+
+    from fastguard.rewards.images import to_pil
+    from fastguard.train.build import Prompts, gather_prompts, load_backbone, with_model
+    from fastguard.train.rollout import ode_schedule, rollout, sample_seeds
+    from fastguard.utils.grids import save_images
+    from fastguard.utils.sharding import copy_all_into, trained_parameters
+
     for name, value, least, most in (
         ("images", images, 1, MOST_AT_ONCE),
         ("steps", steps, 1, MOST_STEPS),
         ("seed", seed, 0, LARGEST_INT),
     ):
         if not least <= value <= most:
-            raise ValueError(f"{name} must lie in [{least}, {most}], got {value}")
+            raise UserError(f"{name} must lie in [{least}, {most}], got {value}")
     own_prompts = family_of(recipe.model.kind).unread.get("prompts.file")
     if texts and own_prompts:
-        raise ValueError(f"{own_prompts}: leave out --prompt")
+        raise UserError(f"{own_prompts}: leave out --prompt")
     recipe = with_model(recipe)
     own = [Prompt(text) for text in texts]
     prompts = Prompts(own, len(own), 0) if own else gather_prompts(recipe)
@@ -55,8 +88,8 @@ def sample_recipe(
     if weights is not None:
         try:
             copy_all_into(trained_parameters(backbone.policy), weights)
-        except ValueError as error:
-            raise ValueError(f"the checkpoint does not fit this recipe: {error}") from None
+        except UserError as error:
+            raise UserError(f"the checkpoint does not fit this recipe: {error}") from None
     schedule = ode_schedule(steps, recipe.sampler.shift_for(backbone.shift))
     prompt_indices = torch.arange(count, device="cpu").repeat_interleave(images)
     members = torch.arange(images, device="cpu").repeat(count)
@@ -82,6 +115,9 @@ def sample_recipe(
 
 
 def _trained_weights(recipe: Recipe, checkpoint: str) -> dict[str, torch.Tensor]:
+    from fastguard.train.checkpoint import read_state, read_tensors, require
+    from fastguard.train.run_folder import checkpoint_of
+
     path = checkpoint_of(recipe.run.dir, checkpoint)
     require(path)
     print(f"weights of {path}" + (" (before training)" if read_state(path)["epoch"] == 0 else ""))

@@ -6,32 +6,50 @@ Every process of a launch runs this.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from fastguard.backbones import family_of
+from fastguard.commands import RecipeFields
 from fastguard.commands.plan import blocks, print_lines
 from fastguard.config import Recipe, Recompute
-from fastguard.memory import plan
 from fastguard.recipe import totals
-from fastguard.rewards import RewardPool, build_reward
-from fastguard.train.build import check_launch, gather_prompts, load_backbone, with_model
-from fastguard.train.monitor import Monitor
-from fastguard.train.run_folder import RunFolder
-from fastguard.train.state import for_processes
-from fastguard.train.trainer import train
-from fastguard.utils.processes import broadcast
 
 PATIENCE = timedelta(hours=4)
 """How long processes wait for each other: a first encoding, slow rewards, or a save of 190 GB take longer than NCCL's
 ten minutes."""
 
 
+@dataclass(frozen=True)
+class Train:
+    """Train as a recipe says.
+
+    On several GPUs: accelerate launch --config_file ... -m fastguard.cli train RECIPE.
+    """
+
+    recipe: RecipeFields
+    resume: str = "never"
+    """"auto" goes on from the newest good checkpoint in run.dir, a path from that checkpoint; "never" begins anew"""
+
+    def __call__(self) -> int:
+        return train_recipe(self.recipe, self.resume)
+
+
 def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     """Train as the recipe says, in this process or in all processes of a launch. Returns the exit code."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
+
+    from fastguard.rewards import RewardPool, build_reward
+    from fastguard.train.build import check_launch, gather_prompts, load_backbone, with_model
+    from fastguard.train.monitor import Monitor
+    from fastguard.train.run_folder import RunFolder
+    from fastguard.train.state import for_processes
+    from fastguard.train.trainer import train
+    from fastguard.utils.processes import broadcast
+
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=list(recipe.run.trackers) or None,
@@ -74,6 +92,8 @@ def announce(recipe: Recipe) -> Recompute:
     if family_of(recipe.model.kind).footprint is not None:
         print_lines([("fused blocks", "yes" if recipe.model.fuse else "no")])
         return "none" if recipe.model.recompute == "auto" else recipe.model.recompute
+    from fastguard.memory import plan
+
     predicted = plan(recipe)
     print_lines(blocks(recipe, predicted))
     verdict = "fits" if predicted.fits else "does NOT fit: `fastguard plan` suggests what would"

@@ -19,6 +19,7 @@ from fastguard.demo.cache import load_or_train
 from fastguard.demo.config import DemoConfig
 from fastguard.demo.data import NUM_CLASSES, Digits, GoldClassifier, ProxyClassifier, fit_gold, fit_proxy, load_images
 from fastguard.demo.model import LATENT_SHAPE, DigitPolicy, pretrain, unpatchify
+from fastguard.errors import UserError
 from fastguard.prompts import Prompt
 
 
@@ -102,7 +103,7 @@ class Judge:
 
     def __init__(self, which: str = "proxy", models: Models | None = None) -> None:
         if which not in ("proxy", "gold"):
-            raise ValueError(f'which must be "proxy" or "gold", got {which!r}')
+            raise UserError(f'which must be "proxy" or "gold", got {which!r}')
         self._which = which
         self._models = models or _trained_models()
 

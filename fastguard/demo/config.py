@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from fastguard.config import ObjectiveConfig, Recipe, objective_config
+from fastguard.errors import UserError
 from fastguard.loss.objectives import OBJECTIVES
 from fastguard.recipe import find_recipe, load_recipe
 
@@ -74,11 +75,11 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+            raise UserError(f"seeds must be at least 1, got {self.seeds}")
         if self.seeds > 1000:
-            raise ValueError(f"seeds must be at most 1000, got {self.seeds}")
+            raise UserError(f"seeds must be at most 1000, got {self.seeds}")
         if self.eval_samples % self.train.prompts.per_epoch:
-            raise ValueError(
+            raise UserError(
                 f"eval_samples must be a multiple of train.prompts.per_epoch = {self.train.prompts.per_epoch}, "
                 f"got {self.eval_samples}"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,10 @@ from fastguard.train.state import TrainState
 from fastguard.train.trainer import train
 
 GRID_ROWS = 4
+Task = tuple[str, int]
+"""the objective and the seed of a run"""
+Tick = Callable[[Task, float], None]
+"""called after each iteration with the run and its proxy reward"""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,16 @@ class Watch:
 
     def way_back(self) -> str:
         return "The demo keeps no checkpoints"
+
+
+def run_here(config: DemoConfig, models: Models, tasks: list[Task], tick: Tick) -> Generator[DemoRun, None, None]:
+    """One run after another, in this process."""
+    for objective, seed in tasks:
+
+        def tick_task(proxy: float, task: Task = (objective, seed)) -> None:
+            tick(task, proxy)
+
+        yield run_one(config, models, objective, seed, tick_task)
 
 
 def run_one(config: DemoConfig, models: Models, objective: str, seed: int, tick: Callable[[float], None]) -> DemoRun:

@@ -9,10 +9,12 @@ from fastguard.demo import text
 from fastguard.demo.analysis import common_proxy, crossing, paired_runs, proxies
 from fastguard.demo.config import GUARDED, PLAIN, TITLES
 from fastguard.demo.experiment import DemoRun, Results
-from fastguard.report.page import PALETTE, Line, Picture, Section, Table, plot_lines, write_page
+from fastguard.report.page import Picture, Section, Table, write_page
+from fastguard.report.palette import BLUE, GREY, VERMILLION
+from fastguard.report.plots import Line, plot_lines
 from fastguard.utils.grids import save_grid
 
-COLORS = {PLAIN: PALETTE[1], GUARDED: PALETTE[0]}
+COLORS = {PLAIN: VERMILLION, GUARDED: BLUE}
 AXES = {
     "proxy": "proxy reward (logits)",
     "accuracy": "gold accuracy",
@@ -138,7 +140,7 @@ def _clipping(runs: list[DemoRun], out: Path) -> list[Picture]:
             positive = [100 * log.clip_fraction_positive for log in run.logs]
             negative = [100 * log.clip_fraction_negative for log in run.logs]
             lines.append(Line("positive advantages", COLORS[name], xs, positive))
-            lines.append(Line("negative advantages", "#999999", xs, negative, dashed=True))
+            lines.append(Line("negative advantages", GREY, xs, negative, dashed=True))
         if lines:
             path = plot_lines(
                 out / f"clip_{name}.png",

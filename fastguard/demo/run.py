@@ -16,9 +16,10 @@ from tqdm import tqdm
 from fastguard.demo import text
 from fastguard.demo.backbone import Models, prepare
 from fastguard.demo.config import GUARDED, PLAIN, DemoConfig
-from fastguard.demo.experiment import Results, look, measure_reference
+from fastguard.demo.experiment import Results, Task, look, measure_reference, run_here
 from fastguard.demo.page import PICTURE_KINDS, write_demo_page
-from fastguard.demo.workers import Task, run_here, run_in_workers
+from fastguard.demo.workers import run_in_workers
+from fastguard.errors import UserError
 from fastguard.report.page import write_page
 from fastguard.utils.files import write_text, writing
 from fastguard.utils.terminal import say
@@ -40,8 +41,9 @@ def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:
     if workers is None:
         workers = 1 if device.type == "cuda" else min(2, os.cpu_count() or 1)
     if not 1 <= workers <= (1 if device.type == "cuda" else 256):
-        raise ValueError(f"workers must be 1 on a GPU and lie in [1, 256] elsewhere, got {workers}")
-    out.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"workers must be 1 on a GPU and lie in [1, 256] elsewhere, got {workers}")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     results: Results | None = None
     start = time.perf_counter()
     try:

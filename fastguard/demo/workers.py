@@ -1,4 +1,4 @@
-"""Runs the demo's training runs, in this process or in several worker processes."""
+"""Runs the demo's training runs in several worker processes."""
 
 from __future__ import annotations
 
@@ -8,32 +8,19 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from multiprocessing import connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fastguard.demo.backbone import Models, prepare
 from fastguard.demo.config import DemoConfig
-from fastguard.demo.experiment import DemoRun, run_one
+from fastguard.utils.quiet import quiet_libraries
 from fastguard.utils.signals import ENDING, handled_by
+
+if TYPE_CHECKING:  # a worker imports this file before it can be quiet
+    from fastguard.demo.experiment import DemoRun, Task, Tick
 
 FOR_THE_PARENT = [number for number in ENDING if number != signal.SIGTERM]
 """Signals that workers leave to their parent, which ends them by SIGTERM."""
-Task = tuple[str, int]
-Tick = Callable[[Task, float], None]
-"""called after each iteration with the run and its proxy reward"""
-
-
-def run_here(config: DemoConfig, models: Models, tasks: list[Task], tick: Tick) -> Generator[DemoRun, None, None]:
-    """One run after another, in this process."""
-    for objective, seed in tasks:
-
-        def tick_task(proxy: float, task: Task = (objective, seed)) -> None:
-            tick(task, proxy)
-
-        yield run_one(config, models, objective, seed, tick_task)
 
 
 def run_in_workers(config: DemoConfig, tasks: list[Task], workers: int, tick: Tick) -> Generator[DemoRun, None, None]:
@@ -83,7 +70,13 @@ def _receive(done: Any, processes: list[Any]) -> tuple[str, Any]:
 def _work(config: DemoConfig, todo: Any, done: Any) -> None:
     """A worker's life: tasks until the sentinel; messages are ("tick" | "run" | "error", content)."""
     _end_with_parent()
+    quiet_libraries()
     try:
+        import torch
+
+        from fastguard.demo.backbone import prepare
+        from fastguard.demo.experiment import run_here
+
         torch.set_num_threads(1)
         models = prepare(config, torch.device("cpu"))
         for task in iter(todo.get, None):

@@ -39,16 +39,16 @@ from fastguard.sde import Transition
 
 
 class GuardLoss(NamedTuple):
-    """A loss and what it was made of. Only `loss` carries a gradient; everything stays on the device.
+    """A loss and the numbers that it was made of. Only `loss` has a gradient. All tensors stay on the device.
 
-    Fields:
+    Attributes:
         loss: () float32 (float64 for float64 inputs), or (B,) with reduction="none".
         log_ratio: (B,), what the objective limits: RatioNorm's `std * cross`, or `cross - drift / 2`.
         ratio: (B,), `exp(log_ratio)`. In float32 it cannot show changes below 6e-8; log_ratio can.
-        cross: (B,), `<eps, w> / D`, the whitened drift w along the rollout's noise eps.
-        drift: (B,), `<w, w> / D`; the KL divergence from the rollout policy is `drift / 2` per element.
-        clipped: (B,) bool, whether the sample's policy gradient is zero because of the clip or the mask.
-        kl: (B,), KL to the reference (of kl_type), or None without a reference.
+        cross: (B,), `<eps, w> / D`, where eps is the rollout's noise and w the whitened drift.
+        drift: (B,), `<w, w> / D`. The KL divergence from the rollout policy is `drift / 2` per element.
+        clipped: (B,) bool, whether the sample has no policy gradient because of the clip or the mask.
+        kl: (B,), KL divergence from the reference (of kl_type), or None without a reference.
     """
 
     loss: Tensor
@@ -61,7 +61,13 @@ class GuardLoss(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Per-sample moments, (B,) float32 (float64 for float64 inputs), differentiable in the velocity."""
+    """Moments of each sample, (B,) float32 (float64 for float64 inputs), differentiable in the velocity.
+
+    Attributes:
+        cross: `<eps, w> / D`, where eps is the rollout's noise and w the whitened drift.
+        drift: `<w, w> / D`.
+        ref_drift: the same as drift, from the reference; None without one.
+    """
 
     cross: Tensor
     drift: Tensor
@@ -85,33 +91,34 @@ def guard_loss(
     check_values: bool = False,
     **options: Any,
 ) -> GuardLoss:
-    """Policy loss of one denoising step per sample, from velocities; the gradient flows to `velocity` alone.
+    """Policy loss of one denoising step per sample, from velocities. Only `velocity` gets a gradient.
 
     Derivation: docs/math.md. Sources: GRPO-Guard, arXiv 2510.22319 (RatioNorm Eq. 8, reweighting Eq. 12);
     Flow-GRPO, arXiv 2505.05470.
 
     Args:
         velocity: (B, ...) the model's output now; bfloat16, float16, float32, or float64 (torch backend).
-        old_velocity: like velocity, as the rollout used it.
-        noise: (B, ...) the noise that the rollout drew, in the rounding in which it was used; any floating dtype.
+        old_velocity: as velocity, from the rollout.
+        noise: (B, ...) the noise that the rollout drew, rounded as it was used; any floating dtype.
         advantages: (B,) floating.
-        step: the Transition of each sample's step; every std must be positive.
+        step: the Transition of each sample's step. Every std must be positive.
         objective: a name of `fastguard.loss.objectives.OBJECTIVES`, or an objective that `build_objective` made.
-        reweight: factor on each sample's policy loss: "inverse_dt" 1 / |dt| (the paper's), "equalized"
-            1 / |step.velocity_coef| (makes RatioNorm's gradient the same at every step for every sampler), "none"
-            (published Flow-GRPO), or a tensor (B,).
-        ref_velocity: like velocity, of the reference policy; needed by kl_weight, reported in `.kl`.
-        kl_weight: factor on the KL to the reference, which is not reweighted.
+        reweight: factor on the policy loss of each sample. "inverse_dt" is 1 / |dt|, as published with GRPO-Guard.
+            "equalized" is 1 / |step.velocity_coef|: RatioNorm's gradient is then the same at every step of every
+            sampler. "none" is published Flow-GRPO. A tensor (B,) gives a factor per sample.
+        ref_velocity: as velocity, from the reference policy. `kl_weight` needs it, and `.kl` reports its KL.
+        kl_weight: factor on the KL divergence from the reference. The KL is not reweighted.
         kl_type: "gaussian" (per element), or "velocity" (mean squared velocity difference).
-        reduction: "mean" or "sum" over samples, or "none".
+        reduction: "mean" or "sum" over the samples, or "none".
         backend: "auto" (Triton on CUDA, else torch), "triton" or "torch".
-        check_values: raise on NaN or Inf in any input. Synchronizes with a GPU. Without it a non-finite sample gives
-            NaN in its own outputs, and in the mean.
-        options: those of the objective, with a name: `clip_range` (about 2e-6 for RatioNorm at D = 65,536) and
-            `adv_clip` of the clipping ones, for instance. Its class documents them.
+        check_values: raise an error if an input holds NaN or Inf. This waits for the GPU. Without it, a sample that is
+            not finite gives NaN in its own outputs and in the mean.
+        options: options of the objective, if it is given by name. `clip_range` (about 2e-6 for RatioNorm at
+            D = 65,536) and `adv_clip` belong to those that clip. The objective's class documents its options.
 
     Raises:
-        ValueError, TypeError: what came and what was expected.
+        ValueError: a shape, device or option does not fit; the message says what came and what was expected.
+        TypeError: the same for a type or a dtype.
     """
     tensors = {"velocity": velocity, "old_velocity": old_velocity, "noise": noise}
     if ref_velocity is not None:
@@ -149,20 +156,29 @@ def guard_loss_from_means(
     check_values: bool = False,
     **options: Any,
 ) -> GuardLoss:
-    """The same loss for trainers that already have the means; the gradient flows to `prev_sample_mean` alone.
+    """The same loss for trainers that have the mean of each step. Only `prev_sample_mean` gets a gradient.
 
     Args:
-        prev_sample: (B, ...) what the rollout drew; any floating dtype. Rounding it after the draw changes the noise
-            that is recovered from it, by the rounding error over std. The first ratio stays 1.
-        prev_sample_mean, old_prev_sample_mean, ref_prev_sample_mean: (B, ...) means of the step under the model now,
-            the rollout policy, the reference; one dtype.
-        std: standard deviation of the step *including* sqrt(|dt|), which the `std_dev_t` of public Flow-GRPO code does
-            not include: a float, or a tensor with one entry, or one per sample (any trailing axes of size 1).
-        dt: time step, of either sign; shapes as for std.
-        The rest is as in `guard_loss`; reweight="equalized" and kl_type="velocity" need the velocities.
+        prev_sample: (B, ...) what the rollout drew; any floating dtype. The noise is recovered from it. Rounding it
+            after the draw changes that noise by the rounding error over std. The first ratio stays 1.
+        prev_sample_mean: (B, ...) mean of the step under the model now.
+        old_prev_sample_mean: (B, ...) mean of the step under the rollout policy, of the same dtype.
+        std: standard deviation of the step, *including* sqrt(|dt|). The `std_dev_t` of public Flow-GRPO code does not
+            include it. A float, or a tensor with one entry, or one per sample (any trailing axes of size 1).
+        dt: time step, of either sign. Shapes are as for std.
+        advantages: (B,) floating.
+        objective: as in `guard_loss`.
+        reweight: as in `guard_loss`, without "equalized", which needs the velocities.
+        ref_prev_sample_mean: (B, ...) mean of the step under the reference, of the same dtype.
+        kl_weight: factor on the Gaussian KL divergence from the reference.
+        reduction: as in `guard_loss`.
+        backend: as in `guard_loss`.
+        check_values: as in `guard_loss`.
+        options: as in `guard_loss`.
 
     Raises:
-        ValueError, TypeError: what came and what was expected.
+        ValueError: a shape, device or option does not fit; the message says what came and what was expected.
+        TypeError: the same for a type or a dtype.
     """
     tensors = {
         "prev_sample": prev_sample,
@@ -199,8 +215,20 @@ def transition_moments(
 ) -> Moments:
     """The numbers per sample from which any objective can be written in plain PyTorch, in one pass over the latents.
 
-    `cross = <eps, w> / D`, `drift = <w, w> / D`, and `ref_drift` the same as drift towards the reference, with
-    `w = B (v - v_old) / s`. Arguments as in `guard_loss`. Differentiable in `velocity`, once.
+    `cross = <eps, w> / D` and `drift = <w, w> / D` with `w = B (v - v_old) / s`. `ref_drift` is the drift from the
+    reference. The result can be differentiated once, with respect to `velocity`.
+
+    Args:
+        velocity: as in `guard_loss`.
+        old_velocity: as in `guard_loss`.
+        noise: as in `guard_loss`.
+        step: as in `guard_loss`.
+        ref_velocity: as in `guard_loss`; without it `ref_drift` is None.
+        backend: as in `guard_loss`.
+
+    Raises:
+        ValueError: a shape, device or option does not fit; the message says what came and what was expected.
+        TypeError: the same for a type or a dtype.
     """
     tensors = {"velocity": velocity, "old_velocity": old_velocity, "noise": noise}
     if ref_velocity is not None:

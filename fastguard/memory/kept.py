@@ -97,7 +97,7 @@ class KeptActivations:
 def kept_activations(recipe: Recipe) -> KeptActivations:
     """What the forward pass of one micro-batch keeps for backward, from the real program on fake tensors.
 
-    Raises ValueError as `plan` does.
+    Raises UserError as `plan` does.
     """
     check_plannable(recipe)
     settings = update_settings(recipe, resolve_recompute(recipe))

@@ -115,7 +115,7 @@ def _folder(model: ModelConfig) -> Path | None:
 def weights_of(model: ModelConfig, lora: LoraConfig) -> Weights:
     """Sizes of the prepared transformer and of the decoder, as the allocator rounds them.
 
-    Raises ValueError as `Family.skeleton`.
+    Raises UserError as `Family.skeleton`.
     """
     skeleton = family_of(model.kind).skeleton(model, lora, "none")
     decoder = skeleton.decoder

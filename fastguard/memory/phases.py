@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from fastguard.backbones import family_of
 from fastguard.config import ModelConfig, Recipe, Recompute, objective_config, recompute_levels
+from fastguard.errors import UserError
 from fastguard.memory.live import allocated
 from fastguard.memory.passes import (
     Pass,
@@ -61,10 +62,10 @@ def limit_bytes(recipe: Recipe) -> int:
 
 
 def check_plannable(recipe: Recipe) -> None:
-    """Raise ValueError for a model that is too small to plan."""
+    """Raise UserError for a model that is too small to plan."""
     kind = recipe.model.kind
     if footprint := family_of(kind).footprint:
-        raise ValueError(f'model.kind = "{kind}" takes {footprint}: there is nothing to plan')
+        raise UserError(f'model.kind = "{kind}" takes {footprint}: there is nothing to plan')
 
 
 def resolve_recompute(recipe: Recipe) -> Recompute:

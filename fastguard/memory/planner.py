@@ -72,7 +72,7 @@ class MemoryPlan:
 def plan(recipe: Recipe) -> MemoryPlan:
     """Predict the peak memory of each phase by running the program on fake tensors; needs no GPU and no weights.
 
-    Raises ValueError for a model that is too small to plan, and for a `model.path` whose configuration is not at hand.
+    Raises UserError for a model that is too small to plan, and for a `model.path` whose configuration is not at hand.
     """
     check_plannable(recipe)
     recompute = resolve_recompute(recipe)
@@ -88,7 +88,7 @@ def plan(recipe: Recipe) -> MemoryPlan:
 def choose_recompute(recipe: Recipe) -> Recompute:
     """`model.recompute`; for "auto" the fastest level whose update leaves 5% of the memory free, else the smallest.
 
-    Raises ValueError as `plan` does.
+    Raises UserError as `plan` does.
     """
     check_plannable(recipe)
     return resolve_recompute(recipe)

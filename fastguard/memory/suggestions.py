@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastguard.config import Recipe, recompute_levels
+from fastguard.errors import UserError
 from fastguard.memory.phases import gib, limit_bytes, planned_phases, resolve_recompute
 
 Change = tuple[str, Any]
@@ -34,7 +35,7 @@ def suggest(recipe: Recipe) -> Iterator[str]:
     for path, value in [*((p, v) for p, v, _ in helpful), *_last_resorts(recipe)]:
         try:
             candidate = _changed(combined, path, value)
-        except ValueError:  # does not go together with an earlier change
+        except UserError:  # does not go together with an earlier change
             continue
         if _peak(candidate) >= _peak(combined):
             continue
@@ -98,7 +99,7 @@ def _smaller(value: int, recipe: Recipe, path: str, dividend: int = 0) -> list[i
 def _accepts(recipe: Recipe, path: str, value: Any) -> bool:
     try:
         _changed(recipe, path, value)
-    except ValueError:
+    except UserError:
         return False
     return True
 

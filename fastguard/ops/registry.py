@@ -200,7 +200,7 @@ def backward_of_blocks(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        refuse_double_backward("a fused Flux block")
+        refuse_double_backward("a fused block")
         device = next(grad.device for grad in grads if grad is not None)
         if autocast_to(device) is None:
             return backward(ctx, *grads)

@@ -1,1 +1,1 @@
-"""Self-contained HTML pages: the builder, and the report of a run."""
+"""Self-contained HTML pages: palette, plots, the page builder, and the report of a run."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fastguard.config import LARGEST_FLOAT, LARGEST_INT, Recipe
+from fastguard.errors import UserError
 from fastguard.recipe import parse_recipe
 from fastguard.train.metrics import EpochLog
 from fastguard.train.monitor import EvaluationLog
@@ -49,16 +50,16 @@ class TrainingRun:
 
 
 def read_run(path: Path) -> TrainingRun:
-    """Read a run's files. Raises ValueError if it is no run, or its recipe cannot be read."""
+    """Read a run's files. Raises UserError if it is no run, or its recipe cannot be read."""
     if not (path / "recipe.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} is not the folder of a run: expected recipe.json in it, which `fastguard train` writes; "
             "give the run.dir of a recipe"
         )
     try:
         content = parse_json((path / "recipe.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path / 'recipe.json'} is damaged: {error}") from None
+        raise UserError(f"{path / 'recipe.json'} is damaged: {error}") from None
     recipe = parse_recipe(content, str(path / "recipe.json"))
     epochs, odd = _logs(path / "metrics.jsonl", EpochLog)
     evaluations, more = _logs(path / "evaluations.jsonl", EvaluationLog)

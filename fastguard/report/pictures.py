@@ -13,19 +13,17 @@ from typing import Any
 from PIL import Image
 
 from fastguard.report.data import TrainingRun
-from fastguard.report.page import PALETTE, Line, Picture, Section, Table, plot_lines
+from fastguard.report.page import Picture, Section, Table
+from fastguard.report.palette import BLUE, CURVES, EARLY_TO_LATE, GREEN, VERMILLION
+from fastguard.report.plots import Line, plot_lines
 from fastguard.report.words import as_number, finite_values, phase_names
 from fastguard.train.metrics import EpochLog, RewardLog
 
-BLUE, RED, GREEN = PALETTE[:3]
-GREY = "#999999"
 EPOCH = "epoch (0 is the first rollout)"
 MOST_GRIDS = 6
 """Grids of training images on the page; they are spread over the run."""
 GRID_WIDTH = 1000
 """Pixels; wider grids are scaled down, as pages of a hundred megabytes open slowly."""
-RECENT = 5
-"""Epochs, the last ones, that the clip advice is computed from."""
 
 
 def _curve(
@@ -84,7 +82,7 @@ def gold_section(run: TrainingRun, out: Path) -> Section:
     xs = [float(e.epoch) for e in evaluations]
     proxies, golds = [e.proxy for e in evaluations], [e.gold for e in evaluations]
     marker = (float(best.epoch), "best gold") if best is not None else None
-    pictures = _curve(out / "gold.png", "Gold score", "gold", [Line("gold", RED, xs, golds)], marker_x=marker)
+    pictures = _curve(out / "gold.png", "Gold score", "gold", [Line("gold", VERMILLION, xs, golds)], marker_x=marker)
     pictures += _curve(out / "proxy.png", "Proxy", "proxy", [Line("proxy", BLUE, xs, proxies)], marker_x=marker)
     if len(evaluations) > 1:
         path = [Line("evaluations, in order", GREEN, proxies, golds)]
@@ -122,9 +120,7 @@ def ratio_pictures(run: TrainingRun, out: Path) -> list[Picture]:
     clips = objective.limit_name == "clip_range"
     used = (objective.limit, f"clip range {objective.limit:g}") if clips else None
     steps = "denoising step (0 starts from noise)"
-    shown = list(
-        zip(_spread([log for log in run.epochs if log.steps], 3), ("#9ecae1", "#4292c6", "#08306b"), strict=False)
-    )
+    shown = list(zip(_spread([log for log in run.epochs if log.steps], 3), EARLY_TO_LATE, strict=False))
     pictures = []
     for field, title in (("ratio_bias", "mean"), ("ratio_std", "standard deviation")):
         lines = [
@@ -139,7 +135,7 @@ def ratio_pictures(run: TrainingRun, out: Path) -> list[Picture]:
         )  # fmt: skip
     percent = [
         _over_epochs(run, "positive advantages", BLUE, lambda log: 100 * log.clip_fraction_positive),
-        _over_epochs(run, "negative advantages", RED, lambda log: 100 * log.clip_fraction_negative),
+        _over_epochs(run, "negative advantages", VERMILLION, lambda log: 100 * log.clip_fraction_negative),
     ]
     verb = "clipped" if clips else "masked"
     pictures += _curve(
@@ -149,7 +145,7 @@ def ratio_pictures(run: TrainingRun, out: Path) -> list[Picture]:
     if clips:
         wanted = [
             _over_epochs(run, "would clip 10%", GREEN, lambda log: log.clip_range_for_10_percent),
-            _over_epochs(run, "would clip 30%", RED, lambda log: log.clip_range_for_30_percent),
+            _over_epochs(run, "would clip 30%", VERMILLION, lambda log: log.clip_range_for_30_percent),
         ]
         pictures += _curve(
             out / "clip_range.png", "Clip ranges, as measured", "clip range", wanted, yscale="log",
@@ -182,7 +178,7 @@ def time_pictures(run: TrainingRun, out: Path) -> list[Picture]:
     phases = [p for p in phase_names(run) if any(log.seconds.get(p, 0.0) > 0.001 * longest for log in run.epochs)]
     xs = [float(log.epoch) for log in run.epochs]
     lines = [
-        Line(phase, PALETTE[i % len(PALETTE)], xs, [log.seconds.get(phase, 0.0) for log in run.epochs])
+        Line(phase, CURVES[i % len(CURVES)], xs, [log.seconds.get(phase, 0.0) for log in run.epochs])
         for i, phase in enumerate(phases)
     ]
     pictures = _curve(out / "seconds.png", "Seconds by phase", "seconds", lines, ylim=_from_zero(lines))

@@ -31,7 +31,7 @@ from fastguard.report.words import (
 def write_run_report(run: Path) -> Path:
     """Write `run`/report.html, and its pictures to `run`/report/. Returns the page's path.
 
-    Raises ValueError if `run` is not the folder of a run.
+    Raises UserError if `run` is not the folder of a run.
     """
     found = read_run(run)
     out = run / "report"

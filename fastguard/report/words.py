@@ -11,6 +11,7 @@ from typing import Any
 
 from fastguard.backbones import family_of
 from fastguard.config import Recipe
+from fastguard.errors import UserError
 from fastguard.recipe import totals
 from fastguard.report.data import TrainingRun
 from fastguard.report.page import Table
@@ -161,7 +162,7 @@ def _trouble_points(run: TrainingRun) -> list[str]:
 def _where_weights_are(run: TrainingRun) -> str:
     try:
         folder = checkpoint_of(run.path, "newest") / "diffusers"
-    except ValueError:
+    except UserError:
         return "There are no trained weights: no checkpoint was saved."
     model = run.recipe.model
     line = family_of(model.kind).how_to_load(model, folder)

@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard.errors import UserError
 from fastguard.utils.terminal import printable
 
 LARGEST_SCORE = torch.finfo(torch.float32).max
 """Advantages are float32, and the squares of smaller scores add up in float64 without overflow."""
 
 
-class RewardError(RuntimeError):
+class RewardError(UserError, RuntimeError):
     """A reward could not score; the message says which reward, which prompts and why."""
+
+    exit_code = 1
 
 
 def one_line(text: str, most: int = 1000) -> str:

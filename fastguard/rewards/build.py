@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from fastguard.config import RewardConfig
+from fastguard.errors import UserError
 from fastguard.rewards.base import Reward
 from fastguard.rewards.settings import keep_settings
 
@@ -33,7 +34,7 @@ def build_reward(config: RewardConfig) -> Reward:
     from, as with `python -m`. Build rewards in the main thread, after the process has chosen its GPU. Settings of the
     process (torch's default dtype, the working directory, ...) are afterwards what they were.
 
-    Raises ValueError for an unknown name, a module or attribute that is not there, and options that do not fit.
+    Raises UserError for an unknown name, a module or attribute that is not there, and options that do not fit.
     """
     put_back = keep_settings()
     try:
@@ -49,12 +50,12 @@ def _build(config: RewardConfig) -> Reward:
         try:
             reward = target(**options)
         except ValueError as error:
-            raise ValueError(f'reward "{config.label}": {error}') from error
+            raise UserError(f'reward "{config.label}": {error}') from error
         if not callable(reward):
-            raise ValueError(f"rewards.use = {config.use!r}: objects of this class cannot be called; add __call__")
+            raise UserError(f"rewards.use = {config.use!r}: objects of this class cannot be called; add __call__")
         return reward
     if not callable(target):
-        raise ValueError(f"rewards.use = {config.use!r} is {type(target).__name__}, expected a function or a class")
+        raise UserError(f"rewards.use = {config.use!r} is {type(target).__name__}, expected a function or a class")
     _check_options(config, target, call_arguments=3)
     return partial(target, **options) if options else target
 
@@ -73,7 +74,7 @@ def _target(config: RewardConfig) -> Any:
     if use in BUILT_IN:
         return _import(use, BUILT_IN[use])
     if not re.fullmatch(r"[\w.]+:\w+", use):
-        raise ValueError(
+        raise UserError(
             f"rewards.use = {use!r} is no reward; expected one of {', '.join(BUILT_IN)}, or module:function, "
             "module:Class, or the http(s):// address of a reward server"
         )
@@ -88,15 +89,15 @@ def _import(use: str, where: str) -> Any:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(
+            raise UserError(
                 f"rewards.use = {use!r}: there is no module {error.name!r} in {os.getcwd()} or among the installed "
                 "packages; change rewards.use, or the folder that the command starts in"
             ) from error
-        raise ValueError(f"rewards.use = {use!r}: its module needs {error.name!r}, which is not installed") from error
+        raise UserError(f"rewards.use = {use!r}: its module needs {error.name!r}, which is not installed") from error
     except ImportError as error:
-        raise ValueError(f"rewards.use = {use!r}: importing {module_name} failed: {error}") from error
+        raise UserError(f"rewards.use = {use!r}: importing {module_name} failed: {error}") from error
     if not hasattr(module, attribute):
-        raise ValueError(f"rewards.use = {use!r}: module {module_name} ({module.__file__}) has no {attribute!r}")
+        raise UserError(f"rewards.use = {use!r}: module {module_name} ({module.__file__}) has no {attribute!r}")
     return getattr(module, attribute)
 
 
@@ -114,7 +115,7 @@ def _check_options(config: RewardConfig, target: Any, call_arguments: int) -> No
             for name, parameter in list(signature.parameters.items())[call_arguments:]
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ]
-        raise ValueError(
+        raise UserError(
             f"rewards.options = {config.options} does not fit rewards.use = {config.use!r}: {error}; "
             f"its options are {', '.join(names) or 'none'}"
             + (", after images, prompts and metadata" if call_arguments else "")

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from fastguard.errors import UserError
 from fastguard.rewards.images import to_pil
 from fastguard.rewards.options import checked
 
@@ -128,7 +129,7 @@ class AestheticScore:
         self.layers = [(weight.to(self.clip.device), bias.to(self.clip.device)) for weight, bias in layers]
         wanted, width = layers[0][0].shape[1], self.clip.model.config.projection_dim
         if wanted != width:
-            raise ValueError(f"rewards.options.head reads {wanted} features, but {path} gives {width}")
+            raise UserError(f"rewards.options.head reads {wanted} features, but {path} gives {width}")
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         """(B, C, H, W) uint8 images to (B,) float32 scores."""
@@ -145,17 +146,17 @@ class _Clip:
         try:
             from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
         except ImportError as error:
-            raise ValueError(f"needs transformers: pip install transformers ({error})") from error
+            raise UserError(f"needs transformers: pip install transformers ({error})") from error
         self.batch_size = batch_size
         self.device = resolve_device(device)
         self._lock = threading.Lock()  # fast tokenizers refuse to truncate in two threads at once
         try:
             loaded: Any = CLIPModel.from_pretrained(path, output_loading_info=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
-            raise ValueError(f"rewards.options.path = {path!r} gives no CLIP model: {error}") from error
+            raise UserError(f"rewards.options.path = {path!r} gives no CLIP model: {error}") from error
         model, info = loaded
         if missing := sorted(info["missing_keys"]):  # transformers would go on with random weights there
-            raise ValueError(
+            raise UserError(
                 f"rewards.options.path = {path!r} lacks {len(missing)} weights of transformers' CLIP model, "
                 f"{missing[0]} for one"
             )
@@ -166,7 +167,7 @@ class _Clip:
             self.images = AutoImageProcessor.from_pretrained(processor or path)
         except (OSError, ValueError) as error:
             field = "processor" if processor else "path"
-            raise ValueError(
+            raise UserError(
                 f"rewards.options.{field} = {processor or path!r} gives no tokenizer and image processor: {error}"
             ) from error
         positions = self.model.config.text_config.max_position_embeddings
@@ -198,11 +199,11 @@ class _Clip:
 def resolve_device(device: str) -> torch.device:
     """The device by name, with the GPU's number: a new thread's "cuda" is GPU 0, whatever the process has chosen.
 
-    Raises ValueError for a GPU that is not there.
+    Raises UserError for a GPU that is not there.
     """
     found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if found.type == "cuda" and (found.index or 0) >= (gpus := torch.cuda.device_count()):
-        raise ValueError(f"rewards.options.device = {device!r}, but this process sees {gpus} GPUs")
+        raise UserError(f"rewards.options.device = {device!r}, but this process sees {gpus} GPUs")
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
@@ -227,7 +228,7 @@ def _load_head(path: Path) -> list[tuple[Tensor, Tensor]]:
     """Weights (out, in) and biases (out,) of a chain of linear layers, in the order of the numbers in their names."""
     where = f"rewards.options.head = {str(path)!r}"
     if not path.is_file():
-        raise ValueError(f"{where}: there is no such file")
+        raise UserError(f"{where}: there is no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -236,7 +237,7 @@ def _load_head(path: Path) -> list[tuple[Tensor, Tensor]]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both loaders have errors of their own for files that are broken or hold code
-        raise ValueError(f"{where} cannot be read as weights and nothing else: {error}") from error
+        raise UserError(f"{where} cannot be read as weights and nothing else: {error}") from error
     names = sorted(
         (name for name in state if name.endswith("weight")), key=lambda n: [int(i) for i in re.findall(r"\d+", n)]
     )
@@ -244,5 +245,5 @@ def _load_head(path: Path) -> list[tuple[Tensor, Tensor]]:
     shapes = [tuple(weight.shape) for weight, _ in layers]
     chained = all(after[1] == before[0] for before, after in pairwise(shapes))
     if not layers or not chained or shapes[-1][0] != 1:
-        raise ValueError(f"{where}: expected a chain of linear layers that ends in one number, got weights {shapes}")
+        raise UserError(f"{where}: expected a chain of linear layers that ends in one number, got weights {shapes}")
     return layers

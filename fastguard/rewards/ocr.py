@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fastguard.errors import UserError
 from fastguard.rewards.images import to_pil
 from fastguard.rewards.options import checked
 
@@ -47,7 +48,7 @@ class OcrReward:
         self._lock = threading.Lock()  # neither engine promises to take two images at once
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
-        """(B, C, H, W) uint8 images to B scores in [0, 1]. Raises ValueError for a prompt without a wanted text."""
+        """(B, C, H, W) uint8 images to B scores in [0, 1]. Raises UserError for a prompt without a wanted text."""
         wanted = [self._wanted(prompt, data) for prompt, data in zip(prompts, metadata, strict=True)]
         scores = []
         for image, want in zip(to_pil(images), wanted, strict=True):
@@ -61,7 +62,7 @@ class OcrReward:
         quoted = re.search(r'"([^"]+)"|“([^”]+)”', prompt)
         text = metadata.get(self.key, (quoted[1] or quoted[2]) if quoted else "")
         if not _plain(str(text)):
-            raise ValueError(
+            raise UserError(
                 f'prompt "{prompt}" says nothing to read: give it "{self.key}" in its JSON line, put the text in '
                 "quotation marks, or change rewards.options.key"
             )
@@ -89,7 +90,7 @@ def _reader(engine: str, language: str, gpu: bool) -> Reader:
     for name in asked:
         if find_spec(name) is not None:
             return engines[name](language, gpu)
-    raise ValueError(
+    raise UserError(
         f"reads images with {' or '.join(asked)}, which {'are' if len(asked) > 1 else 'is'} not installed: "
         "pip install easyocr, or pip install pytesseract and the tesseract program"
     )
@@ -106,11 +107,11 @@ def _pytesseract(language: str, gpu: bool) -> Reader:
     import pytesseract
 
     if gpu:
-        raise ValueError("rewards.options.gpu: pytesseract runs on the CPU; remove it, or pip install easyocr")
+        raise UserError("rewards.options.gpu: pytesseract runs on the CPU; remove it, or pip install easyocr")
     try:
         pytesseract.get_tesseract_version()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"pytesseract does not find the tesseract program (apt install tesseract-ocr): {error}"
         ) from error
     return lambda image: pytesseract.image_to_string(image, lang=language or "eng")

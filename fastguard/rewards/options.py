@@ -8,6 +8,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
+from fastguard.errors import UserError
+
 Self = TypeVar("Self")
 Options = ParamSpec("Options")
 
@@ -15,7 +17,7 @@ Options = ParamSpec("Options")
 def checked(init: Callable[Concatenate[Self, Options], None]) -> Callable[Concatenate[Self, Options], None]:
     """Let an `__init__` refuse options that are not of its annotations' types, or not within their bounds.
 
-    The ValueError names the option as a recipe does.
+    The UserError names the option as a recipe does.
     """
     validated = validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))(init)
 
@@ -26,7 +28,7 @@ def checked(init: Callable[Concatenate[Self, Options], None]) -> Callable[Concat
         except ValidationError as error:
             first = error.errors()[0]
             message = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
-            raise ValueError(f"rewards.options.{first['loc'][-1]}: {message}") from None
+            raise UserError(f"rewards.options.{first['loc'][-1]}: {message}") from None
 
     return checked_init
 

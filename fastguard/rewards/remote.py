@@ -25,6 +25,7 @@ from torch import Tensor
 from urllib3 import HTTPConnectionPool
 from urllib3.exceptions import HTTPError
 
+from fastguard.errors import UserError
 from fastguard.rewards.base import RewardError, one_line
 from fastguard.rewards.images import encode_png, to_pil
 from fastguard.rewards.options import checked
@@ -63,7 +64,7 @@ class RemoteReward:
         try:
             requests.Request("POST", address).prepare()
         except ValueError as error:
-            raise ValueError(f"rewards.use = {address!r}: {error}; expected http://host:port") from error
+            raise UserError(f"rewards.use = {address!r}: {error}; expected http://host:port") from error
         self.url = f"{address.rstrip('/')}/score"
         self.timeout_s = timeout_s
         self.waits = [min(backoff_s * 2.0**retry, LONGEST_WAIT_S) if retry else 0.0 for retry in range(retries)]

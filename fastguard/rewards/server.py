@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from fastguard.config import RewardConfig
+from fastguard.errors import UserError
 from fastguard.rewards.base import Reward, call_reward, one_line
 from fastguard.rewards.build import build_reward
 from fastguard.rewards.images import decode_png
@@ -118,12 +119,12 @@ class RewardServer(ThreadingHTTPServer):
 def serve(reward: Reward, host: str = "127.0.0.1", port: int = 8000, *, name: str = "reward", **limits: Any) -> None:
     """Print the address, then answer requests until KeyboardInterrupt, which is let through.
 
-    Raises ValueError if it cannot listen there (a port that is taken, say). `limits` are RewardServer's.
+    Raises UserError if it cannot listen there (a port that is taken, say). `limits` are RewardServer's.
     """
     try:
         server = RewardServer(reward, host, port, name=name, **limits)
     except (OSError, ValueError) as error:  # ValueError: a name that no host can have
-        raise ValueError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
+        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
     with server:
         where = f"[{host}]" if ":" in host else host
         print(f"reward {name!r} listens on http://{where}:{server.server_port}", flush=True)
@@ -133,10 +134,10 @@ def serve(reward: Reward, host: str = "127.0.0.1", port: int = 8000, *, name: st
 def run_server(config: RewardConfig, host: str = "127.0.0.1", port: int = 8000) -> int:
     """Build the reward and serve it until Ctrl-C (KeyboardInterrupt); returns the exit code 0.
 
-    Raises ValueError for a port that cannot be.
+    Raises UserError for a port that cannot be.
     """
     if not 0 <= port <= 65_535:
-        raise ValueError(f"port must lie in [0, 65535], got {port}")
+        raise UserError(f"port must lie in [0, 65535], got {port}")
     reward = build_reward(config)
     try:
         serve(reward, host, port, name=config.label)

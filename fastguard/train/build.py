@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from fastguard.backbones import Backbone, family_of
 from fastguard.blocks import FuseReport
 from fastguard.config import Recipe, Recompute
+from fastguard.errors import UserError
 from fastguard.prompts import Prompt, read_prompts
 
 
@@ -22,13 +23,13 @@ def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:
          accelerator.gradient_accumulation_steps),
     ):  # fmt: skip
         if not works:
-            raise ValueError(
+            raise UserError(
                 f"accelerate was configured with {name} = {value}, which would change what the recipe says: launch "
                 "with recipes/accelerate/ddp.yaml or fsdp2.yaml (model.dtype and update.micro_batch are in the recipe)"
             )
     launched = "fsdp2" if accelerator.is_fsdp2 else "none"
     if launched != recipe.hardware.sharding:
-        raise ValueError(
+        raise UserError(
             f'hardware.sharding = "{recipe.hardware.sharding}", but this was launched with "{launched}": use '
             "`accelerate launch --config_file recipes/accelerate/fsdp2.yaml` (or ddp.yaml), or change the field"
         )
@@ -46,7 +47,7 @@ class Prompts:
 
 
 def gather_prompts(recipe: Recipe) -> Prompts:
-    """Read the prompt files. Raises ValueError if there are fewer prompts than the recipe asks for."""
+    """Read the prompt files. Raises UserError if there are fewer prompts than the recipe asks for."""
     trained = family_of(recipe.model.kind).read_prompts(recipe)
     own = recipe.monitor.every and recipe.monitor.file is not None
     evaluated = read_prompts(recipe.monitor.file) if own and recipe.monitor.file is not None else trained
@@ -55,7 +56,7 @@ def gather_prompts(recipe: Recipe) -> Prompts:
         ("monitor.prompts", recipe.monitor.prompts if recipe.monitor.every else 0, len(evaluated)),
     ):
         if wanted > there:
-            raise ValueError(f"{field} = {wanted}, but the file holds {there} prompts: set it to at most {there}")
+            raise UserError(f"{field} = {wanted}, but the file holds {there} prompts: set it to at most {there}")
     return Prompts(trained + (evaluated if own else []), len(trained), len(trained) if own else 0)
 
 

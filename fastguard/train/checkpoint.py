@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastguard.config import LARGEST_INT
+from fastguard.errors import FileError, UserError
 from fastguard.train.monitor import EvaluationLog
 from fastguard.utils.files import writing
 from fastguard.utils.finite import names_not_finite
@@ -45,7 +46,7 @@ MANIFEST_BYTES = 16 << 20
 """A manifest has about 100 bytes a file; a larger one is none."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is damaged or does not fit; the message names the file."""
 
 
@@ -60,8 +61,9 @@ class CheckpointFolder:
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self._accelerator = folder, accelerator
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._clear()
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._clear()
         accelerator.wait_for_everyone()
 
     def _clear(self) -> None:
@@ -139,7 +141,7 @@ class CheckpointFolder:
             _remove(replaced)
         failure = broadcast([None if writer.failure is None else str(writer.failure)], self._accelerator)[0]
         if failure is not None:
-            raise writer.failure or OSError(f"the first process could not save: {failure}")
+            raise writer.failure or FileError(f"the first process could not save: {failure}")
         return path
 
     def _whole_parts(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.config import UpdateConfig
+from fastguard.errors import UserError
 from fastguard.utils.sharding import copy_into, unpacked
 
 
@@ -76,7 +77,7 @@ class AdamW8bit:
         try:
             from torchao.optim import AdamW8bit as TorchaoAdamW8bit
         except ImportError:
-            raise ValueError(
+            raise UserError(
                 'update.optimizer = "adamw8bit" needs torchao: pip install torchao, or choose "adamw" or "adamw_cpu"'
             ) from None
         self._optimizer = TorchaoAdamW8bit(parameters, bf16_stochastic_round=True, **_settings(config))
@@ -117,7 +118,7 @@ def state_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) 
 def load_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
     """Restore what `state_tensors` gave. The weights may change: load them afterwards.
 
-    Raises ValueError, naming the tensor, if it does not fit.
+    Raises UserError, naming the tensor, if it does not fit.
     """
     if not saved:  # saved before the first update
         return
@@ -129,6 +130,6 @@ def load_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], sav
     live = dict(state_tensors(optimizer, parameters))
     if live.keys() != saved.keys():
         differing = sorted(live.keys() ^ saved.keys())
-        raise ValueError(f"its optimizer state is of another kind (update.optimizer?): {differing[:3]}")
+        raise UserError(f"its optimizer state is of another kind (update.optimizer?): {differing[:3]}")
     for name, tensor in live.items():
         copy_into(tensor, saved[name])

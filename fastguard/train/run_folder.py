@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastguard.config import Recipe
+from fastguard.errors import UserError
 from fastguard.prompts import fingerprint
 from fastguard.recipe import as_dict, differences
 from fastguard.train.checkpoint import (
@@ -69,7 +70,7 @@ class RunFolder:
         resume: "never" refuses a folder that holds checkpoints, "auto" goes on from the newest good one (or begins,
             if there is none), anything else is the path of a checkpoint.
 
-    Raises ValueError if the folder is in use, or holds a run and `resume` is "never".
+    Raises UserError if the folder is in use, or holds a run and `resume` is "never".
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, resume: str = "never") -> None:
@@ -77,9 +78,10 @@ class RunFolder:
         self._recipe, self._accelerator = recipe, accelerator
         self._main = accelerator.is_main_process
         if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
-            raise ValueError('run.trackers names "wandb", which is not installed: pip install wandb')
+            raise UserError('run.trackers names "wandb", which is not installed: pip install wandb')
         if self._main:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", accelerator)
         self._from = self._choose(resume)
@@ -94,7 +96,7 @@ class RunFolder:
         there = self.checkpoints.all()
         if resume == "never":
             if there:
-                raise ValueError(
+                raise UserError(
                     f"run.dir = {self._recipe.run.dir} holds a run ({there[0].name}): go on with --resume auto, or "
                     "choose another --run.dir"
                 )
@@ -104,12 +106,12 @@ class RunFolder:
             if not there and self._main:
                 say(f"nothing to resume in {self._recipe.run.dir}: beginning anew", sys.stdout)
             if newest is None and there:
-                raise ValueError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is good")
+                raise UserError(f"none of the {len(there)} checkpoints in {self.checkpoints.folder} is good")
             return newest
         chosen = Path(resume)
         require(chosen)
         if there and not self.checkpoints.holds(chosen):
-            raise ValueError(
+            raise UserError(
                 f"run.dir = {self._recipe.run.dir} holds another run than {chosen}: choose another --run.dir to branch "
                 "off from it"
             )
@@ -197,11 +199,11 @@ class RunFolder:
             copy_all_into(state.parameters, read_tensors(path, "weights"))
             if state.average is not None:
                 copy_all_into(state.average.tensors, read_tensors(path, "average") or read_tensors(path, "weights"))
-        except ValueError as error:
+        except UserError as error:
             changed = differences(content["recipe"], as_dict(self._recipe))
             causes = [c for c in changed if c.startswith(("model.", "lora.", "update.optimizer"))]
             since = f"; changed since then: {', '.join(causes)}" if causes else ""
-            raise ValueError(f"checkpoint {path} does not fit this recipe: {error}{since}") from None
+            raise UserError(f"checkpoint {path} does not fit this recipe: {error}{since}") from None
         state.epoch, state.updates = content["epoch"], content["updates"]
         state.bad_in_a_row = content["bad_in_a_row"]
         if self._main and state.bad_in_a_row:
@@ -337,12 +339,12 @@ def checkpoint_of(run: Path, which: str) -> Path:
         return Path(which)
     checkpoints = checkpoints_in(run / "checkpoints")
     if not checkpoints:
-        raise ValueError(f"{run} holds no checkpoint")
+        raise UserError(f"{run} holds no checkpoint")
     if which == "newest":
         return checkpoints[0]
     monitor = read_state(checkpoints[0])["monitor"]
     if monitor is None or monitor["best"] is None:
-        raise ValueError(
+        raise UserError(
             f"{run} has no best checkpoint: monitor.every was 0, or nothing was evaluated under the monitor's settings"
         )
     return run / "checkpoints" / checkpoint_name(monitor["best"]["epoch"])
@@ -360,7 +362,7 @@ def _lock(folder: Path) -> Any:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"run.dir = {folder} is in use by another process; choose another --run.dir") from None
+        raise UserError(f"run.dir = {folder} is in use by another process; choose another --run.dir") from None
     except OSError as error:  # NFS without its lock service, Lustre without -o flock
         say(f"warning: run.dir = {folder} cannot be locked ({error.strerror}): start no second run there meanwhile")
     return handle

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastguard.backbones import Backbone
 from fastguard.config import Recipe
+from fastguard.errors import NotFiniteError, UserError
 from fastguard.train.ema import Shadow
 from fastguard.train.monitor import Monitor
 from fastguard.train.optim import Optimizer, build_optimizer, state_tensors
@@ -56,7 +57,7 @@ class TrainState:
         }
 
     def require_finite(self) -> None:
-        """Raise FloatingPointError, naming tensors, if these hold NaN or Inf. Collective: on one process, on all.
+        """Raise NotFiniteError, naming tensors, if these hold NaN or Inf. Collective: on one process, on all.
 
         An infinite second moment is no exception: its weight would never move again.
         """
@@ -66,7 +67,7 @@ class TrainState:
             bad.setdefault(group, []).append(name)
         if bad:
             where = "; ".join(f"{group}: {a_few(names)}" for group, names in bad.items())
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"epoch {self.epoch}: after {self.updates} updates this state holds NaN or infinity ({where}), and was "
                 "not saved. Lower update.learning_rate or update.max_grad_norm"
             )
@@ -96,9 +97,9 @@ def build_state(backbone: Backbone, recipe: Recipe, accelerator: Accelerator, mo
 
 
 def for_processes(recipe: Recipe, processes: int) -> Recipe:
-    """The recipe for as many processes as were launched. Raises ValueError, with what would work, if it cannot be."""
+    """The recipe for as many processes as were launched. Raises UserError, with what would work, if it cannot be."""
     try:
         return replace(recipe, hardware=replace(recipe.hardware, processes=processes))
-    except ValueError as error:
+    except UserError as error:
         planned = recipe.hardware.processes
-        raise ValueError(f"launched on {processes} processes (hardware.processes = {planned}): {error}") from None
+        raise UserError(f"launched on {processes} processes (hardware.processes = {planned}): {error}") from None

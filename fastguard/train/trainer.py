@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from fastguard.backbones import Backbone
 from fastguard.config import Recipe
+from fastguard.errors import NotFiniteError
 from fastguard.rewards import RewardError, RewardPool
 from fastguard.train.collect import SampledEpoch, add_reference, sample_epoch
 from fastguard.train.metrics import (
@@ -40,9 +41,9 @@ def train(
 ) -> list[EpochLog]:
     """Train the backbone's policy in place to raise the rewards; returns the logs of the epochs done here.
 
-    Raises ValueError before anything is sampled if the images do not divide over the processes or rollout steps
+    Raises UserError before anything is sampled if the images do not divide over the processes or rollout steps
     score differently in training. Raises after saving: RewardError if a reward fails and the recipe says to stop, and
-    DamagedError if an encoded prompt was damaged since the start. Raises FloatingPointError, and saves nothing, after
+    DamagedError if an encoded prompt was damaged since the start. Raises NotFiniteError, and saves nothing, after
     `update.max_bad_updates` updates in a row that were not finite, or one that left weights, average or optimizer state
     that are not.
     """
@@ -52,8 +53,8 @@ def train(
     recorder.restore(state)
     try:
         return train_epochs(state, rewards, recorder)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error}. {recorder.way_back()}") from None
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error}. {recorder.way_back()}") from None
 
 
 def train_epochs(state: TrainState, rewards: RewardPool, recorder: Recorder) -> list[EpochLog]:

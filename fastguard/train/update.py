@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from fastguard.config import ObjectiveConfig
+from fastguard.errors import NotFiniteError, UserError
 from fastguard.loss import GuardLoss, guard_loss
 from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
@@ -65,7 +66,7 @@ def policy_loss(policy: Policy, batch: RolloutBatch, advantages: Tensor, objecti
 def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None:
     """Score rollout steps again in training mode, once before a process's first update.
 
-    Nothing has changed since the rollout, so that every ratio should be 1. Raises ValueError on all processes if one
+    Nothing has changed since the rollout, so that every ratio should be 1. Raises UserError on all processes if one
     is further away than `update.parity` times the objective's limit, or not finite.
     """
     recipe, accelerator = state.recipe, state.accelerator
@@ -79,9 +80,9 @@ def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None
     moved = objective.moved(result.log_ratio.detach(), result.drift.detach())
     worst = accelerator.gather(moved.max()[None]).max().item()
     if not math.isfinite(worst):
-        raise ValueError(f"parity preflight: a rollout step scored again is {worst}: {_why_not_finite(state)}")
+        raise UserError(f"parity preflight: a rollout step scored again is {worst}: {_why_not_finite(state)}")
     if not worst <= recipe.update.parity * objective.limit:
-        raise ValueError(
+        raise UserError(
             f"parity preflight: a rollout step scored again in training mode is off by {worst:.2e}, more than "
             f"update.parity = {recipe.update.parity:g} of objective.{objective.limit_name} = {objective.limit:g}, "
             "before any weight has changed. Look at: "
@@ -151,7 +152,7 @@ def update_weights(
     message = blame(state, transitions, suspects(parts, losses, accelerator), advantages)
     recorder.skipped(state.epoch, message)
     if state.bad_in_a_row >= config.max_bad_updates:
-        raise FloatingPointError(f"{state.bad_in_a_row} updates in a row (update.max_bad_updates): {message}")
+        raise NotFiniteError(f"{state.bad_in_a_row} updates in a row (update.max_bad_updates): {message}")
     return update
 
 

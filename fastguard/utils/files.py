@@ -13,6 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fastguard.errors import FileError, UserError
+
 _CAUSES = {
     errno.ENOSPC: ("the disk is full", "Make room"),
     errno.EDQUOT: ("the disk quota is used up", "Make room"),
@@ -28,15 +30,23 @@ MOST_LEVELS = 64
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises ValueError that names the line of other bytes."""
-    with fitting(path):
-        content = path.read_bytes()
+    """A UTF-8 file, with or without a byte order mark. Raises as `read_bytes`, and UserError for other bytes."""
+    content = read_bytes(path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{content[error.start]:02x}: {error.reason}"
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({byte}); save the file as UTF-8") from None
+        raise UserError(f"{path}, line {line}: not UTF-8 ({byte}); save the file as UTF-8") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file. Raises FileError for one that cannot be read, UserError for one that does not fit into memory."""
+    try:
+        with fitting(path):
+            return path.read_bytes()
+    except OSError as error:
+        raise FileError(error.errno, f"{path}: {error.strerror}") from error
 
 
 def parse_json(text: str) -> Any:
@@ -67,13 +77,13 @@ def _check_json(value: Any, levels: int) -> None:
 
 @contextmanager
 def fitting(what: Path | str, remedy: str = "free some, or take a smaller one") -> Iterator[None]:
-    """Inside, running out of the memory of the host or a GPU becomes a ValueError that names `what` is read."""
+    """Inside, running out of the memory of the host or a GPU becomes a UserError that names `what` is read."""
     try:
         yield
     except Exception as error:
         if (cause := out_of_memory(error)) is None:
             raise
-        raise ValueError(f"{what} does not fit into memory ({cause}): {remedy}") from error
+        raise UserError(f"{what} does not fit into memory ({cause}): {remedy}") from error
 
 
 def out_of_memory(error: BaseException | None) -> str | None:
@@ -101,7 +111,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path, consequence: str = "", then: str = "start again") -> Iterator[None]:
-    """Inside, an OSError (or safetensors' own word for one) becomes an OSError that names the file or folder `path`.
+    """Inside, an OSError (or safetensors' own word for one) becomes a FileError that names the file or folder `path`.
 
     Args:
         consequence: what was not written, for readers who may fear for more.
@@ -109,13 +119,15 @@ def writing(path: Path, consequence: str = "", then: str = "start again") -> Ite
     """
     try:
         yield
+    except FileError:
+        raise
     except (OSError, SafetensorError) as error:
         number, text = _number(error), getattr(error, "strerror", None) or " ".join(str(error).split())
         cause, remedy = _CAUSES.get(number, (text, "Mend that"))
         # Of a rename, the second name: the first is of a temporary file.
         where = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
         message = f"{where}: {cause}{consequence}. {remedy}, and {then}"
-        raise (OSError(number, message) if number else OSError(message)) from error
+        raise (FileError(number, message) if number else FileError(message)) from error
 
 
 def _number(error: OSError | SafetensorError) -> int:

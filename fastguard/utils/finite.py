@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastguard.errors import UserError
 from fastguard.utils.sharding import local_shard, parameter_name, unpacked
 from fastguard.utils.terminal import a_few
 
@@ -38,8 +39,8 @@ def names_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def require_finite(module: nn.Module, part: str, path: str) -> None:
-    """Raise ValueError, naming the weights, if a freshly loaded part of the pipeline at `path` holds NaN or Inf."""
+    """Raise UserError, naming the weights, if a freshly loaded part of the pipeline at `path` holds NaN or Inf."""
     if names := not_finite(module):
-        raise ValueError(
+        raise UserError(
             f"model.path = {path!r}: weights of {part} hold NaN or infinity ({a_few(names)}): download them again"
         )

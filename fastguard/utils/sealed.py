@@ -19,6 +19,8 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fastguard.errors import UserError
+
 _UNSEALED = "0" * 64
 """Stands for the digest while it is computed, and so covers every byte but its own."""
 _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
@@ -27,7 +29,7 @@ _FOLDERS_SEAL = "sha256"
 _SCRATCH = ".part-"
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """A file that is not as it was sealed; the message names it."""
 
 

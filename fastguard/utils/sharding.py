@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastguard.errors import UserError
 from fastguard.utils.terminal import a_few
 
 
@@ -37,23 +38,23 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a plain or sharded one. Raises ValueError for another shape."""
+    """Copy a whole tensor into a plain or sharded one. Raises UserError for another shape."""
     if target.shape != value.shape:
-        raise ValueError(f"shape {tuple(value.shape)}, expected {tuple(target.shape)}")
+        raise UserError(f"shape {tuple(value.shape)}, expected {tuple(target.shape)}")
     if isinstance(target, DTensor):
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)
 
 
 def copy_all_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """`copy_into` by name. Raises ValueError, naming the tensors, for other names or shapes."""
+    """`copy_into` by name. Raises UserError, naming the tensors, for other names or shapes."""
     if targets.keys() != values.keys():
-        raise ValueError(f"it holds other weights: {a_few(sorted(targets.keys() ^ values.keys()))}")
+        raise UserError(f"it holds other weights: {a_few(sorted(targets.keys() ^ values.keys()))}")
     for name, target in targets.items():
         try:
             copy_into(target, values[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
 
 
 def unpacked(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,6 @@ from fastguard.config import (
     ModelConfig,
     ModelKind,
     MonitorConfig,
-    ObjectiveConfig,
     PromptsConfig,
     Recipe,
     RewardConfig,
@@ -32,6 +31,7 @@ from fastguard.config import (
     SamplerConfig,
     ScoringConfig,
     UpdateConfig,
+    objective_config,
 )
 from fastguard.memory import compare_kept, plan
 from fastguard.memory.live import allocated
@@ -59,8 +59,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
         model=ModelConfig(kind=KIND),  # type: ignore[arg-type]
         prompts=PromptsConfig(file=tmp_path / "prompts.txt", per_epoch=2),
         sampler=SamplerConfig(num_steps=5, sde_steps=4, group_size=16, batch_size=32),
-        objective=ObjectiveConfig("grpo_guard", clip_range=1e-2),
-        rewards=(RewardConfig("helpers.shades:towards", name="towards"),),
+        objective=objective_config("grpo_guard", clip_range=1e-2),
+        rewards=(RewardConfig("helpers.planned_shades:towards", name="towards"),),
         scoring=ScoringConfig(threads=1),
         update=UpdateConfig(inner_epochs=2, minibatches=4, micro_batch=0, learning_rate=2e-2, weight_decay=0.0),
     )
@@ -130,7 +130,7 @@ def test_a_new_family_is_trained_and_sampled(
 
     texts = ["something dark", "something light", "something else that is dark"]
     for checkpoint in ("newest", "none"):
-        assert sample_recipe(recipe, texts, checkpoint, 1, 5, 0, tmp_path / checkpoint) == 0
+        assert sample_recipe(recipe, texts, checkpoint, images=1, steps=5, seed=0, out=tmp_path / checkpoint) == 0
     trained, before = (
         [float(np.asarray(Image.open(tmp_path / name / f"prompt{i:03d}_00.png")).mean()) for i in range(3)]
         for name in ("newest", "none")
@@ -148,7 +148,7 @@ def test_a_new_family_is_trained_and_sampled(
 
 def test_a_new_family_is_planned_by_its_skeleton(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each number follows from the file: two blocks of 8 x 8 with biases, and an image layer of 2 x 8, in float32."""
-    monkeypatch.setitem(FAMILIES, KIND, "helpers.shades:PlannedShades")
+    monkeypatch.setitem(FAMILIES, KIND, "helpers.planned_shades:PlannedShades")
     recipe = replace(recipe, model=replace(recipe.model, dtype="float32", train="full", fuse=False))
     planned = plan(recipe)
     weights = 2 * (allocated(8 * 8 * 4) + allocated(8 * 4)) + allocated(8 * 2 * 4)
@@ -167,7 +167,7 @@ def test_a_new_family_is_planned_by_its_skeleton(recipe: Recipe, monkeypatch: py
 
 def test_prompts_of_an_evaluation_come_after_those_of_training(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("a dark night\n")
-    gold = RewardConfig("helpers.shades:towards", name="gold")
+    gold = RewardConfig("helpers.planned_shades:towards", name="gold")
     monitor = MonitorConfig(every=1, file=tmp_path / "other.txt", prompts=1, gold=(gold,))
     prompts = gather_prompts(replace(recipe, monitor=monitor))
     assert [prompt.text for prompt in prompts.all][prompts.first_evaluated :] == ["a dark night"]

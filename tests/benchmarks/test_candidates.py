@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
+import candidates
 import pytest
 import torch
-from helpers import ROOT
 from torch import Tensor
 
 from fastguard.kernels import transition
@@ -15,14 +14,6 @@ from fastguard.kernels.common import LAUNCH
 
 # One program; several; more partial sums than a tile of the epilogue, and more samples.
 SHAPES = [(1, 5), (3, 9000), (21, 40), (1, 300_000)]
-
-
-@pytest.fixture
-def candidates(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import candidates
-
-    return candidates
 
 
 def arguments(shape: tuple[int, int], dtype: torch.dtype, device: str, reference: bool) -> list[Tensor | None]:
@@ -39,7 +30,7 @@ def arguments(shape: tuple[int, int], dtype: torch.dtype, device: str, reference
     return [None if t is None else t.to(device) for t in (*latents, *per_sample)]
 
 
-def options(objective: str, reduction: str, reference: bool) -> dict[str, Any]:
+def options(objective: int, reduction: str, reference: bool) -> dict[str, Any]:
     return {
         "invert_weight": True, "objective": objective, "log_clip": (-1e-3, 1e-3), "adv_clip": 5.0, "kl_threshold": 1e-4,
         "kl_weight": 0.1 * reference, "velocity_kl": False, "reduction": reduction,
@@ -47,17 +38,15 @@ def options(objective: str, reduction: str, reference: bool) -> dict[str, Any]:
 
 
 def two_launches(args: list[Tensor | None], chosen: dict[str, Any]) -> tuple[Tensor, ...]:
-    velocity, old, noise, ref, *per_sample = args
-    partials = transition.transition_partials(velocity, old, noise, ref, from_means=False)
-    return transition.guard_epilogue(partials, *per_sample, velocity[0].numel(), **chosen)
+    return candidates.two_launches(args[:4], args[4:], chosen)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("objective", ["grpo_guard", "flow_dppo"])
+@pytest.mark.parametrize("objective", [0, 2])
 @pytest.mark.parametrize("reference", [False, True], ids=["", "reference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_launch_gives_the_bits_of_two(
-    shape, reference, objective, reduction, kernel_device, candidates, poisoned, monkeypatch
+    shape, reference, objective, reduction, kernel_device, poisoned, monkeypatch
 ) -> None:
     monkeypatch.setattr(transition, "EPILOGUE_WARPS", LAUNCH.num_warps)
     args, chosen = arguments(shape, torch.float32, kernel_device, reference), options(objective, reduction, reference)
@@ -72,11 +61,11 @@ def test_one_launch_gives_the_bits_of_two(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 65_536), (8, 262_144), (32, 262_144)], ids=str)
-def test_one_launch_repeats_under_load(shape, dtype, candidates, monkeypatch) -> None:
+def test_one_launch_repeats_under_load(shape, dtype, monkeypatch) -> None:
     """10,000 launches, each with its last program somewhere else: a sum read too early would show."""
     # The epilogue adds in an order that follows from its warps, which are those of the sums in a single launch.
     monkeypatch.setattr(transition, "EPILOGUE_WARPS", LAUNCH.num_warps)
-    args, chosen = arguments(shape, dtype, "cuda", False), options("grpo_guard", "mean", False)
+    args, chosen = arguments(shape, dtype, "cuda", False), options(0, "mean", False)
     want = two_launches(args, chosen)
     ticket = torch.zeros((), dtype=torch.int32, device="cuda")
     differ = torch.zeros((), dtype=torch.bool, device="cuda")
@@ -93,9 +82,9 @@ def test_one_launch_repeats_under_load(shape, dtype, candidates, monkeypatch) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_an_early_epilogue_gives_the_same_bits(shape, candidates) -> None:
+def test_an_early_epilogue_gives_the_same_bits(shape) -> None:
     """1,000 launches behind each other. The interpreter knows no dependent launches."""
-    args, chosen = arguments(shape, torch.bfloat16, "cuda", False), options("grpo_guard", "mean", False)
+    args, chosen = arguments(shape, torch.bfloat16, "cuda", False), options(0, "mean", False)
     want = two_launches(args, chosen)
     with candidates.early_epilogue():
         for _ in range(1000):

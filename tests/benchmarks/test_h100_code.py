@@ -13,11 +13,11 @@ from pathlib import Path
 
 from helpers import ROOT
 
+BENCHMARKS = ROOT / "benchmarks"
+
 # A stride that may not be 1 (narrow loads), and a tile that is needed twice and that no register file holds (spills).
 BAD_KERNEL = """
-import sys
 from dataclasses import replace
-sys.path.insert(0, {benchmarks!r})
 import triton, triton.language as tl
 import h100_code
 
@@ -28,61 +28,53 @@ def bad_kernel(velocity_ptr, grad_ptr, step, BLOCK: tl.constexpr):
     tl.store(grad_ptr + lanes, value / tl.sum(value))
 
 variant = h100_code.Variant(
-    "bad", bad_kernel, {{"velocity_ptr": "*bf16", "grad_ptr": "*fp32", "step": "i32", "BLOCK": "constexpr"}},
-    {{"BLOCK": 32768}}, num_warps=4, tile=32768, scalars=0, least=6, stages=2,
+    "bad", bad_kernel, {"velocity_ptr": "*bf16", "grad_ptr": "*fp32", "step": "i32", "BLOCK": "constexpr"},
+    {"BLOCK": 32768}, num_warps=4, tile=32768, scalars=0, least=6, stages=2,
 )
 print(h100_code.faults(variant, h100_code.compile_variant(variant)))
 print(h100_code.faults(replace(variant, least=None), h100_code.compile_variant(variant, disassemble=False)))
 for start in ("transition_bwd bf16", "adaln_bwd bf16"):
-    good = next(variant for variant in h100_code.all_variants() if variant.name.startswith(start))
+    good = next(variant for variant in h100_code.all_variants().values() if variant.name.startswith(start))
     print(h100_code.faults(good, h100_code.compile_variant(good)))
 print(h100_code.faults(replace(good, scalars=1, once=0), h100_code.compile_variant(good)))
 """
 
 
-def run(script: Path) -> list[str]:
+def run(tmp_path: Path, code: str) -> list[str]:
     """The lines of a script that compiles kernels: not in this process, where they may be interpreted."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environ["PYTHONPATH"] = str(BENCHMARKS)
+    result = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
 
 def test_a_bad_kernel_is_found_and_a_good_one_passes(tmp_path: Path) -> None:
-    script = tmp_path / "bad.py"
-    script.write_text(BAD_KERNEL.format(benchmarks=str(ROOT / "benchmarks")))
-    bad, not_disassembled, *good, strict = run(script)
-    assert "spills" in bad
-    assert "narrow accesses" in bad
-    assert "bytes per element, 6 needed" in bad
-    assert "no load is staged" in bad
+    bad, not_disassembled, *good, strict = run(tmp_path, BAD_KERNEL)
+    for fault in ("spills", "narrow accesses", "bytes per element, 6 needed", "no load is staged"):
+        assert fault in bad
     assert re.fullmatch(r"\['spills \(\d+\)'\]", not_disassembled)
     assert good == ["[]", "[]"]
-    assert strict == "['2 narrow accesses, 1 expected (values that serve many elements)', " + (
-        "'8 bytes per element, 6 needed']"
-    )
+    narrow = "'2 narrow accesses, 1 expected (values that serve many elements)'"
+    assert strict == f"[{narrow}, '8 bytes per element, 6 needed']"
 
 
 def test_every_kernel_is_in_the_list(tmp_path: Path) -> None:
-    script = tmp_path / "names.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nimport h100_variants\n"
-        "print(*sorted({variant.kernel.__name__ for variant in h100_variants.all_variants()}), sep='\\n')\n"
-    )
-    files = [*(ROOT / "kernels").glob("*.py"), ROOT / "benchmarks" / "candidates.py"]
-    sources = "".join(path.read_text() for path in files)
-    assert run(script) == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+    code = "import h100_code\nprint(*sorted({v.kernel.__name__ for v in h100_code.all_variants().values()}), sep='\\n')"
+    sources = "".join(path.read_text() for path in [*(ROOT / "kernels").glob("*.py"), BENCHMARKS / "candidates.py"])
+    assert run(tmp_path, code) == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
 
 
 def test_one_launch_reads_the_others_sums_after_they_were_written(tmp_path: Path) -> None:
     """In the machine code: stored, fenced, counted, the first-level cache dropped, a barrier, and only then loaded."""
-    script = tmp_path / "order.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nimport h100_code\n"
-        "variant = next(v for v in h100_code.all_variants() if v.name.startswith('guard_forward bf16'))\n"
+    code = (
+        "import h100_code\n"
+        "variant = next(v for v in h100_code.all_variants().values() if v.name.startswith('guard_forward bf16'))\n"
         "print(h100_code.compile_variant(variant).sass)\n"
     )
-    sass = "\n".join(run(script))
+    sass = "\n".join(run(tmp_path, code))
     (counted,) = re.finditer(r"ATOMG\S*\.STRONG\.GPU", sass)
     before, after = sass[: counted.start()], sass[counted.end() :]
     stored, fenced = before.rindex("STG.E"), before.rindex("MEMBAR.ALL.GPU")

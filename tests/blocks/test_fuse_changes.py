@@ -47,7 +47,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastguard as fg
-from fastguard.blocks import flux as flux_blocks
+from fastguard.blocks.architecture import _own, qk_norms, unfuse_block
+from fastguard.blocks.flux import FLUX
 
 ALL = {f"{kind}.{i}" for kind in ("transformer_blocks", "single_transformer_blocks") for i in range(2)}
 
@@ -234,7 +235,7 @@ def test_adapters_made_of_other_linear_layers() -> None:
     model.transformer_blocks[0].attn.to_q.lora_A["first"].__class__ = Doubled
     want = run(model)
     report = fg.fuse_flux(model)
-    assert report.kept["transformer_blocks.0.attn.to_q"] == "keeps its input: it has an adapter of other layers"
+    assert report.kept["transformer_blocks.0.attn.to_q"] == "saves its input, because it has an adapter of other layers"
     assert_agree(run(model), want, FLOAT32)
 
 
@@ -365,12 +366,12 @@ def test_patches_of_classes_and_functions(owner: Any, name: str, when: str, monk
 
 
 def test_a_patch_from_before_the_import_is_seen() -> None:
-    assert flux_blocks._own(FeedForward, "forward") is FeedForward.forward
-    assert flux_blocks._own(nn.functional, "linear") is nn.functional.linear
+    assert _own(FeedForward, "forward") is FeedForward.forward
+    assert _own(nn.functional, "linear") is nn.functional.linear
     holder = type("FeedForward", (FeedForward,), {"forward": doubled(FeedForward.forward)})
     holder.__module__ = FeedForward.__module__
-    assert flux_blocks._own(holder, "forward") is None
-    assert all(function is not None for *_, function in flux_blocks.BYPASSED_FUNCTIONS)
+    assert _own(holder, "forward") is None
+    assert all(function is not None for *_, function in FLUX.bypassed_functions)
 
 
 def test_global_module_hooks_are_called() -> None:
@@ -458,7 +459,7 @@ def test_shallow_copies_compute_with_their_own_weights() -> None:
         rope = model.pos_embed(torch.ones(14, 3))
         got = other(*args, rope)
         plain = copy.copy(other)
-        flux_blocks.unfuse_block(plain)
+        unfuse_block(plain)
         for ours, want, original in zip(got, plain(*args, rope), block(*args, rope), strict=True):
             assert distance(ours, want) <= FLOAT32
             assert ours is not original
@@ -583,7 +584,7 @@ def test_norms_of_another_dtype_run_fused(
     """PyTorch's RMSNorm gives its input's dtype back, whatever its weight's."""
     model = make_transformer(**ONE_OF_EACH).to(kernel_device, inside)
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-        for norm in flux_blocks.norms_of(block.attn):
+        for norm in qk_norms(block, FLUX.kind_of(block).spec):
             norm.to(norms)
     inputs = make_inputs(inside, device=kernel_device)
     exact = run(copy.deepcopy(model).double(), make_inputs(torch.float64, device=kernel_device))

@@ -23,6 +23,7 @@ from fastguard.backbones.flux.parts import PARTS
 from fastguard.backbones.folder import pipeline_problems
 from fastguard.commands.train import announce
 from fastguard.config import Recipe
+from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts, Prompt, fingerprint, read_prompts
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.train.build import gather_prompts, load_backbone
@@ -262,7 +263,7 @@ def outcome(use: Callable[[], Any], path: Path) -> str:
     message = None
     try:
         use()
-    except (ValueError, OSError) as error:
+    except UserError as error:
         message = str(error)
     if message is None:
         return "used"

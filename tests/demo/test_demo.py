@@ -22,6 +22,7 @@ import torch
 from helpers.deadline import DEADLINE_S
 
 from fastguard import cli
+from fastguard.commands import demo as command
 from fastguard.demo import backbone, cache, data, experiment, run, text, workers
 from fastguard.demo.analysis import at_crossing, common_proxy, compare, crossing, spread
 from fastguard.demo.backbone import Models
@@ -108,13 +109,16 @@ def test_pretraining_learns(models: Models) -> None:
     assert experiment.look(models.policy, models, config).metrics == after
 
 
-def test_worker_processes_give_the_same_runs(models: Models) -> None:
+def test_worker_processes_give_the_same_runs(models: Models, capfd: pytest.CaptureFixture[str]) -> None:
+    """And print nothing: not what libraries say when they are imported, either."""
     config = quick_demo()
-    tasks: list[workers.Task] = [("flow_grpo", 0), ("grpo_guard", 0)]
-    ticks: list[workers.Task] = []
+    capfd.readouterr()
+    tasks: list[experiment.Task] = [("flow_grpo", 0), ("grpo_guard", 0)]
+    ticks: list[experiment.Task] = []
     runs = list(workers.run_in_workers(config, tasks, 2, lambda task, proxy: ticks.append(task)))
+    assert capfd.readouterr() == ("", "")
     assert sorted(ticks) == sorted(tasks * 2)
-    here = list(workers.run_here(config, models, tasks, lambda task, proxy: None))
+    here = list(experiment.run_here(config, models, tasks, lambda task, proxy: None))
     for run_here, run_there in zip(here, sorted(runs, key=lambda r: r.objective), strict=True):
         assert run_there.objective == run_here.objective
         # Another number of threads adds in another order.
@@ -186,7 +190,7 @@ def test_interrupt_while_starting(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupt(name: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "find_spec", interrupt)
+    monkeypatch.setattr(command, "find_spec", interrupt)
     assert cli.main(["demo", "--quick"]) == 130
     assert capsys.readouterr().err == "fastguard: interrupted\n"
 
@@ -198,7 +202,9 @@ def test_command_line_errors_are_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "workers" in capsys.readouterr().err
     (tmp_path / "file").write_text("in the way")
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err.startswith("fastguard: cannot read or write: [Errno 17] File exists")
+    assert capsys.readouterr().err.startswith(
+        f"fastguard: cannot read or write: [Errno 17] {tmp_path / 'file'}: File exists"
+    )
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------

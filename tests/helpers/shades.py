@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastguard.backbones import Backbone, Family, Skeleton, TextEncoder
-from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute
+from fastguard.backbones import Backbone, Family
+from fastguard.config import ModelConfig, Recipe, Recompute
 from fastguard.prompts import Prompt
 from fastguard.utils.findings import Finding
 
@@ -91,39 +91,3 @@ class Shades(Family):
 
     def image_shape(self, model: ModelConfig) -> tuple[int, int, int]:
         return 1, *SHAPE
-
-
-class PlannedShades(Shades):
-    """The same for the planner, as if it were large."""
-
-    footprint = None
-
-    def skeleton(self, model: ModelConfig, lora: LoraConfig, recompute: Recompute) -> Skeleton:
-        with torch.device("meta"):
-            backbone, decoder = ShadeBackbone([], torch.empty(0), 0), nn.Linear(3, 5)
-
-        def assemble(max_tokens: int, decode_batch: int) -> Backbone:
-            backbone.policy.embeds = torch.empty(1, 2)
-            return backbone
-
-        return Skeleton(
-            transformer=backbone.policy,
-            decoder=decoder,
-            blocks={"shade": backbone.policy.blocks},
-            latent_shape=SHAPE,
-            width=8,
-            text=(3, 2),
-            fused=None,
-            assemble=assemble,
-        )
-
-    def text_encoders(self, model: ModelConfig, max_tokens: int) -> Sequence[TextEncoder]:
-        with torch.device("meta"):
-            words = nn.Embedding(7, 4)
-        return (TextEncoder(words, max_tokens, lambda ids: words(ids)[:, 0]),)
-
-
-def towards(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
-    """A light image wants to be 1 everywhere, a dark one -1."""
-    wanted = torch.tensor([-1.0 if "dark" in prompt else 1.0 for prompt in prompts])
-    return -((images[:, 0].float() - 128) / 16 - wanted[:, None, None]).square().mean((1, 2))

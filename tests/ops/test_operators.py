@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from helpers import operators
+from operator_calls import FLUX_512, ODD, SMALL, Call, assert_agrees, calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -12,10 +15,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fastguard.ops import registry
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FLUX = replace(FLUX_512, samples=2)
 
 
 def test_no_operator_is_left_out() -> None:
-    called = {call.op.name() for call in operators.calls(FP32, "cpu")}
+    called = {call.op.name() for call in calls(FP32, "cpu")}
     registered = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastguard::")}
     assert called == registered
 
@@ -23,26 +27,31 @@ def test_no_operator_is_left_out() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, BF16], ids=str)
 def test_operators_keep_the_rules_of_torch_library(dtype: torch.dtype, kernel_device: str) -> None:
     backend = "torch" if dtype == torch.float64 else "triton"
-    for call in operators.calls(dtype, kernel_device, backend=backend):
+    for call in calls(dtype, kernel_device, backend=backend):
         torch.library.opcheck(call.op, call.args, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("size", [operators.SMALL, operators.ODD], ids=["small", "odd"])
+@pytest.mark.parametrize("size", [SMALL, ODD], ids=["small", "odd"])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_kernels_agree_with_the_plain_backend_in_float64(dtype, size, kernel_device, poisoned) -> None:
-    """Each with every kind of arguments; the finer tests of values are in each kernel's own file.
+    """Each with every kind of arguments; the finer tests of values are in each kernel's own file."""
+    for call in calls(dtype, kernel_device, size):
+        assert_agrees(call)
 
-    compute-sanitizer runs this test (benchmarks/validate.py): it launches every kernel, at sizes that are no multiples
-    of anything.
-    """
-    # float32 sums of up to 2,886 terms; what is stored is rounded once (in the interpreter truncated: a whole ulp), and
-    # statistics follow from a sum as it was stored.
-    ulp = torch.finfo(dtype).eps
-    of_results = {FP32: max(2e-5, ulp / 2), dtype: max(2e-5, ulp), torch.bool: 0.0}
-    for call in operators.calls(dtype, kernel_device, size):
-        for got, want in zip(call(), call.in_float64()(), strict=True):
-            off = (got.double().cpu() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
-            assert off <= of_results[got.dtype], f"{call.name}: {float(off):.1e} off"
+
+def test_a_call_that_is_off_is_seen() -> None:
+    right = calls(FP32, "cpu", backend="torch")[0]
+    assert_agrees(right)
+
+    def op(*args: Any) -> list[Tensor]:
+        results = right.op(*args)
+        return [result * 1.001 if result.dtype == FP32 else result for result in results]
+
+    with pytest.raises(AssertionError, match="guard_loss: 1.0e-03 off"):
+        assert_agrees(replace(right, op=op))
+    eager = next(call for call in calls(FP32, "cpu", backend="torch") if call.eager)
+    with pytest.raises(AssertionError, match="adaln_fwd: the eager form is"):
+        assert_agrees(replace(eager, eager=lambda *args: eager.op(*args, "torch")[0] * 1.001))
 
 
 def test_a_fake_runs_its_formula_once_for_each_layout() -> None:
@@ -76,7 +85,7 @@ def test_a_fake_runs_its_formula_once_for_each_layout() -> None:
 # --- races ----------------------------------------------------------------------------------------------------------
 
 
-def assert_repeats(call: operators.Call, times: int, busy: Tensor | None = None) -> None:
+def assert_repeats(call: Call, times: int, busy: Tensor | None = None) -> None:
     """Every repetition gives the bits of the first; `busy` is multiplied on a second stream meanwhile."""
     want = call()
     differ = torch.zeros((), dtype=torch.bool, device=want[0].device)
@@ -94,7 +103,7 @@ def assert_repeats(call: operators.Call, times: int, busy: Tensor | None = None)
 def test_repeated_runs_are_bitwise_equal(dtype: torch.dtype, kernel_device: str) -> None:
     """A race would show as a moving result: 1,000 runs of each kernel at Flux's sizes on a GPU, alone on it."""
     cuda = kernel_device == "cuda"
-    for call in operators.calls(dtype, kernel_device, operators.FLUX if cuda else operators.SMALL):
+    for call in calls(dtype, kernel_device, FLUX if cuda else SMALL):
         assert_repeats(call, 1000 if cuda else 2)
 
 
@@ -102,13 +111,13 @@ def test_repeated_runs_are_bitwise_equal(dtype: torch.dtype, kernel_device: str)
 def test_repeated_runs_under_load_are_bitwise_equal() -> None:
     """The same while a second stream keeps taking multiprocessors away."""
     busy = torch.randn(2048, 2048, device="cuda", dtype=BF16)
-    for call in operators.calls(BF16, "cuda", operators.FLUX):
+    for call in calls(BF16, "cuda", FLUX):
         assert_repeats(call, 1000, busy)
 
 
 def test_a_result_that_moves_is_seen() -> None:
     moving = iter(range(9))
-    call = operators.Call("moving", lambda backend: torch.tensor([float(next(moving) == 2)]), ("torch",))
+    call = Call("moving", lambda backend: torch.tensor([float(next(moving) == 2)]), ("torch",))
     with pytest.raises(AssertionError, match="moving"):
         assert_repeats(call, 3)
 
@@ -120,7 +129,7 @@ def test_a_result_that_moves_is_seen() -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_captured_in_a_cuda_graph(dtype: torch.dtype) -> None:
     """Every operator, with its launches, waits for nobody on the host; replays give the eager bits."""
-    for call in operators.calls(dtype, "cuda", operators.ODD):
+    for call in calls(dtype, "cuda", ODD):
         want = call()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

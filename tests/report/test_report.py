@@ -9,7 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fastguard.report.page import PALETTE, Line, Picture, Section, Table, plot_lines, write_page
+from fastguard.report.page import Picture, Section, Table, write_page
+from fastguard.report.palette import BLUE, VERMILLION
+from fastguard.report.plots import Line, plot_lines
 from fastguard.utils.grids import save_grid
 
 
@@ -30,7 +32,7 @@ def test_page_is_self_contained_and_escapes_text(tmp_path: Path) -> None:
     assert "row &lt;1&gt;" in page
     assert "<li>point &lt;li&gt;</li>" in page
     assert "careful &lt;b&gt;" in page
-    assert 'alt="alt &quot;quoted&quot;"' in page
+    assert 'alt="alt &#34;quoted&#34;"' in page
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(sources) == 1
     assert sources[0].startswith("data:image/png;base64,")
@@ -59,14 +61,14 @@ def test_grid_places_tiles_by_row_and_column_with_white_gaps(tmp_path: Path) -> 
 
 
 def test_plot_draws_each_color(tmp_path: Path) -> None:
-    flow = Line("Flow-GRPO", PALETTE[1], [0.0, 1.0], [1.0, 2.0])
-    guard = Line("GRPO-Guard", PALETTE[0], [0.0, 1.0], [2.0, 1.0])
+    flow = Line("Flow-GRPO", VERMILLION, [0.0, 1.0], [1.0, 2.0])
+    guard = Line("GRPO-Guard", BLUE, [0.0, 1.0], [2.0, 1.0])
     both = plot_lines(tmp_path / "both.png", [flow, guard], "x", "y")
     one = plot_lines(tmp_path / "one.png", [flow], "x", "y")
     # The legend's line is opaque, so its exact color must be there.
-    assert colored_pixels(both, PALETTE[1]) > 50
-    assert colored_pixels(both, PALETTE[0]) > 50
-    assert colored_pixels(one, PALETTE[0]) == 0
+    assert colored_pixels(both, VERMILLION) > 50
+    assert colored_pixels(both, BLUE) > 50
+    assert colored_pixels(one, BLUE) == 0
 
 
 @pytest.mark.parametrize("yscale", ["log", "symlog"])

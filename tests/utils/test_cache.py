@@ -478,7 +478,7 @@ def test_no_room_for_images_leaves_the_earlier_ones(tiny_flux: Path, tmp_path: P
     )
 
     def draw(seed: int) -> dict[str, bytes]:
-        sample_recipe(recipe, ("a",), "none", 2, 1, seed, tmp_path / "out")
+        sample_recipe(recipe, ("a",), "none", images=2, steps=1, seed=seed, out=tmp_path / "out")
         return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
     before = draw(0)

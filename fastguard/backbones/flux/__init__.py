@@ -85,9 +85,10 @@ class Flux(Family):
 
     def check_attention(self, model: ModelConfig) -> None:
         if model.attention != "native":
+            from fastguard.backbones.flux.backbone import set_attention
             from fastguard.backbones.flux.skeleton import meta_transformer, pipeline_configs
 
-            meta_transformer(pipeline_configs(TINY), torch.float32).set_attention_backend(model.attention)
+            set_attention(meta_transformer(pipeline_configs(TINY), torch.float32), model.attention)
 
     def runs_on_cpu(self, model: ModelConfig) -> bool:
         return model.path == TINY

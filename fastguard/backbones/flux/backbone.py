@@ -25,6 +25,7 @@ from fastguard.backbones.lora import ADAPTER, add_lora
 from fastguard.backbones.schedule import schedule_shift
 from fastguard.blocks import FuseReport, fuse_flux
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
+from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts, Prompt
 from fastguard.utils.files import fitting
 from fastguard.utils.finite import require_finite
@@ -85,7 +86,7 @@ def prepare_transformer(
     Returns what was fused; None with model.fuse = false.
     """
     if recompute not in (levels := recompute_levels(model.fuse)):
-        raise ValueError(f"model.fuse = {model.fuse} knows recompute = {', '.join(levels)}; got {recompute!r}")
+        raise UserError(f"model.fuse = {model.fuse} knows recompute = {', '.join(levels)}; got {recompute!r}")
     if model.train == "lora":
         add_lora(transformer, lora, Flux.lora_targets)
     else:
@@ -96,19 +97,27 @@ def prepare_transformer(
     elif recompute == "block":
         transformer.enable_gradient_checkpointing()
     if model.attention != "native":
-        transformer.set_attention_backend(model.attention)
+        set_attention(transformer, model.attention)
     return report
+
+
+def set_attention(transformer: Any, backend: str) -> None:
+    """Choose the attention backend by diffusers' name. Raises UserError for an unknown one, or one that cannot run."""
+    try:
+        transformer.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"model.attention = {backend!r}: {' '.join(str(error).split())}") from error
 
 
 def latent_grid(vae_config: Any, model: ModelConfig) -> tuple[int, int]:
     """(rows, columns) of image tokens: the VAE's factor, then patches of 2 x 2.
 
-    Raises ValueError if the image does not divide into them.
+    Raises UserError if the image does not divide into them.
     """
     factor = 2 ** (len(vae_config.block_out_channels) - 1) * 2
     for name in ("height", "width"):
         if getattr(model, name) % factor:
-            raise ValueError(f"model.{name} must be a multiple of {factor} pixels, got {getattr(model, name)}")
+            raise UserError(f"model.{name} must be a multiple of {factor} pixels, got {getattr(model, name)}")
     return model.height // factor, model.width // factor
 
 
@@ -156,7 +165,7 @@ class FluxBackbone:
     ) -> FluxBackbone:
         """Load the transformer, VAE and scheduler (not the text encoders) from `recipe.model.path`.
 
-        Raises ValueError for weights that are not finite.
+        Raises UserError for weights that are not finite.
         """
         path = recipe.model.path
         options = {"dtype": getattr(torch, recipe.model.dtype), "use_safetensors": True}  # no pickle is ever opened

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fastguard.backbones.folder import pipeline_folder
+from fastguard.errors import UserError
 from fastguard.prompts import Encode, EncodedPrompts, Prompt, encode_once
-from fastguard.utils.files import fitting
+from fastguard.utils.files import fitting, read_bytes
 from fastguard.utils.finite import is_finite, require_finite
+from fastguard.utils.quiet import quiet_bars
 
 
 def encode_prompts(
@@ -30,7 +32,7 @@ def encode_prompts(
         max_tokens: T5 tokens per prompt.
         cache: as in `prompts.cache_folder`; files are keyed by the encoders, their dtype, `max_tokens` and the text.
 
-    Raises ValueError for encoders with weights, and prompts with embeddings, that are not finite; those are not cached.
+    Raises UserError for encoders with weights, and prompts with embeddings, that are not finite; those are not cached.
     """
     load_encoders = partial(_load_encoders, path, max_tokens, dtype, device)
     with fitting(f"model.path = {path!r}: what encodes the prompts"):
@@ -40,6 +42,7 @@ def encode_prompts(
 def _load_encoders(path: str, max_tokens: int, dtype: torch.dtype, device: torch.device) -> Encode:
     from diffusers import FluxPipeline  # its own imports take seconds, which a warm cache spares
 
+    quiet_bars()
     pipe: Any = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype, use_safetensors=True)
     pipe.to(device)
     require_finite(pipe.text_encoder, "text_encoder", path)
@@ -52,7 +55,7 @@ def _load_encoders(path: str, max_tokens: int, dtype: torch.dtype, device: torch
             for name, encoding in (("text_encoder_2", embeds[i]), ("text_encoder", pooled[i])):
                 if not is_finite(encoding):
                     remedy = "take another encoder" if dtype == torch.float32 else 'set model.dtype = "float32"'
-                    raise ValueError(
+                    raise UserError(
                         f"{name} makes NaN or infinity of the prompt {text[:60]!r} in {dtype}, though its weights are "
                         f"finite: {remedy}"
                     )
@@ -69,8 +72,7 @@ def _encoder_key(path: str, max_tokens: int, dtype: torch.dtype) -> str:
         for file in sorted((folder / name).glob("*")):
             digest.update(f"{name}/{file.name}".encode())
             if file.suffix in (".json", ".txt", ".model"):
-                with fitting(file):
-                    digest.update(file.read_bytes())
+                digest.update(read_bytes(file))
             else:  # gigabytes of weights: their size and time of change stand for them
                 stat = file.stat()
                 digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())

@@ -25,6 +25,7 @@ from fastguard.backbones.flux.tiny import _pipeline
 from fastguard.backbones.folder import described_by, read_json
 from fastguard.backbones.sizes import size_problems
 from fastguard.config import LoraConfig, ModelConfig, Recompute
+from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts
 
 FLUX_TRANSFORMER = {
@@ -94,32 +95,32 @@ KNOWN = {
 def pipeline_configs(path: str) -> PipelineConfigs:
     """Configurations of `model.path`: a local folder in diffusers' layout, "tiny", or a name in `KNOWN`.
 
-    Raises ValueError for any other name, for the planner downloads nothing, and for a configuration that is damaged.
+    Raises UserError for any other name, for the planner downloads nothing, and for a configuration that is damaged.
     """
     folder = Path(path)
     if folder.is_dir():
         names = ("transformer", "vae", "text_encoder", "text_encoder_2")
         missing = [name for name in names if not (folder / name / "config.json").is_file()]
         if missing:
-            raise ValueError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')
+            raise UserError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')
         transformer, vae, clip, t5 = (_settings(folder, name) for name in names)
         return PipelineConfigs(transformer, vae, clip, t5, folder)
     if path == TINY:
         return _tiny_configs()
     if path in KNOWN:
         return KNOWN[path]
-    raise ValueError(
+    raise UserError(
         f'model.path = "{path}" is neither a local folder nor one of {", ".join([TINY, *KNOWN])}; '
         "the planner downloads nothing, so download the pipeline and give its folder"
     )
 
 
 def _settings(folder: Path, part: str) -> dict[str, Any]:
-    """A part's config.json. Raises ValueError for one that is damaged, or has sizes that nobody means."""
+    """A part's config.json. Raises UserError for one that is damaged, or has sizes that nobody means."""
     file = folder / part / "config.json"
     values = read_json(file)
     for problem in size_problems(PARTS.largest[part], file, values):
-        raise ValueError(f"model.path: {problem}")
+        raise UserError(f"model.path: {problem}")
     return values
 
 
@@ -182,7 +183,7 @@ def _cast(module: Any, dtype: torch.dtype) -> Any:
 def flux_skeleton(model: ModelConfig, lora: LoraConfig, recompute: Recompute) -> Skeleton:
     """The transformer and the VAE of `model.path`, the transformer as `prepare_transformer` prepares it.
 
-    Raises ValueError as `pipeline_configs`, `latent_grid` and `add_lora` do.
+    Raises UserError as `pipeline_configs`, `latent_grid` and `add_lora` do.
     """
     configs, dtype = pipeline_configs(model.path), getattr(torch, model.dtype)
     vae = meta_vae(configs, dtype)

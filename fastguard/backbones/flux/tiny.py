@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from fastguard.errors import UserError
 from fastguard.prompts import ANOTHER_CACHE
 from fastguard.utils.files import writing
 from fastguard.utils.sealed import clear_scratch, is_sealed_folder, scratch, seal_folder
@@ -29,7 +30,7 @@ TEXT_DIM = 32
 def make_tiny_flux(folder: Path, seed: int = 0) -> Path:
     """Write the pipeline to `folder`, all or nothing; one that is there and whole stays. Returns the folder.
 
-    An empty, unfinished or damaged one is replaced. Raises ValueError for a folder that holds something else.
+    An empty, unfinished or damaged one is replaced. Raises UserError for a folder that holds something else.
     """
     with writing(folder, then=ANOTHER_CACHE):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ def _require_ours(folder: Path, names: Sequence[str]) -> None:
     """What is replaced is deleted, and must not be somebody's work."""
     others = sorted({path.name for path in folder.glob("*")}.difference(names))
     if others:
-        raise ValueError(
+        raise UserError(
             f"{folder} is the place of the tiny pipeline, but holds {a_few(others)}: move that away, or choose another "
             "prompts.cache"
         )

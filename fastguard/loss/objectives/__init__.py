@@ -26,11 +26,15 @@ __all__ = ["DEFAULT_OBJECTIVE", "OBJECTIVES", "OPTIONS", "Objective", "Scope", "
 
 
 def build_objective(name: str, **options: Any) -> Objective:
-    """An objective of `OBJECTIVES` with its own options; its class documents them.
+    """Make an objective from its name and its own options, which its class documents.
+
+    Args:
+        name: a name of `OBJECTIVES`.
+        options: the options of that objective; others have their defaults.
 
     Raises:
-        ValueError: for a name, an option or a value that there is not; lists the known ones.
-        TypeError: for an option of another type.
+        ValueError: the name, an option or a value is unknown; the message lists the known ones.
+        TypeError: an option has another type.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {name!r}")

@@ -30,9 +30,9 @@ class Objective:
     title: ClassVar[str]
     """name in reports and plots"""
     scope: ClassVar[Scope] = "transition"
-    """what the loss of one number needs: a transition alone"""
+    """what the loss of one sample needs: "transition" is one denoising step alone"""
     ratio: ClassVar[Ratio]
-    """the log-ratio that `terms` is given: "normalized" is RatioNorm's, `s cross`; "gaussian" `cross - drift / 2`"""
+    """the log-ratio that `terms` receives: "normalized" is RatioNorm's `s cross`, "gaussian" is `cross - drift / 2`"""
     moves_drift: ClassVar[bool] = False
     """whether `terms` has a derivative with respect to the drift"""
     limit_name: ClassVar[str]
@@ -53,12 +53,12 @@ class Objective:
         raise NotImplementedError
 
     def fused(self) -> FusedEpilogue | None:
-        """The same for the fused kernel, if it knows this objective; None runs `terms` between the kernels."""
+        """Parameters for the fused kernel, if it knows this objective. With None, `terms` runs between two kernels."""
         return None
 
     @property
     def limit(self) -> float:
-        """The value of the option `limit_name`; of a pair the smaller one."""
+        """The value of the option `limit_name`. Of a pair it is the smaller one."""
         value: ClipRange = getattr(self, self.limit_name)
         return min(value) if isinstance(value, (tuple, list)) else value
 

@@ -19,9 +19,9 @@ class Clipped(Objective):
     limit_name: ClassVar[str] = "clip_range"
 
     clip_range: ClipRange = 2e-6
-    """distance of the ratio from 1, or (low, high); belongs to the objective and the number of latent elements"""
+    """distance of the ratio from 1, or (low, high); depends on the objective and on the number of latent elements"""
     adv_clip: float | None = 5.0
-    """advantages are clipped to +- this many standard deviations; none leaves them"""
+    """advantages are clipped to +- this many standard deviations; none does not clip them"""
 
     def __post_init__(self) -> None:
         clip_pair(self.clip_range)

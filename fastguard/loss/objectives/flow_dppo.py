@@ -13,9 +13,9 @@ from fastguard.ops.transition import masked_terms
 
 @dataclass(frozen=True)
 class FlowDppo(Objective):
-    """`-a r`, and no gradient once KL(new || old) has reached the threshold and the transition moves away.
+    """`-a r`, without a gradient where KL(new || old) has reached the threshold and the transition moves away.
 
-    Advantages are not clipped. Published with `reweight="none"`.
+    Advantages are not clipped. It was published with `reweight="none"`.
     """
 
     title: ClassVar[str] = "Flow-DPPO"
@@ -23,7 +23,7 @@ class FlowDppo(Objective):
     limit_name: ClassVar[str] = "kl_threshold"
 
     kl_threshold: float = 1e-5
-    """KL from the rollout policy, per element, at which a sample that moves away is dropped"""
+    """KL from the rollout policy, per element, from which on a sample that moves away has no gradient"""
 
     def __post_init__(self) -> None:
         check_at_least_0("kl_threshold", self.kl_threshold)

@@ -11,7 +11,7 @@ from fastguard.loss.objectives.clipped import Clipped
 
 @dataclass(frozen=True)
 class FlowGrpo(Clipped):
-    """The log-ratio is `cross - drift / 2`, averaged over the elements; published with `reweight="none"`.
+    """The log-ratio is `cross - drift / 2`, averaged over the elements. It was published with `reweight="none"`.
 
     A clip range of 1e-5 to 1e-4 is typical at D = 65,536.
     """

@@ -11,9 +11,9 @@ from fastguard.loss.objectives.clipped import Clipped
 
 @dataclass(frozen=True)
 class GrpoGuard(Clipped):
-    """RatioNorm: the log-ratio is `s cross`, which has mean 0 and the same variance at every step.
+    """RatioNorm: the log-ratio is `s cross`. Its mean is 0, and the step's standard deviation cancels in its spread.
 
-    Its gradient reweighting (Eq. 12) is `reweight="inverse_dt"` of the loss.
+    The gradient reweighting of the paper (Eq. 12) is `reweight="inverse_dt"` of the loss.
     """
 
     title: ClassVar[str] = "GRPO-Guard"

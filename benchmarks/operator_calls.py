@@ -1,0 +1,336 @@
+"""The one list of operator calls: tests, times, bytes, machine code and compute-sanitizer all take theirs from it.
+
+    python benchmarks/operator_calls.py    every operator once on the GPU, against float64: compute-sanitizer runs this
+
+Axes: B sample, S image token, T text token, C channel of a token, H head, D channel of a head.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, rms_norm
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastguard.loss.objectives import OBJECTIVES, build_objective
+from fastguard.ops.adaln import adaln_apply, adaln_bwd, adaln_fwd
+from fastguard.ops.gated_residual import gated_residual_bwd, gated_residual_fwd
+from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
+from fastguard.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
+from fastguard.ops.sde_step import sde_step
+from fastguard.ops.transition import guard_loss, transition_bwd, transition_sums
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CODES = [fused.code for name in OBJECTIVES if (fused := build_objective(name).fused()) is not None]
+"""Of the objectives with a fused epilogue: 0 is RatioNorm's, 1 the plain ratio's, 2 the mask's (`FusedEpilogue`)."""
+REDUCTIONS = ("none", "sum", "mean")
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of what the operators are given: B, S, T, H and D."""
+
+    samples: int
+    image: int
+    text: int
+    heads: int
+    head: int
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head
+
+
+SMALL = Size(samples=2, image=5, text=3, heads=2, head=12)
+# Nothing is a multiple of a tile, nor of the 16 bytes of an access.
+ODD = Size(samples=2, image=37, text=21, heads=3, head=26)
+# As a block of Flux.1-dev has them.
+FLUX_512 = Size(samples=1, image=1024, text=512, heads=24, head=128)
+FLUX_1024 = Size(samples=1, image=4096, text=512, heads=24, head=128)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator; the backend is its last argument."""
+
+    name: str
+    op: Any
+    args: tuple[Any, ...]
+    use: Literal["timed", "tested", "compiled"] = "tested"
+    """timed: as training makes it. compiled: its machine code is looked at, and it is not run."""
+    overwrites: bool = False
+    """whether it writes its result over its first argument"""
+    eager: Callable[..., Any] | None = None
+    """the same from the same arguments, as diffusers writes it"""
+    unread_bytes: int = 0
+    """of tensors that it is given for their place in its signature, or reads half of"""
+
+    def __call__(self) -> list[Tensor]:
+        """All that it writes."""
+        args = self.args
+        if self.overwrites:
+            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        results = [t for t in tree_leaves(self.op(*args)) if t.numel()]
+        return [*results, args[0]] if self.overwrites else results
+
+    def on(self, backend: str) -> Call:
+        return replace(self, args=(*self.args, backend))
+
+    def run(self) -> Any:
+        """As it is timed: without a copy of what it overwrites."""
+        return self.op(*self.args)
+
+    def run_eager(self) -> Any:
+        return self.eager(*self.args[:-1]) if self.eager else None
+
+    def copied(self) -> Call:
+        """The same with tensors of its own."""
+        return replace(self, args=tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.args))
+
+    def in_float64(self) -> Call:
+        """The same with the plain torch backend in float64."""
+
+        def widen(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.double() if leaf.is_floating_point() else leaf
+            return torch.float64 if isinstance(leaf, torch.dtype) else leaf
+
+        return replace(self, args=(*tree_map(widen, self.args[:-1]), "torch"))
+
+    def least_bytes(self) -> int:
+        """Bytes that have to be read or written once, whatever the method: all arguments and all results."""
+        return n_bytes(self.args) + n_bytes(self()) - self.unread_bytes
+
+
+def n_bytes(tensors: Any) -> int:
+    return sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
+
+
+def assert_agrees(call: Call) -> None:
+    """The operator gives what plain torch gives in float64, and its eager form nearly the same.
+
+    float32 sums of thousands of terms; what is stored is rounded once (in the interpreter truncated: a whole ulp), and
+    statistics follow from a sum as it was stored.
+    """
+    results = call()
+    floating = [t.dtype for t in (*tree_leaves(call.args), *results) if isinstance(t, Tensor) and t.is_floating_point()]
+    dtype = min(floating, key=lambda kind: kind.itemsize)
+    ulp = torch.finfo(dtype).eps
+    of_results = {FP32: max(2e-5, ulp / 2), dtype: max(2e-5, ulp), torch.bool: 0.0}
+    for got, want in zip(results, call.in_float64()(), strict=True):
+        off = _off(got, want)
+        assert off <= of_results[got.dtype], f"{call.name}: {off:.1e} off"
+    eager = [t for t in tree_leaves(call.run_eager()) if isinstance(t, Tensor)]
+    for got, want in zip(eager, results, strict=False):  # an operator's statistics come after what both give
+        off = _off(got, want)
+        assert off <= 8 * max(ulp, 1e-5), f"{call.name}: the eager form is {off:.1e} off"  # it rounds at every step
+
+
+def _off(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+class Numbers:
+    """Makes tensors of one kind. beside: of latents and noise next to a bf16 velocity, of weights next to activations.
+
+    Not `filled`, they take no time, and hold whatever the memory held.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, device: str, beside: torch.dtype | None = None, filled: bool = True, seed: int = 3
+    ) -> None:
+        self.dtype, self.beside, self.device, self._filled = dtype, beside or dtype, device, filled
+        self.wide = torch.promote_types(dtype, FP32)  # of statistics and per-sample numbers
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, of: torch.dtype | None = None) -> Tensor:
+        return self._make(torch.randn, shape, of or self.dtype)
+
+    def positive(self, *shape: int, of: torch.dtype | None = None) -> Tensor:
+        return self._make(torch.rand, shape, of or self.wide).add_(0.5)
+
+    def _make(self, random: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if not self._filled:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return random(*shape, generator=self._generator, device=self.device).to(dtype)
+
+
+def calls(dtype: torch.dtype, device: str, size: Size = SMALL, backend: str = "triton") -> list[Call]:
+    """Each operator with each of its optional arguments there and absent, contiguous and strided."""
+    n = Numbers(dtype, device)
+    found = [*_loss(n, (size.samples, size.image, size.width)), *_block(n, size)]
+    return [call.on(backend) for call in found if call.use != "compiled"]
+
+
+def timed_loss_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Call]:
+    """Loss, its gradient and the rollout's step, as training makes them, by name."""
+    return {call.name: call.on("triton") for call in _loss(Numbers(dtype, device), shape) if call.use == "timed"}
+
+
+def timed_block_calls(size: Size, dtype: torch.dtype, device: str, filled: bool = True) -> dict[str, Call]:
+    """As a fused block makes them. The text stream's calls are left out: they are smaller copies of the image's."""
+    found = _block(Numbers(dtype, device, filled=filled), size)
+    return {call.name: call.on("triton") for call in found if call.use == "timed"}
+
+
+def compiled_calls(dtype: torch.dtype, beside: torch.dtype) -> Iterator[Call]:
+    """Every combination of options that has machine code of its own, at sizes of Flux; the tensors are not filled."""
+    n = Numbers(dtype, "cpu", beside, filled=False)
+    lists = [_block(n, replace(FLUX_512, samples=2)), *(_loss(n, (2, tokens, 64)) for tokens in (1024, 4096))]
+    for call in itertools.chain(*lists):  # the two sizes of latents have a tile of the epilogue each
+        yield call.on("triton")
+
+
+def _loss_options(code: int, reduction: str, kl_weight: float, velocity_kl: bool, invert: bool) -> tuple[Any, ...]:
+    """The last arguments of `guard_loss`, up to the backend."""
+    return (code, 0.02, 0.03, 5.0, 1e-3, kl_weight, velocity_kl, invert, reduction)
+
+
+def _loss(n: Numbers, shape: tuple[int, ...]) -> Iterator[Call]:
+    b, device = shape[0], n.device
+    old, ref, noise = n.normal(*shape), n.normal(*shape), n.normal(*shape, of=n.beside)
+    velocity = n.normal(*shape).mul_(0.1).add_(old)
+    coef, std, dt, advantages = n.positive(b), n.positive(b), -n.positive(b), torch.linspace(-1.0, 2.0, b).to(n.wide)
+    advantages, one, coefs, seeds = (
+        advantages.to(device),
+        n.positive(b),
+        n.positive(3, b),
+        torch.arange(b, device=device),
+    )
+    sums, loss, bwd, step = transition_sums, guard_loss, transition_bwd, sde_step
+    options = _loss_options(CODES[0], "mean", 0.0, False, True)
+    yield Call("guard_loss", loss, (velocity, old, noise, None, advantages, coef, std, dt, *options), "timed")
+    yield Call("transition_bwd", bwd, (one[0], coefs, noise, None, None, None, n.dtype, False, False), "timed")
+    yield Call("sde_step", step, (noise, velocity, seeds, one, coef, std, n.beside), "timed")
+    yield Call("sde_step strided, without noise", step, (_strided(noise), velocity, None, one, coef, std, n.beside))
+    yield Call("transition_sums strided", sums, (velocity, _strided(old), noise, None, False))
+    for from_means, reference in itertools.product((False, True), (None, ref)):
+        tensors, kl = (velocity, old, noise, reference), reference is not None
+        flags = f"{' means' if from_means else ''}{' reference' if kl else ''}"
+        yield Call(f"transition_sums{flags}", sums, (*tensors, from_means))
+        usual = {(0, True, True), (1, True, False), (2, False, False)}
+        weights = ((None, False), (dt, False), (dt, True))
+        for code, reduction, (weight, invert) in itertools.product(CODES, REDUCTIONS, weights):
+            for velocity_kl in (False, True) if kl and not from_means else (False,):
+                tested = (code, weight is not None, invert) in usual and reduction == "mean"
+                tested &= velocity_kl == (code == 1 and kl and not from_means)
+                options = _loss_options(code, reduction, 0.1 * kl, velocity_kl, invert)
+                args = (*tensors, advantages, None if from_means else coef, std, weight, *options)
+                yield Call(f"guard_loss {code}{flags}", loss, args, "tested" if tested else "compiled")
+        for drift in (False, True):
+            needs = (velocity if drift or kl else None, old if drift or from_means else None, reference)
+            tested = drift and kl != from_means
+            args = (one, coefs, noise, *needs, n.dtype, from_means, drift)
+            yield Call(f"transition_bwd{flags}", bwd, args, "tested" if tested else "compiled")
+
+
+def _block(n: Numbers, size: Size) -> Iterator[Call]:
+    b, s, t, h, d, c = size.samples, size.image, size.text, size.heads, size.head, size.width
+    x, y, z, grad = (n.normal(b, t + s, c) for _ in range(4))
+    scale, shift, gate = (n.normal(b, c, of=n.beside) for _ in range(3))
+    rows = (n.positive(b, t + s), n.positive(b, t + s))
+    fwd, apply, bwd = adaln_fwd, adaln_apply, adaln_bwd
+    yield Call("adaln_fwd", fwd, (x, None, None, scale, shift, EPS), "timed", eager=_eager_adaln)
+    yield Call("adaln_fwd residual", fwd, (x, y, gate, scale, shift, EPS), "timed", eager=_eager_adaln)
+    yield Call("adaln_fwd strided", fwd, (_strided(x), _strided(y), gate, scale, shift, EPS))
+    yield Call("adaln_apply", apply, (x, *rows, scale, shift), "timed")
+    yield Call("adaln_apply strided", apply, (_strided(x), *rows, scale, shift))
+    yield Call("adaln_bwd", bwd, (grad, x, *rows, scale, None, None, None, False), "timed")
+    yield Call("adaln_bwd residual", bwd, (grad, x, *rows, scale, y, None, gate, False), "timed")
+    yield Call("adaln_bwd modulation", bwd, (grad, x, *rows, scale, y, z, gate, True), "timed")
+    yield Call("adaln_bwd strided", bwd, (_strided(grad), _strided(x), *rows, scale, None, None, gate, True))
+    for summed, residual, gated, modulation in itertools.product((None, y), (None, z), (None, gate), (False, True)):
+        if residual is None or gated is not None:
+            yield Call("adaln_bwd", bwd, (grad, x, *rows, scale, summed, residual, gated, modulation), "compiled")
+    fwd, bwd = gated_residual_fwd, gated_residual_bwd
+    yield Call("gated_residual_fwd", fwd, (x, y, gate), "timed", eager=_eager_gated_residual)
+    yield Call("gated_residual_fwd strided", fwd, (_strided(x), _strided(y), gate))
+    yield Call("gated_residual_bwd", bwd, (grad, None, gate), "timed", eager=lambda g, _, gate: gate[:, None] * g)
+    yield Call("gated_residual_bwd gate", bwd, (grad, y, gate), "timed")
+    yield Call("gated_residual_bwd strided", bwd, (_strided(grad), _strided(y), gate))
+    image, text = ([n.normal(b, count, c) for _ in range(3)] for count in (s, t))
+    norms = [n.positive(d, of=n.beside) for _ in range(4)]
+    angles = n.positive(t + s, d // 2, of=FP32).repeat_interleave(2, dim=1)
+    cos, sin, rstd = angles.cos(), angles.sin(), n.positive(2, b, t + s, h)
+    fwd, bwd, table = (
+        qk_norm_rope_fwd,
+        qk_norm_rope_bwd,
+        cos.nbytes,
+    )  # one of each pair of angles
+    one, split = [part.unflatten(-1, (h, d)) for part in (x, y, z, grad)], [*image[:2], *text[:2]]
+    of_two = (*one[:3], *(part.unflatten(-1, (h, d)) for part in split), rstd, norms)
+    of_one = (*one[:2], None, *one[2:], None, None, rstd, norms[:2])
+    args: tuple[Any, ...] = (*image, *text, norms, cos, sin, EPS)
+    yield Call("qk_norm_rope_fwd two streams", fwd, args, "timed", eager=_eager_rope, unread_bytes=table)
+    yield Call("qk_norm_rope_bwd two streams", bwd, (*of_two, cos, sin, True, False), "timed", unread_bytes=table)
+    args, unread = (x, y, z, None, None, None, norms[:2], cos, sin, EPS), table + z.nbytes
+    yield Call("qk_norm_rope_fwd one stream", fwd, args, "timed", eager=_eager_rope, unread_bytes=unread)
+    yield Call("qk_norm_rope_bwd one stream", bwd, (*of_one, cos, sin, True, False), "timed", unread_bytes=table)
+    yield Call("qk_norm_rope_bwd one stream, norms", bwd, (*of_one, cos, sin, False, True), "timed", unread_bytes=table)
+    yield Call("qk_norm_rope_bwd two streams, norms", bwd, (*of_two, cos, sin, False, True))
+    yield Call("qk_norm_rope_bwd two streams, not rotated", bwd, (*of_two, cos, sin, False, False), "compiled")
+    yield Call("qk_norm_rope_bwd one stream, not rotated", bwd, (*of_one, cos, sin, False, False), "compiled")
+    wide, grad_wide, bias = n.normal(b, t + s, 4 * c), n.normal(b, t + s, 4 * c), n.normal(4 * c, of=n.beside)
+    fwd, inplace = bias_gelu_fwd, bias_gelu_bwd_
+    yield Call("bias_gelu_fwd", fwd, (wide, bias, None), "timed", eager=_eager_gelu)
+    yield Call("bias_gelu_fwd prefix", fwd, (wide, bias, x), "timed", eager=_eager_gelu)
+    yield Call("bias_gelu_fwd prefix, without bias", fwd, (wide, None, x))
+    yield Call("bias_gelu_fwd strided", fwd, (_strided(x), None, None))
+    yield Call("bias_gelu_bwd_", inplace, (grad_wide, wide, bias, False), "timed", overwrites=True)
+    yield Call("bias_gelu_bwd_ output", inplace, (grad_wide, wide, bias, True), "timed", overwrites=True)
+    yield Call("bias_gelu_bwd_ without bias", inplace, (grad_wide, wide, None, False), overwrites=True)
+    yield Call(
+        "bias_gelu_bwd_ output, without bias", inplace, (grad_wide, wide, None, True), "compiled", overwrites=True
+    )
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The same numbers, laid out with the second axis innermost."""
+    return tensor.transpose(1, -1).contiguous().transpose(1, -1)
+
+
+def _eager_adaln(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    source = x if y is None or gate is None else _eager_gated_residual(x, y, gate)
+    normed = layer_norm(source, (x.shape[-1],), eps=eps) * (1 + scale[:, None]) + shift[:, None]
+    return (normed,) if y is None else (normed, source)
+
+
+def _eager_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x + gate[:, None] * y
+
+
+def _eager_gelu(x: Tensor, bias: Tensor, prefix: Tensor | None) -> Tensor:
+    hidden = gelu(x + bias, approximate="tanh")
+    return hidden if prefix is None else torch.cat([prefix, hidden], dim=-1)
+
+
+def _eager_rope(*args: Any) -> list[Tensor]:
+    """Query and key of each stream normalized, the streams joined, query and key rotated."""
+    from diffusers.models.embeddings import apply_rotary_emb  # takes seconds, which most users of this list can spare
+
+    streams, (norms, cos, sin, eps) = [args[:3], args[3:6]], args[6:]
+    parts: list[list[Tensor]] = []
+    for stream, weights in ((streams[1], norms[2:]), (streams[0], norms[:2])):
+        if stream[0] is not None:
+            query, key, value = (tensor.unflatten(-1, (-1, cos.shape[-1])) for tensor in stream)
+            normed = [rms_norm(t, t.shape[-1:], w, eps) for t, w in zip((query, key), weights, strict=True)]
+            parts.append([*normed, value])
+    joined = [torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)] if len(parts) > 1 else parts[0][:2]
+    table: Any = (cos, sin)  # diffusers' annotations say a tuple of one, and a tuple of results
+    rotated: list[Any] = [apply_rotary_emb(part, table, sequence_dim=1) for part in joined[:2]]
+    return [*rotated, *joined[2:]]
+
+
+if __name__ == "__main__":
+    everything = calls(BF16, "cuda" if torch.cuda.is_available() else "cpu", ODD)
+    for operator_call in everything:
+        assert_agrees(operator_call)
+    print(f"{len(everything)} passed: calls of every operator agree with float64")

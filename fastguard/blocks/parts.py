@@ -1,0 +1,199 @@
+"""The parts of which the forward of a fused adaLN transformer block is made.
+
+`fusion` says how the block runs. Axes: B sample, S token, T text token, C channel, H head, D head channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+from fastguard.blocks.architecture import Fusion
+from fastguard.blocks.linear import (
+    AdaLNSources,
+    Hidden,
+    HiddenSources,
+    LinearWeights,
+    Normed,
+    gelu_linear,
+    linear_weights,
+    projections,
+)
+from fastguard.ops.adaln import AdaLNFunction
+from fastguard.ops.gated_residual import GatedResidualFunction
+from fastguard.ops.gelu import BiasGeluFunction
+from fastguard.ops.qk_norm_rope import QKNormRopeFunction
+from fastguard.ops.registry import autocast_to
+
+# --- LayerNorm + modulate, gated residual ---------------------------------------------------------------------------
+
+
+def modulate(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    scale: Tensor,
+    shift: Tensor,
+    fusion: Fusion,
+    residual: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Normed, Tensor]:
+    """`LayerNorm(x) (1 + scale) + shift`, of `x + gate y` with residual = (y, gate); and what was normalized.
+
+    x, y: (B, S, C); scale, shift, gate: (B, C).
+    """
+    y, gate = residual or (None, None)
+    value, summed, mean, rstd = AdaLNFunction.apply(x, y, gate, scale, shift, norm.eps, fusion.backend)
+    x = x if y is None else summed
+    sources = AdaLNSources(x.detach(), mean, rstd, scale.detach(), shift.detach())
+    return Normed(value, None if fusion.recompute == "none" else sources), x
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, fusion: Fusion) -> Tensor:
+    """`x + gate y`: x, y (B, S, C); gate (B, C)."""
+    return GatedResidualFunction.apply(x, y, gate, fusion.backend)
+
+
+def per_sample(temb: Tensor, x: Tensor) -> Tensor:
+    """One row of temb for each sample of x, also where one row (1, C) is broadcast to the batch: a batch of any size
+    then runs the same way and gives the same bits."""
+    return temb.expand(len(x), -1) if temb.ndim == 2 and len(temb) == 1 else temb
+
+
+def within_float16(x: Tensor) -> Tensor:
+    """Clipped to float16's range, as diffusers does: its blocks may overflow there."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+# --- linear layers --------------------------------------------------------------------------------------------------
+
+
+def project(normed: Normed, modules: Sequence[nn.Module], fusion: Fusion) -> list[Tensor]:
+    """The outputs of linear layers that share the input `normed`."""
+    linears = _weights_of(modules, normed.value)
+    if linears is None:
+        return [module(normed.value) for module in modules]
+    return projections(_cast(normed, linears), linears, fusion.backend)[0]
+
+
+def project_with_hidden(
+    normed: Normed, modules: Sequence[nn.Module], hidden_layer: nn.Module, fusion: Fusion
+) -> tuple[list[Tensor], Hidden]:
+    """`project`, and the output of a feed-forward's first layer that shares the input, before its activation."""
+    linears = _weights_of([*modules, hidden_layer], normed.value)
+    if linears is None:
+        outputs = [module(normed.value) for module in (*modules, hidden_layer)]
+        return outputs[:-1], Hidden(outputs[-1], None, None)
+    normed, last = _cast(normed, linears), linears[-1]
+    outputs, low = projections(normed, [*linears[:-1], last._replace(bias=None)], fusion.backend)
+    sources = None
+    if fusion.recompute == "mlp" and normed.sources is not None:
+        mine = None if last.up is None else low[..., low.shape[-1] - last.up.shape[1] :]
+        up = None if last.up is None else last.up.detach()
+        sources = HiddenSources(normed.sources, last.weight.detach(), mine, up)
+    return outputs[:-1], Hidden(outputs[-1], last.bias, sources)
+
+
+def activate(hidden: Hidden, module: nn.Module, fusion: Fusion, prefix: Tensor | None = None) -> Tensor:
+    """`module([prefix, gelu(hidden)])`, with the GELU in its tanh form; prefix (B, S, P)."""
+    linears = _weights_of([module], hidden.value)
+    if linears is None:
+        return module(BiasGeluFunction.apply(hidden.value, hidden.bias, prefix, fusion.backend))
+    return gelu_linear(hidden, prefix, linears[0], fusion.recompute == "none", fusion.backend)
+
+
+def linear(x: Tensor, module: nn.Module, fusion: Fusion) -> Tensor:
+    """A linear layer whose input is saved for backward anyway, such as attention's output."""
+    linears = _weights_of([module], x)
+    if linears is None:
+        return module(x.contiguous())  # as diffusers does; F.linear rounds twice where it is not
+    return projections(_cast(Normed(x, None), linears), linears, fusion.backend)[0][0]
+
+
+def _weights_of(modules: Sequence[nn.Module], x: Tensor) -> list[LinearWeights] | None:
+    """The weights of all of these layers, or None if one of them has to be called."""
+    narrow = autocast_to(x.device)
+    found = [linear_weights(module, narrow or x.dtype, narrow is not None) for module in modules]
+    return None if any(isinstance(weights, str) for weights in found) else found  # type: ignore[return-value]
+
+
+def _cast(normed: Normed, linears: Sequence[LinearWeights]) -> Normed:
+    """In the dtype of the weights, which is narrower under autocast."""
+    return normed._replace(value=normed.value.to(linears[0].weight.dtype))
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def qk_norm_rope(
+    image: Sequence[Tensor],
+    text: Sequence[Tensor] | None,
+    norms: Sequence[nn.RMSNorm],
+    rope: tuple[Tensor, Tensor],
+    fusion: Fusion,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as attention reads them, (B, T + S, H, D), text first: query and key are normalized and
+    rotated.
+
+    image, text: the projections (query, key, value), (B, S or T, H D) each; without a second stream text is None.
+    norms: of query and key, and of the text's with two streams. rope: cos and sin, (T + S, D), equal in each pair of
+    channels (2i, 2i + 1).
+    """
+    weights = [norm.weight for norm in norms]
+    rotated = fusion.rotated and not any(weight.requires_grad for weight in weights)
+    cos, sin = (table.to(device=image[0].device, dtype=torch.float32) for table in rope)
+    query, key, value = image
+    passed = value.detach() if text is None else value  # alone it is not joined: attention reads the projection itself
+    streams = (query, key, passed, *(text or (None,) * 3), *weights, *(() if text else (None,) * 2))
+    q, k, v = QKNormRopeFunction.apply(*streams, cos, sin, norms[0].eps, rotated, fusion.backend)
+    return q, k, value.unflatten(-1, (-1, q.shape[-1])) if text is None else v
+
+
+def fits_rope(rope: Any, tokens: int, head_dim: int) -> bool:
+    """Whether rope is a pair of tables for `qk_norm_rope`, which gives them no gradient."""
+    return isinstance(rope, tuple) and all(t.shape == (tokens, head_dim) and not t.requires_grad for t in rope)
+
+
+# --- a stream of diffusers' AdaLayerNormZero and FeedForward ---------------------------------------------------------
+
+
+def into_attention(
+    x: Tensor, norm: Any, temb: Tensor, layers: Sequence[nn.Module], fusion: Fusion
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """A stream up to its query, key and value; and the modulation (gate, shift, scale, gate) after attention."""
+    shift, scale, *later = norm.linear(norm.silu(temb)).chunk(6, dim=1)
+    normed, _ = modulate(x, norm.norm, scale, shift, fusion)
+    return project(normed, layers, fusion), later
+
+
+def out_of_attention(
+    x: Tensor, attended: Tensor, layer: nn.Module, norm: nn.LayerNorm, ff: Any, later: Sequence[Tensor], fusion: Fusion
+) -> Tensor:
+    """The stream's end: attention's output layer, then the feed-forward, each with its gated residual."""
+    gate, shift, scale, ff_gate = later
+    normed, x = modulate(x, norm, scale, shift, fusion, residual=(linear(attended, layer, fusion), gate))
+    _, hidden = project_with_hidden(normed, [], ff.net[0].proj, fusion)
+    return gated_residual(x, activate(hidden, ff.net[2], fusion), ff_gate, fusion)
+
+
+def feed_forward_parts(name: str) -> dict[str, type]:
+    """Parts of diffusers' FeedForward, for `BlockSpec.parts`; its linear layers are `net.0.proj` and `net.2`."""
+    return {name: FeedForward, f"{name}.net": nn.ModuleList, f"{name}.net.0": GELU, f"{name}.net.1": nn.Dropout}
+
+
+def unfit_feed_forward(block: Any, name: str) -> str | None:
+    """Why diffusers' FeedForward of this name is not `out_of_attention`'s, or None."""
+    net = block.get_submodule(name).net
+    if "gelu" in vars(net[0]):
+        return f"the gelu of its {name}.net.0 was replaced"
+    if len(net) != 3:
+        return f"its {name}.net has {len(net)} layers, not 3"
+    return unfit_gelu(net[0])
+
+
+def unfit_gelu(activation: Any) -> str | None:
+    """Why an activation is not that of `activate`, or None."""
+    return None if activation.approximate == "tanh" else "its activation is not the GELU with tanh"

@@ -1,0 +1,220 @@
+"""What the benchmarks measure without a clock, the processes of the training step, and the suite for a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import bench_blocks
+import bench_loss
+import bench_train_step
+import gpu_suite
+import naive
+import pytest
+import rows
+import torch
+import validate
+from helpers import ROOT
+from operator_calls import FP32, timed_block_calls
+
+SUITE = [sys.executable, "benchmarks/gpu_suite.py"]
+
+
+def numbers(measured: rows.Measured) -> dict[str, float]:
+    return {f"{who} {phase} {name}": n for who, phase, found in measured for name, n in found.items()}  # type: ignore
+
+
+def test_the_log_ratio_is_exact_where_the_naive_one_is_not() -> None:
+    found = numbers(bench_loss.exactness())
+    assert found["fused log-ratio error"] <= 2e-11
+    assert found["naive log-ratio error"] > 1e-8
+    assert found["fused log-ratio largest"] < 1e-4
+
+
+def test_memory_of_forward_and_backward() -> None:
+    """64 bytes a sample at most are kept; the naive formula keeps the size of the latents."""
+    inputs = naive.make_inputs((4, 1024, 64), FP32)
+    fused = bench_loss.memory(naive.fused_guard_loss, inputs, False)
+    assert 0 < fused["kept_bytes"] <= 64 * 4
+    assert bench_loss.memory(naive.guard_loss, inputs, False)["kept_bytes"] >= inputs.latents.nbytes
+    assert (
+        inputs.latents.nbytes <= fused["peak_new_bytes"] < 1.1 * inputs.latents.nbytes
+    )  # the gradient, next to nothing
+
+
+def test_a_wrong_contender_is_not_timed() -> None:
+    inputs = naive.make_inputs((2, 16, 64), FP32)
+    with pytest.raises(AssertionError, match="wrong: loss"):
+        bench_loss.assert_correct(inputs, {"wrong": lambda given: 1.001 * naive.guard_loss(given)})
+    blocks = bench_blocks.Blocks("single", bench_blocks.TOY, FP32, "cpu")
+    blocks.forms["wrong"] = lambda *args: [1.001 * output for output in blocks.forms["eager"](*args)]
+    with pytest.raises(AssertionError, match="wrong: gradient off by 1.0e-03"):
+        blocks.assert_correct("wrong")
+
+
+def test_flux_kernels_move_hardly_more_than_they_must() -> None:
+    """What a LoRA update runs moves the least possible; sums over tokens for full fine-tuning cost some per cent."""
+    names = list(timed_block_calls(bench_blocks.TOY, FP32, "cpu"))
+    assert len(names) == 18
+    for name in names:
+        ((_, _, found),) = bench_blocks.measure_bytes(name)
+        with_sums = name.endswith(("modulation", "gate", "norms"))
+        assert 1 - 1e-9 < found["moved_bytes"] / found["least_bytes"] < (1.06 if with_sums else 1.001), name
+
+
+def test_what_a_block_keeps_is_counted() -> None:
+    blocks = bench_blocks.Blocks("double", bench_blocks.TOY, FP32, "cpu")
+    kept = {form: blocks.kept_bytes(form) for form in ("eager", "fused none", "fused pointwise", "fused mlp")}
+    unit = 80 * 64 * 4
+    assert kept["fused pointwise"] - kept["fused mlp"] == 4 * unit  # the feed-forward layer before its activation
+    assert kept["fused none"] - kept["fused pointwise"] >= 5 * unit  # LayerNorms' and GELU's results
+    assert kept["eager"] > kept["fused none"]
+
+
+def test_a_plan_adds_up_and_cases_are_what_their_names_say() -> None:
+    found = numbers(bench_train_step.planned("lora-1024-unfused-none", toy=True))
+    parts = ("weights", "gradients", "optimizer", "activations", "trajectories")
+    assert sum(found[f"planner update {part}_bytes"] for part in parts) == found["planner update peak_bytes"]
+    assert found["planner both fits"] == 1
+    assert found["planner update executed_per_needed"] == 1
+    assert len(bench_train_step.CASES) == 25
+    recipe = bench_train_step.recipe_of("full-512-unfused-block-compiled", toy=False)
+    model, update = recipe.model, recipe.update
+    assert (model.train, model.height, model.fuse, model.recompute) == ("full", 512, False, "block")
+    assert (update.micro_batch, update.optimizer) == (2, "adamw8bit")
+
+
+def processes(script: Path, monkeypatch, code: str, seconds: float = 60.0) -> bench_train_step.Processes:
+    script.write_text(code)
+    monkeypatch.setattr(bench_train_step, "__file__", str(script))
+    return bench_train_step.Processes(argparse.Namespace(toy=True, only=["*"], end=time.monotonic() + seconds))
+
+
+def test_a_case_that_breaks_or_hangs_is_said_to(tmp_path: Path, monkeypatch) -> None:
+    broken = processes(
+        tmp_path / "a.py", monkeypatch, "import sys; sys.stdin.readline(); sys.exit('the driver is gone')"
+    )
+    with pytest.raises(RuntimeError, match="exit status 1: the driver is gone"):
+        broken.measure("lora-512-block")
+    hanging = processes(tmp_path / "b.py", monkeypatch, "import time; time.sleep(60)", seconds=0.5)
+    with pytest.raises(TimeoutError, match="not done after 1 s"):
+        hanging.measure("lora-512-block")
+
+
+def test_cases_wait_for_their_turn(tmp_path: Path, monkeypatch) -> None:
+    """The next process starts while one measures, and does nothing before it is told which case is its own."""
+    code = (
+        "import json, pathlib, sys\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / f'{len(list(folder.iterdir()))}.started').touch()\n"
+        "name = sys.stdin.readline().strip()\n"
+        "print('noise'); print(json.dumps([[name, '', {}]]))\n"
+    )
+    chain = processes(tmp_path / "script.py", monkeypatch, code)
+    for name in ("lora-512-block", "full-512-block"):
+        assert chain.measure(name) == [[name, "", {}]]
+    assert chain._waiting is not None
+    chain._waiting.communicate("")  # as when its parent has ended
+
+
+def test_a_case_out_of_memory_keeps_what_came_before_it(monkeypatch, capsys) -> None:
+    def out_of_memory(case: str, toy: bool) -> Any:
+        yield "trainer", "rollout", {"per_step_s": 0.1}
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    monkeypatch.setattr(bench_train_step, "measure_training", out_of_memory)
+    monkeypatch.setattr(sys, "stdin", argparse.Namespace(readline=lambda: "full-512-block\n"))
+    bench_train_step.measure_when_told(toy=True)
+    rollout, lost = json.loads(capsys.readouterr().out)
+    assert rollout == ["trainer", "rollout", {"per_step_s": 0.1}]
+    assert lost[2] == {"out of memory": "after rollout: CUDA out of memory. Tried to allocate 9 GiB."}
+
+
+def test_the_gpu_suite_refuses_without_a_gpu() -> None:
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    refused = subprocess.run(SUITE, cwd=ROOT, capture_output=True, text=True, check=False, env=hidden)
+    assert refused.returncode == 2
+    assert "needs a CUDA device" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_runs_at_toy_sizes(tmp_path: Path) -> None:
+    command = [
+        *SUITE,
+        "--toy",
+        "--out",
+        str(tmp_path),
+        "--only",
+        *(name for name in gpu_suite.STAGES if name != "plan"),
+    ]
+    toy = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert toy.returncode == 0, toy.stderr
+    assert re.findall(r"^== (\w+): ", toy.stdout, re.MULTILINE) == [*gpu_suite.STAGES][:-1]
+    assert re.search(r"kernel +pytest +passed tests \d+", toy.stdout)
+    for phase in ("guard_loss", "transition_bwd", "sde_step", "qk_norm_rope_bwd one stream", "double block"):
+        assert phase in toy.stdout
+    assert re.search(r"trainer +update +p20 ", toy.stdout)  # in a process of its own
+    assert toy.stdout.count("\ntuning: ") == 7
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_timed_while_a_test_is_red(monkeypatch) -> None:
+    begun: list[str] = []
+
+    def run_stage(name: str, *_: Any) -> bool:
+        begun.append(name)
+        return name != failing
+
+    monkeypatch.setattr(gpu_suite, "run_stage", run_stage)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--toy"])
+    failing = "tests"
+    assert "the tests failed or were not finished; nothing is timed" in str(gpu_suite.main())
+    assert begun == ["tests"]
+    begun.clear()
+    failing = "blocks"
+    assert gpu_suite.main() == "gpu_suite: not finished: blocks"
+    assert begun == list(gpu_suite.STAGES)  # the others are measured all the same
+    begun.clear()
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--toy", "--minutes", "1e-6", "--only", "blocks", "loss"])
+    assert gpu_suite.main() == "gpu_suite: not finished: loss, blocks"
+    assert not begun
+
+
+def test_what_pytest_counted_is_told() -> None:
+    script = "import sys; print(sys.argv[1]); sys.exit(int(sys.argv[2]))"
+
+    def outcome(text: str, status: int) -> rows.Numbers:
+        return validate.outcome([sys.executable, "-c", script, text, str(status)], {}, math.inf)
+
+    assert outcome("3 passed, 2 skipped in 1s", 0) == {"passed tests": 3, "skipped tests": 2}
+    assert outcome("1 failed, 2 passed in 1s", 1)["failed"] == "exit status 1"
+    assert "failed" in outcome("5 skipped in 1s", 0)  # nothing ran
+    late = validate.outcome([sys.executable, "-c", "import time; time.sleep(60)"], {}, time.monotonic() + 0.5)
+    assert late["failed"] == "not done after 1 s"
+
+
+def test_the_sanitizer_watches_every_operator(tmp_path: Path, monkeypatch) -> None:
+    """With a stand-in for the tool: what it is called with, and what it reports."""
+    tool, args = tmp_path / "compute-sanitizer", argparse.Namespace(toy=False, end=math.inf)
+    tool.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/called\necho "========= Invalid read"\necho "1 passed"\nexit 9\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = numbers(validate.run_sanitizer("memcheck", args))
+    assert found["kernel compute-sanitizer failed"] == "exit status 9. Invalid read"
+    called = (tmp_path / "called").read_text().split()
+    assert called[:4] == ["--tool", "memcheck", "--error-exitcode", "9"]
+    assert called[-2:] == [sys.executable, "benchmarks/operator_calls.py"]
+    monkeypatch.setenv("PATH", "")
+    assert numbers(validate.run_sanitizer("memcheck", args)) == {
+        "kernel compute-sanitizer skipped": "compute-sanitizer is not installed"
+    }
