@@ -1,25 +1,43 @@
-# Two commands: `make demo` and `make test`. Each makes .venv on first use and reuses it afterwards.
+# `make demo` and `make test` are all that a visitor needs; CONTRIBUTING.md lists the targets for developers.
+# Each makes .venv on first use and reuses it afterwards.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all bench docs clean
+# The kernels run in Triton's interpreter where there is no GPU. One thread a process: the processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test style types imports sass unit quick test-all bench docs clean
 
 demo: $(READY)
 	$(BIN)/fastguard demo
 
-test: $(READY)
+test: style types imports sass unit
+
+style: $(READY)
 	@echo "== style: ruff"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)
 	@echo "== types: mypy"
 	$(BIN)/mypy
+
+imports: $(READY)
 	@echo "== imports go one way: import-linter"
 	$(BIN)/lint-imports
+
+sass: $(READY)
 	@echo "== machine code for H100: no spills, wide accesses (compiled here, no GPU needed)"
 	$(BIN)/python benchmarks/h100_code.py --faults-only
-	@echo "== tests: pytest (kernels run in Triton's interpreter where there is no GPU)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+unit: $(READY)
+	@echo "== tests: pytest"
+	$(PYTEST)
+
+quick: $(READY)
+	@echo "== the short tests: pytest"
+	$(PYTEST) -m 'not slow and not long'
 
 test-all: test
 	@echo "== tests of minutes"

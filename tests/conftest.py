@@ -10,39 +10,80 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TESTS
+from helpers import TESTS, interpreter
 
-if not torch.cuda.is_available():
+CUDA = torch.cuda.is_available()
+if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])  # of processes
 
-
-LONGEST = (
-    "test_distributed.py",
+FOR_CUDA = pytest.StashKey[int]()
+# Files whose tests start processes, or take many seconds of CPU time, the longest first.
+LONG = (
     "test_memory.py",
-    "test_train.py",
-    "test_run_folder.py",
-    "test_damage.py",
     "test_fuse_flux.py",
+    "test_distributed.py",
     "test_demo.py",
+    "test_train.py",
+    "test_golden.py",
+    "test_run_folder.py",
+    "test_flux.py",
+    "test_operators.py",
+    "test_qk_norm_rope.py",
+    "test_fuse_changes.py",
+    "test_cache.py",
+    "test_quiet.py",
+    "test_output.py",
+    "test_packaging.py",
+    "test_run_report.py",
+    "test_damage.py",
+    "test_hostile_files.py",
+    "test_reward_server.py",
+    "test_optim.py",
+    "test_fuzz_recipes.py",
+    "test_extending.py",
+    "test_docs.py",
+    "test_readme.py",
+    "test_conftest.py",
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: under pytest-xdist, which shares out files, one process would end with one of them."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+def pytest_report_header() -> str:
+    if CUDA:
+        return "kernels: on the CUDA device (-m gpu selects their tests)"
+    return "kernels: in Triton's interpreter; there is no CUDA device, so tests for one alone are deselected"
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without CUDA, no test that is for it alone. Tests of long files are marked: `make quick` leaves them out.
+
+    The longest files first: under pytest-xdist, which shares out files, one process would end with one of them.
+    """
+    for item in items:
+        if item.path.name in LONG or item.path.parent.name == "benchmarks":
+            item.add_marker("long")
+    for_cuda = [] if CUDA else [item for item in items if item.get_closest_marker("gpu")]
+    if for_cuda:
+        items[:] = [item for item in items if item not in for_cuda]
+        config.hook.pytest_deselected(items=for_cuda)
+        config.stash[FOR_CUDA] = len(for_cuda)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not CUDA and any("kernel_device" in getattr(item, "fixturenames", ()) for item in session.items):
+        interpreter.list_builtins_once()
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
+    count = config.stash.get(FOR_CUDA, 0)
+    return f"deselected {count} tests that only a CUDA device can run" if count else None
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if CUDA else "interpreter"])
 def kernel_device(request: pytest.FixtureRequest) -> str:
-    """The device on which kernels run: every kernel test runs in the interpreter here, and natively on a GPU."""
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        return "cuda"
-    if torch.cuda.is_available():
-        pytest.skip("a CUDA device is there: the kernels run on it, under -m gpu")
-    return "cpu"
+    """The device on which kernels run: natively on a GPU where there is one, else in the interpreter on the CPU."""
+    return "cuda" if request.param == "cuda" else "cpu"
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16, torch.device("meta")], ids=str)

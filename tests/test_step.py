@@ -124,7 +124,6 @@ def test_strided_latents_and_mixed_dtypes(backend: str, kernel_device: str) -> N
 
 @pytest.mark.xdist_group("large")
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_31_elements_in_total() -> None:
     """Offsets beyond 32 bits, over samples and within one: the last elements equal those of the sample alone."""
     step = fg.dance_sde(0.5, 0.4).to("cuda")

@@ -93,10 +93,52 @@ def operator(
         arguments, results = torch.library.infer_schema(function, mutates_args=mutates).rsplit(") -> ", 1)
         torch.library.define(name, f"{arguments}, str backend) -> {results}", tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(name, "CompositeExplicitAutograd", run)
-        torch.library.register_fake(name, lambda *args: (fake or function)(*args[:-1]))
+        shaped = _once_a_layout(fake or function)
+        torch.library.register_fake(name, lambda *args: shaped(*args[:-1]))
         return getattr(torch.ops.fastguard, function.__name__).default
 
     return register
+
+
+def _once_a_layout(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake, run once for each layout of its arguments and values of its options; later calls remember the results.
+
+    A planned model calls an operator in each of its many blocks, and PyTorch remembers the fake results of its own
+    operators only.
+    """
+    known: dict[Any, Any] = {}
+
+    def run(*args: Any) -> Any:
+        if any(map(_is_symbolic, args)):
+            return fake(*args)
+        key = tuple(map(_layout, args))
+        if key not in known:
+            results = fake(*args)
+            known[key] = _layout(results) if isinstance(results, Tensor) else list(map(_layout, results))
+        made = known[key]
+        return tuple(_empty(*layout) for layout in made) if isinstance(made, list) else _empty(*made)
+
+    return run
+
+
+def _is_symbolic(argument: Any) -> bool:
+    if isinstance(argument, list):
+        return any(map(_is_symbolic, argument))
+    if isinstance(argument, Tensor):
+        return any(isinstance(n, torch.SymInt) for n in (*argument.shape, *argument.stride()))
+    return isinstance(argument, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _layout(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return tuple(map(_layout, argument))
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return type(argument), argument
+
+
+def _empty(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 @cache

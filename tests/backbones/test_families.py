@@ -173,6 +173,7 @@ def test_prompts_of_an_evaluation_come_after_those_of_training(recipe: Recipe, t
     assert [prompt.text for prompt in prompts.all][prompts.first_evaluated :] == ["a dark night"]
 
 
+@pytest.mark.long
 def test_reading_a_recipe_imports_no_models() -> None:
     """`fastguard train RECIPE --help` would take seconds longer."""
     code = (

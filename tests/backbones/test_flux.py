@@ -428,7 +428,9 @@ def test_training_with_a_kl_and_an_average(recipe: Recipe, encoded: EncodedPromp
         lora=recipe.lora if kind == "lora" else LoraConfig(),
         objective=replace(recipe.objective, kl_weight=0.01),
         # Transitions per pass as in a rollout batch: bfloat16 may round differently at another batch size.
-        update=replace(recipe.update, ema_decay=0.5, ema_every=2, learning_rate=1e-3, micro_batch=16),
+        update=replace(
+            recipe.update, inner_epochs=1, ema_decay=0.5, ema_every=2, learning_rate=1e-3, micro_batch=16
+        ),
         monitor=type(recipe.monitor)(),
     )  # fmt: skip
     backbone = load(chosen, encoded)

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastguard.kernels import transition
 from fastguard.kernels.common import LAUNCH
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # One program; several; more partial sums than a tile of the epilogue, and more samples.
 SHAPES = [(1, 5), (3, 9000), (21, 40), (1, 300_000)]
 
@@ -60,7 +59,6 @@ def test_one_launch_gives_the_bits_of_two(
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 65_536), (8, 262_144), (32, 262_144)], ids=str)
 def test_one_launch_repeats_under_load(shape, dtype, monkeypatch) -> None:
@@ -83,7 +81,6 @@ def test_one_launch_repeats_under_load(shape, dtype, monkeypatch) -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_an_early_epilogue_gives_the_same_bits(shape) -> None:
     """1,000 launches behind each other. The interpreter knows no dependent launches."""

@@ -18,6 +18,7 @@ import pytest
 import rows
 import torch
 from helpers import ROOT
+from helpers.deadline import DEADLINE_S
 
 ENV = {
     "device": "NVIDIA H100 80GB HBM3", "driver": "580.1", "threads": 16, "torch": "2.11.0", "triton": "3.6.0",
@@ -175,7 +176,7 @@ def main():
         process.wait()
 rows.run(main)
 """
-CHILD = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+CHILD = "import subprocess, sys, time; subprocess.Popen(['sleep', '3600']); time.sleep(3600)"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
@@ -187,18 +188,18 @@ def test_nothing_outlives_a_program(number: signal.Signals, tmp_path: Path) -> N
     process = subprocess.Popen([sys.executable, str(script)], env=environ, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
     child = psutil.Process(int(process.stdout.readline()))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + DEADLINE_S
     while not child.children():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     family = [child, *child.children()]
     process.send_signal(number)
-    process.wait(timeout=60)
+    process.wait(timeout=DEADLINE_S)
     if number == signal.SIGKILL:  # ends the child as roughly: what that one has started is not ours to end
         family[1].kill()
     else:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 130
         assert errors.endswith("\nscript.py was stopped; --resume goes on with what it has saved\n")
-    gone, alive = psutil.wait_procs(family, timeout=30)
+    gone, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
     assert len(gone) == len(family), alive

@@ -329,7 +329,6 @@ def test_blocks_compiled_one_by_one_share_their_code(recompute: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recompute", ["none", "pointwise", "mlp"])
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_compiled_by_inductor(train: str, recompute: Any) -> None:
@@ -348,7 +347,6 @@ def test_compiled_by_inductor(train: str, recompute: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recompute", ["none", "pointwise", "mlp"])
 @pytest.mark.parametrize("train", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["double", "single"])

@@ -184,7 +184,7 @@ def test_packages_are_held_against_the_requirements(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_pipeline_on_disk_is_complete_or_its_gaps_are_named(recipe: Recipe, tmp_path: Path) -> None:
-    """tests/test_folder.py has every kind of gap; here are several at once."""
+    """tests/backbones/test_folder.py has every kind of gap; here are several at once."""
     folder = make_tiny_flux(tmp_path / "flux")
 
     def look(path: Path | str) -> list[str]:

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from helpers.deadline import DEADLINE_S
 
 from fastguard import cli
 from fastguard.commands import demo as command
@@ -167,8 +168,8 @@ def test_workers_end_with_the_demo_however_it_ends(quick: Path, tmp_path: Path, 
             started = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
             time.sleep(0.05)
         demo.send_signal(number)
-        code = demo.wait(timeout=60)
-    _, alive = psutil.wait_procs(started, timeout=60)
+        code = demo.wait(timeout=DEADLINE_S)
+    _, alive = psutil.wait_procs(started, timeout=DEADLINE_S)
     for process in alive:
         process.kill()
     assert not alive

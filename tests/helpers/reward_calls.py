@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastguard.config import RewardConfig
 from fastguard.rewards import build_reward
+from helpers.deadline import DEADLINE_S
 
-PATIENCE_S = 60.0  # of waits that end at once unless the code is wrong
+PATIENCE_S = float(DEADLINE_S)  # of waits that end at once unless the code is wrong
 
 
 def noise(batch: int = 4, channels: int = 3, height: int = 17, width: int = 23, seed: int = 0) -> Tensor:

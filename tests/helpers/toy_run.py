@@ -1,8 +1,8 @@
 """A toy training run with a run folder, as a process of its own: python toy_run.py DIR EPOCHS [--resume auto] [...].
 
 With --slow SECONDS every reward waits, so that a test can hit the run at work; --optimizer NAME; --fsdp2 pretends that
-CPU processes are GPUs, which is what accelerate asks before it shards; --out FILE gets what a test compares. With
-TOY_DIE_AT=N in the environment it kills itself at its N-th operation on files in DIR.
+CPU processes are GPUs, which is what accelerate asks before it shards; --out FILE gets what a test compares, and the
+environment. With TOY_DIE_AT=N in the environment it kills itself at its N-th operation on files in DIR.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def main() -> int:
             watch(seen, accelerator)
         train(backbone, recipe, rewards, run, accelerator, monitor)
     if arguments.out:
+        Path(f"{arguments.out}.{accelerator.process_index}.json").write_text(json.dumps(dict(os.environ)))
         state_dict = {f"weights.{n}": full_tensor(p) for n, p in last_state.parameters.items()}
         save_file(seen | state_dict, f"{arguments.out}.{accelerator.process_index}")
     print(json.dumps({"stopped": run.was_stopped}))

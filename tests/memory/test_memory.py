@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -225,7 +224,8 @@ def test_fused_flux_dev_keeps_no_more_than_it_must(
     for side, most in ((1024, at_1024), (512, at_512)):
         settings = reference_settings(side, fuse=True, recompute=recompute)
         if float32_adapters:
-            settings = replace(settings, adapter_dtype=torch.float32, cuda_kernels=True)
+            # Accumulating changes nothing here, and is the pass that the next test takes, too.
+            settings = replace(settings, adapter_dtype=torch.float32, cuda_kernels=True, accumulate=True)
         assert update_pass(settings).kept / GIB <= most
 
 
@@ -254,10 +254,14 @@ def test_what_flux_dev_keeps_is_accounted_for_tensor_by_tensor() -> None:
     assert ("double", "linear", (4096, 12288)) not in {(t.block, t.operator, t.shape) for t in found["mlp"].tensors}
 
 
-def test_lora_at_512_fits_in_30_gib_and_is_planned_within_a_minute() -> None:
-    start = time.perf_counter()
+def test_lora_at_512_fits_in_30_gib_and_is_planned_by_one_pass_for_each_phase() -> None:
+    def runs() -> list[int]:
+        each = (passes.encode_pass, passes.rollout_pass, passes.decode_pass, passes.update_pass)
+        return [one.cache_info().misses for one in each]
+
+    before = runs()
     found = plan(recipe())
-    assert time.perf_counter() - start < 60
+    assert all(now <= then + 1 for now, then in zip(runs(), before, strict=True))
     assert found.peak <= 30 * GIB
     assert found.fits
     assert found.suggestions == ()

@@ -257,7 +257,6 @@ def test_the_longest_rows(n_channels, kernel_device, poisoned) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 512, 3072), (1, 4608, 3072)], ids=str)
 def test_flux_sizes(dtypes, shape, poisoned) -> None:
@@ -266,7 +265,6 @@ def test_flux_sizes(dtypes, shape, poisoned) -> None:
 
 @pytest.mark.xdist_group("large")
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_31_elements_in_total() -> None:
     """Row offsets beyond 32 bits: the last rows equal the same rows alone."""
     from fastguard.kernels import adaln

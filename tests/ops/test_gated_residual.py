@@ -152,7 +152,6 @@ def test_long_streams_take_more_tokens_per_program() -> None:
 
 @pytest.mark.xdist_group("large")
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_31_elements_in_total() -> None:
     """Offsets beyond 32 bits within a sample: the last token of 2^31 + 1024 elements equals the same token alone."""
     from fastguard.kernels.gated_residual import gated_residual_bwd, gated_residual_fwd

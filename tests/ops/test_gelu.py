@@ -214,7 +214,6 @@ def test_any_number_of_tokens_per_program(tokens, kernel_device, poisoned, monke
 
 @pytest.mark.xdist_group("large")
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_31_elements_in_total() -> None:
     """Offsets beyond 32 bits within a sample: the last token of 2^31 + 1024 elements equals the same token alone."""
     from fastguard.kernels import gelu

@@ -9,10 +9,13 @@ import pytest
 import torch
 from operator_calls import FLUX_512, ODD, SMALL, Call, assert_agrees, calls
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fastguard.ops import registry
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FLUX = replace(FLUX_512, samples=2)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def test_no_operator_is_left_out() -> None:
@@ -51,6 +54,34 @@ def test_a_call_that_is_off_is_seen() -> None:
         assert_agrees(replace(eager, eager=lambda *args: eager.op(*args, "torch")[0] * 1.001))
 
 
+def test_a_fake_runs_its_formula_once_for_each_layout() -> None:
+    runs = []
+
+    def formula(x: Tensor, weights: list[Tensor], scale: float, flag: bool) -> tuple[Tensor, Tensor]:
+        runs.append(x.shape)
+        return (x * scale).t(), weights[0].double() if flag else x.sum()
+
+    fake = registry._once_a_layout(formula)
+    symbolic = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(4, 6))
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 5), torch.empty(7)
+        others = [
+            (x, [weight], 2.0, True), (x, [weight], 1.0, False), (x.double(), [weight], 1.0, True),
+            (x, [weight.half()], 1.0, True), (torch.empty(5, 3).t(), [weight], 1.0, True), (x[:2], [weight], 1.0, True),
+        ]  # fmt: skip
+        for n, arguments in enumerate([(x, [weight], 1.0, True), *others], 1):
+            first, again = fake(*arguments), fake(*arguments)
+            assert len(runs) == n
+            for one, other in zip(first, again, strict=True):
+                assert other is not one
+                assert (other.shape, other.stride(), other.dtype) == (one.shape, one.stride(), one.dtype)
+    assert isinstance(symbolic.shape[0], torch.SymInt)
+    for _ in range(2):  # a size that is not known yet is not remembered
+        result, _ = fake(symbolic, [weight], 1.0, True)
+        assert isinstance(result.shape[1], torch.SymInt)
+    assert len(runs) == n + 2
+
+
 # --- races ----------------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +108,6 @@ def test_repeated_runs_are_bitwise_equal(dtype: torch.dtype, kernel_device: str)
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_repeated_runs_under_load_are_bitwise_equal() -> None:
     """The same while a second stream keeps taking multiprocessors away."""
     busy = torch.randn(2048, 2048, device="cuda", dtype=BF16)
@@ -96,7 +126,6 @@ def test_a_result_that_moves_is_seen() -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_captured_in_a_cuda_graph(dtype: torch.dtype) -> None:
     """Every operator, with its launches, waits for nobody on the host; replays give the eager bits."""

@@ -239,7 +239,6 @@ def test_slices_that_are_not_aligned(offset, backend, kernel_device) -> None:
 
 @pytest.mark.xdist_group("large")
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo"])
 @pytest.mark.parametrize("shape", [(9, 2**28), (1, 2**31 + 5)], ids=["samples", "one sample"])
 def test_more_than_2_31_elements_in_total(shape: tuple[int, int], objective: str) -> None:
@@ -267,7 +266,6 @@ def test_more_than_2_31_elements_in_total(shape: tuple[int, int], objective: str
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(8, 1024, 64), (8, 4096, 64), (1, 16, 21, 90, 160)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_of_images_and_videos(dtype: torch.dtype, shape: tuple[int, ...], poisoned) -> None:

@@ -253,9 +253,8 @@ def test_200_clients_that_connect_at_once_are_answered(counted: Callable[[str], 
         clients = []
         for _ in range(200):  # nobody accepts them yet
             raw = stack.enter_context(socket.socket())
-            raw.settimeout(5)
-            raw.connect(server.server_address)
             raw.settimeout(PATIENCE_S)
+            raw.connect(server.server_address)
             clients.append(raw)
         for raw in clients:
             raw.sendall(good_request())

@@ -149,6 +149,7 @@ def test_every_built_in_is_there_and_lists_its_options() -> None:
             assert f"    {option}: " in text, f"{name}: {option}"
 
 
+@pytest.mark.long
 def test_nothing_heavy_is_imported_before_a_reward_is_built() -> None:
     code = (
         "import sys, fastguard.rewards as r; from fastguard.config import RewardConfig; "
@@ -957,6 +958,7 @@ def submit(pool):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("code", "status"),
     [

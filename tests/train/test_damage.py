@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import TESTS
 from helpers.deadline import deadline
+from helpers.run_folders import MONITOR, assert_same_end, in_process, newest, toy
 from helpers.toys import ToyPolicy
 from safetensors.torch import load_file, save_file
-from test_run import MONITOR, TESTS, assert_same_end, in_process, newest, toy
 from torch import Tensor
 
 from fastguard.commands.sample import _trained_weights

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from helpers import TESTS
-from helpers.toy_process import ToyProcess
+from helpers.deadline import DEADLINE_S, deadline
+from helpers.forks import FASTGUARD, TOY, Fork
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from fastguard import cli
 from fastguard.recipe import shipped_recipes
@@ -38,21 +42,8 @@ def accelerate(tmp_path: Path, kind: str) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *options]
 
 
-def launch(tmp_path: Path, kind: str, folder: Path, *options: str, code: int = 0) -> str:
-    """The toy run on two processes."""
-    sharded = ["--fsdp_transformer_layer_cls_to_wrap", "Layer"] if kind == "fsdp2" else []
-    flag = ["--fsdp2"] if kind == "fsdp2" else []
-    result = subprocess.run(
-        [*accelerate(tmp_path, kind), *sharded, str(TESTS / "helpers/toy_run.py"), str(folder), *options, *flag],
-        capture_output=True, text=True, timeout=200, check=False,
-        env={**os.environ,  "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert (result.returncode == 0) == (code == 0), result.stderr[-3000:]
-    return result.stdout + result.stderr
-
-
 def alone(folder: Path, *options: str) -> None:
-    process = ToyProcess(folder, *options)
+    process = Fork(TOY, folder, *options)
     assert process.wait() == 0, process.said()
 
 
@@ -64,15 +55,57 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder with the same two epochs on two processes that accelerate has launched."""
+
+    @cache
+    def launch(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        sharded = ["--fsdp_transformer_layer_cls_to_wrap", "Layer"] if kind == "fsdp2" else []
+        toy = [str(TESTS / "helpers/toy_run.py"), str(folder / "run"), "2", "--out", str(folder / "out")]
+        result = subprocess.run(
+            [*accelerate(folder, kind), *sharded, *toy, *FLAGS[kind]],
+            capture_output=True, text=True, timeout=DEADLINE_S, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        return folder
+
+    return launch
+
+
+FLAGS = {"ddp": [], "fsdp2": ["--fsdp2"]}
+Two = Callable[..., str]
+
+
+@pytest.fixture
+def two(launched: Callable[[str], Path]) -> Two:
+    """The toy run on two forked processes, with the environments that accelerate gave to those that it launched.
+
+    No launcher ends one of them when the other fails: each has to end by itself.
+    """
+
+    def run(kind: str, folder: Path, *options: str, code: int = 0) -> str:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        environments = [json.loads((launched(kind) / f"out.{rank}.json").read_text()) for rank in (0, 1)]
+        processes = [Fork(TOY, folder, *options, *FLAGS[kind], environment=own | meet) for own in environments]
+        codes = [process.wait() for process in processes]
+        said = "".join(process.said() for process in processes)
+        assert [c == 0 for c in codes] == [code == 0] * 2, said[-3000:]
+        return said
+
+    return run
+
+
 def relative(one: Tensor, other: Tensor) -> float:
     return ((one - other).norm() / one.norm()).item()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_do_what_one_does(tmp_path: Path, one: Path, kind: str) -> None:
-    folder = tmp_path / "run"
-    launch(tmp_path, kind, folder, "2", "--out", str(tmp_path / "out"))
-    whole, parts = load_file(one / "out.0"), [load_file(tmp_path / f"out.{rank}") for rank in (0, 1)]
+def test_two_processes_do_what_one_does(launched: Callable[[str], Path], one: Path, kind: str) -> None:
+    folder = launched(kind) / "run"
+    whole, parts = load_file(one / "out.0"), [load_file(launched(kind) / f"out.{rank}") for rank in (0, 1)]
     for name in ("latents", "noise", "advantages"):  # bitwise at the same rollout batch per process
         assert torch.equal(whole[name], torch.cat([part[name] for part in parts])), name
     compared = [name for name in whole if name.startswith(("gradient", "weights"))]
@@ -103,35 +136,35 @@ def _numbers(value: object) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, one: Path, kind: str) -> None:
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, one: Path, two: Two, kind: str) -> None:
     """One epoch on two processes and one on a single one end where two epochs on one end."""
     folder = tmp_path / "run"
-    launch(tmp_path, kind, folder, "1")
+    two(kind, folder, "1")
     alone(folder, "2", "--resume", "auto")
     ours, theirs = (read_tensors(checkpoint_of(f, "newest"), "weights") for f in (folder, one / "run"))
     for name, tensor in theirs.items():
         assert relative(tensor, ours[name]) < 1e-6, name
 
 
-def test_sharded_runs_resume_to_the_bit(tmp_path: Path) -> None:
-    launch(tmp_path, "fsdp2", tmp_path / "whole", "2")
-    launch(tmp_path, "fsdp2", tmp_path / "parts", "1")
-    launch(tmp_path, "fsdp2", tmp_path / "parts", "2", "--resume", "auto")
+def test_sharded_runs_resume_to_the_bit(tmp_path: Path, launched: Callable[[str], Path], two: Two) -> None:
+    two("fsdp2", tmp_path, "1")
+    two("fsdp2", tmp_path, "2", "--resume", "auto")
     for group in ("weights", "average", "optimizer"):
-        ours, theirs = (read_tensors(checkpoint_of(tmp_path / name, "newest"), group) for name in ("parts", "whole"))
+        folders = (tmp_path, launched("fsdp2") / "run")
+        ours, theirs = (read_tensors(checkpoint_of(folder, "newest"), group) for folder in folders)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def test_bad_input_on_one_process_ends_all(tmp_path: Path) -> None:
+def test_bad_input_on_one_process_ends_all(tmp_path: Path, two: Two) -> None:
     """A reward that fails on the second process only: every process stops, with that message, after saving."""
-    said = launch(tmp_path, "ddp", tmp_path / "run", "2", "--fail-on", "1", code=1)
+    said = two("ddp", tmp_path / "run", "2", "--fail-on", "1", code=1)
     assert "failed on purpose" in said
     assert checkpoint_of(tmp_path / "run", "newest").name == "epoch_000000"
 
 
-def test_a_bad_update_is_skipped_on_all_processes(tmp_path: Path) -> None:
-    launch(tmp_path, "ddp", tmp_path / "run", "2", "--poison-on", "1")
+def test_a_bad_update_is_skipped_on_all_processes(tmp_path: Path, two: Two) -> None:
+    two("ddp", tmp_path / "run", "2", "--poison-on", "1")
     updates = [update["skipped"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") for update in row["updates"]]
     assert updates == [True] + [False] * 15
     (line,) = read_rows(tmp_path / "run" / "skipped.jsonl")
@@ -140,8 +173,8 @@ def test_a_bad_update_is_skipped_on_all_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_a_state_that_one_process_finds_ruined_is_saved_by_none(tmp_path: Path, kind: str) -> None:
-    said = launch(tmp_path, kind, tmp_path / "run", "2", "--ruin-on", "1", code=1)
+def test_a_state_that_one_process_finds_ruined_is_saved_by_none(tmp_path: Path, two: Two, kind: str) -> None:
+    said = two(kind, tmp_path / "run", "2", "--ruin-on", "1", code=1)
     assert re.search(r"holds NaN or infinity \(.*optimizer: .*\), and was not saved", said)
     assert list((tmp_path / "run" / "checkpoints").glob("epoch_*")) == [tmp_path / "run/checkpoints/epoch_000000"]
     assert f"last good checkpoint: --resume {tmp_path / 'run/checkpoints/epoch_000000'}" in said
@@ -171,13 +204,16 @@ def test_flux_on_two_processes_is_flux_on_one(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, trained: str
 ) -> None:
     """The whole command, adapters and all weights: what diffusers loads is the same, but for the order of sums."""
-    cache = tmp_path_factory.getbasetemp() / "flux_cache"
     options = FLUX + (FULL if trained == "full" else ())
     alone = tmp_path_factory.getbasetemp() / f"flux_{trained}"
-    environment = {**os.environ, "FASTGUARD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "FASTGUARD_CACHE": str(tmp_path_factory.getbasetemp() / "flux_cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     if not alone.exists():
-        command = [sys.executable, "-m", "fastguard.cli", *options, "--run.dir", str(alone)]
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+        process = Fork(FASTGUARD, *options, "--run.dir", alone, environment=environment)
+        assert process.wait() == 0, process.said()
     sharding = ["--hardware.sharding", "fsdp2"] if kind == "fsdp2" else []
     script = [str(TESTS / "helpers/flux_run.py")] if kind == "fsdp2" else ["-m", "fastguard.cli"]
     result = subprocess.run(
@@ -213,12 +249,12 @@ def test_a_signal_to_the_whole_group_saves(tmp_path: Path, number: signal.Signal
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 100
-    while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, number)
-    process.wait(timeout=60)
+    with deadline(process):
+        while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 2:
+            assert process.poll() is None, "the run has ended"
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        process.wait()
     done = len(read_rows(tmp_path / "run" / "metrics.jsonl"))
     assert checkpoint_of(tmp_path / "run", "newest").name == f"epoch_{done:06d}"
     assert done < 50

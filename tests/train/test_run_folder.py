@@ -23,27 +23,24 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from helpers import TESTS
-from helpers.toy_process import ToyProcess
-from helpers.toys import RECIPE, ToyBackbone, pool, towards
+from helpers.deadline import deadline
+from helpers.forks import TOY, Fork
+from helpers.run_folders import MONITOR, assert_same_end, in_process, newest, toy
+from helpers.toys import ToyBackbone, towards
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastguard.cli import terminations_as_interrupts
-from fastguard.config import MonitorConfig, Recipe, RewardConfig, ScoringConfig
+from fastguard.config import Recipe, RewardConfig, ScoringConfig
 from fastguard.rewards.settings import SETTINGS
 from fastguard.train import checkpoint, run_folder
 from fastguard.train.checkpoint import CheckpointFolder, read_state, read_tensors, restore_rng, verify
-from fastguard.train.monitor import Monitor
 from fastguard.train.run_folder import RunFolder, checkpoint_of
-from fastguard.train.trainer import train
 from fastguard.utils.rows import read_rows
 from fastguard.utils.signals import ENDING, handled_by
 from fastguard.utils.terminal import say
-
-GROUPS = ("weights", "average", "optimizer")
 
 
 def finish(folder: Path, epochs: int, *options: str, code: int = 0) -> str:
@@ -52,40 +49,14 @@ def finish(folder: Path, epochs: int, *options: str, code: int = 0) -> str:
     return process.said()
 
 
-def start(folder: Path, epochs: int, *options: str) -> ToyProcess:
-    return ToyProcess(folder, epochs, *options)
+def start(folder: Path, epochs: int, *options: str) -> Fork:
+    return Fork(TOY, folder, epochs, *options)
 
 
 def wait_for_epoch(folder: Path, epoch: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(read_rows(folder / "metrics.jsonl")) < epoch:
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.02)
-
-
-def newest(folder: Path) -> Path:
-    return checkpoint_of(folder, "newest")
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Bitwise: weights, average, optimizer, generators, monitor; and the metrics, but for times."""
-    one_end, other_end = newest(one), newest(other)
-    assert one_end.name == other_end.name
-    for group in GROUPS:
-        tensors, expected = read_tensors(one_end, group), read_tensors(other_end, group)
-        assert tensors.keys() == expected.keys()
-        assert expected
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, expected[name]), f"{group} {name}"
-    assert json.loads((one_end / "rng.json").read_text()) == json.loads((other_end / "rng.json").read_text())
-    states = [read_state(path) for path in (one_end, other_end)]
-    for state in states:
-        state["recipe"]["run"].pop("dir")
-    assert states[0] == states[1]
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        rows = [[{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in read_rows(f / name)]
-                for f in (one, other)]  # fmt: skip
-        assert rows[0] == rows[1]
+    with deadline(folder):
+        while len(read_rows(folder / "metrics.jsonl")) < epoch:
+            time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +150,14 @@ def kill_and_compare(folder: Path, reference: Path, epochs: int, kills: int, see
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path: Path, counted: Callable[[str], None]) -> None:
-    """At moments of the clock; tests/test_damage.py kills at operations on files."""
+    """At moments of the clock; tests/train/test_damage.py kills at operations on files."""
     finish(tmp_path / "long", 150)
     kill_and_compare(tmp_path / "run", tmp_path / "long", 150, kills=20, seed=1)
     counted("20 of 20 kills at random moments lost nothing")
 
 
 def test_a_damaged_checkpoint_costs_its_epoch_and_nothing_else(tmp_path: Path, undisturbed: Path) -> None:
-    """tests/test_damage.py damages every file in every way."""
+    """tests/train/test_damage.py damages every file in every way."""
     shutil.copytree(undisturbed, tmp_path / "run")
     file = newest(tmp_path / "run") / "optimizer-0000.safetensors"
     content = bytearray(file.read_bytes())
@@ -219,36 +190,6 @@ def test_a_run_folder_is_not_overwritten_by_mistake(undisturbed: Path) -> None:
     assert "does not fit this recipe: its optimizer state is of another kind" in finish(
         undisturbed, 5, "--resume", "auto", "--optimizer", "adamw_cpu", "--dtype", "bfloat16", code=1
     )
-
-
-def in_process(
-    recipe: Recipe, reward: Callable[..., Any] = towards, resume: str = "never", policy: nn.Module | None = None
-) -> list[dict[str, Any]]:
-    """Train the toy in this process; returns the rows of its metrics without times."""
-    accelerator = Accelerator(cpu=True, log_with=list(recipe.run.trackers) or None, project_dir=recipe.run.dir)
-    set_seed(recipe.run.seed)
-    backbone = ToyBackbone(policy)
-    run = RunFolder(recipe, accelerator, resume)
-    gold = [towards] * len(recipe.monitor.gold)
-    with (
-        run.catching_signals(),
-        pool(recipe, backbone, reward) as rewards,
-        pool(recipe, backbone, reward, gold) as all_,
-    ):
-        monitor = Monitor(recipe, all_, 0) if recipe.monitor.every else None
-        train(backbone, recipe, rewards, run, accelerator, monitor)
-    run._lock.close()  # which a process does by its end
-    rows = read_rows(run.path / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
-
-
-def toy(folder: str | Path, **sections: dict[str, Any]) -> Recipe:
-    """The toy's recipe for a folder, with other values of some fields."""
-    recipe = replace(RECIPE, run=replace(RECIPE.run, dir=Path(folder), epochs=2, save_every=1))
-    return replace(recipe, **{name: replace(getattr(recipe, name), **values) for name, values in sections.items()})
-
-
-MONITOR = MonitorConfig(every=1, prompts=2, images_per_prompt=3, num_steps=4, gold=(RewardConfig("g"),))
 
 
 def test_a_reward_that_changes_the_process_leaves_the_run_as_it_is(

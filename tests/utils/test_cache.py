@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT
+from helpers.deadline import DEADLINE_S
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -403,7 +404,7 @@ def test_every_start_clears_what_a_kill_left(
 def test_a_fifo_among_what_is_left_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / f"{sealed._SCRATCH}fifo")
     code = "import pathlib, sys; from fastguard.utils import sealed; sealed.clear_scratch(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=DEADLINE_S)
 
 
 def test_a_temporary_folder_that_goes_before_it_is_locked_is_made_again(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import MONITOR, in_process, toy
+from helpers.run_folders import MONITOR, in_process, toy
 
 from fastguard.config import Recipe, RewardConfig, ScoringConfig
 from fastguard.report.data import TrainingRun, read_run
