@@ -39,6 +39,12 @@ for start in ("transition_bwd bf16", "adaln_bwd bf16"):
 print(h100_code.faults(replace(good, scalars=1, once=0), h100_code.compile_variant(good)))
 """
 
+ONE_LAUNCH = """
+import h100_code
+variant = next(v for v in h100_code.all_variants().values() if v.name.startswith("guard_forward bf16"))
+print(h100_code.compile_variant(variant).sass)
+"""
+
 
 def run(tmp_path: Path, code: str) -> list[str]:
     """The lines of a script that compiles kernels: not in this process, where they may be interpreted."""
@@ -69,12 +75,7 @@ def test_every_kernel_is_in_the_list(tmp_path: Path) -> None:
 
 def test_one_launch_reads_the_others_sums_after_they_were_written(tmp_path: Path) -> None:
     """In the machine code: stored, fenced, counted, the first-level cache dropped, a barrier, and only then loaded."""
-    code = (
-        "import h100_code\n"
-        "variant = next(v for v in h100_code.all_variants().values() if v.name.startswith('guard_forward bf16'))\n"
-        "print(h100_code.compile_variant(variant).sass)\n"
-    )
-    sass = "\n".join(run(tmp_path, code))
+    sass = "\n".join(run(tmp_path, ONE_LAUNCH))
     (counted,) = re.finditer(r"ATOMG\S*\.STRONG\.GPU", sass)
     before, after = sass[: counted.start()], sass[counted.end() :]
     stored, fenced = before.rindex("STG.E"), before.rindex("MEMBAR.ALL.GPU")
