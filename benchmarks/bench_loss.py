@@ -181,4 +181,4 @@ def test_loss(benchmark: Any, shape: tuple[int, ...], name: str, phase: str) -> 
 
 if __name__ == "__main__":
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    rows.main(__doc__, lambda args: ("loss", cases(args.toy)), needs_gpu=lambda args: False)
+    rows.main(__doc__, lambda args: ("loss", cases(args.toy)), needs_gpu=False)
