@@ -165,4 +165,4 @@ def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
 
 
 if __name__ == "__main__":
-    rows.main(__doc__, suite, lambda args: not args.bytes, {"--bytes": "count the bytes that each kernel moves"})
+    rows.main(__doc__, suite, bytes="count the bytes that each kernel moves")

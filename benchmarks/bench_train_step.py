@@ -58,8 +58,6 @@ MATMUL = 8192
 REPEATS, ENOUGH_S = range(3, 11), 8.0
 """repetitions: at least 3, at most 10, none begun after so many seconds"""
 CASE_LIMIT_S = 420
-
-
 # What is trained, pixels (squared), blocks, recompute, compiled. First what a goal or a comparison hangs on.
 CASES = [
     "lora-1024-none", "lora-1024-unfused-none", "lora-1024-pointwise", "full-512-block", "lora-512-block",
@@ -252,9 +250,8 @@ def measure_training(case: str, toy: bool) -> Measured:
     if cuda:
         yield "trainer", "update", {"kept_bytes": kept_bytes(state, transitions)}
     done: dict[str, float] = {}
-    first = measured_once(
-        lambda: done.update(update(state, transitions)), cuda
-    )  # makes the optimizer's state; compiles
+    # The first one makes the optimizer's state, and compiles.
+    first = measured_once(lambda: done.update(update(state, transitions)), cuda)
     times, peaks = repeated(partial(update, state, transitions), cuda)
     # What decides whether it fits is the larger of the two.
     most = {name: max(first[name], n_bytes) for name, n_bytes in peaks.items()}
@@ -301,10 +298,7 @@ class Processes:
                 environ["TORCHDYNAMO_DISABLE"] = "1"  # the 8-bit optimizer would spend minutes on compiling for the CPU
         command = [sys.executable, __file__, "--child", *(["--toy"] if self._args.toy else [])]
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True,
-            preexec_fn=rows.end_with_parent,
-        )  # fmt: skip
+        return rows.start(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe)
 
     def measure(self, name: str) -> list[tuple[str, str, Numbers]]:
         """Raises RuntimeError for a process that fails, and TimeoutError."""
@@ -348,4 +342,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         measure_when_told(toy="--toy" in sys.argv)
     else:
-        rows.main(__doc__, suite, lambda args: not args.plan, {"--plan": "only the planner's predictions"})
+        rows.main(__doc__, suite, plan="only the planner's predictions")

@@ -9,10 +9,10 @@ what loses is deleted: docs/hopper.md.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -25,6 +25,11 @@ from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows
 
 _transition_sums_kernel = transition._transition_sums_kernel
 _guard_epilogue_kernel = transition._guard_epilogue_kernel
+OPTIONS: dict[str, Any] = {
+    "invert_weight": True, "objective": 0, "log_clip": (-2e-6, 2e-6), "adv_clip": 5.0, "kl_threshold": 0.0,
+    "kl_weight": 0.0, "velocity_kl": False, "reduction": "mean",
+}  # fmt: skip
+"""of the usual loss"""
 
 
 @triton.jit
@@ -137,19 +142,15 @@ def guard_forward_one_launch(
     return loss, stats, coefs, clipped
 
 
-def two_launches(latents: Any, per_sample: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def two_launches(
+    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, *per_sample: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The product's forward pass, from the same arguments."""
-    partials = transition.transition_partials(*latents, from_means=False)
-    return transition.guard_epilogue(partials, *per_sample, latents[0][0].numel(), **options)
+    partials = transition.transition_partials(velocity, old, noise, ref, from_means=False)
+    return transition.guard_epilogue(partials, *per_sample, velocity[0].numel(), **options)
 
 
-@contextmanager
-def early_epilogue() -> Iterator[None]:
+def early_epilogue() -> AbstractContextManager[Any]:
     """Inside, the product's forward pass launches its epilogue early (programmatic dependent launch)."""
-    transition._transition_sums_kernel = _early_sums_kernel
-    transition._guard_epilogue_kernel = _Early(_waiting_epilogue_kernel)
-    try:
-        yield
-    finally:
-        transition._transition_sums_kernel = _transition_sums_kernel
-        transition._guard_epilogue_kernel = _guard_epilogue_kernel
+    epilogue = _Early(_waiting_epilogue_kernel)
+    return patch.multiple(transition, _transition_sums_kernel=_early_sums_kernel, _guard_epilogue_kernel=epilogue)

@@ -115,7 +115,7 @@ def _compile_by_name(name: str, everything: bool) -> Code:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Machine code of every kernel variant on an H100; needs no GPU.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sass", type=Path, metavar="DIR", help="keep the disassembly of each variant here")
     parser.add_argument("--faults-only", action="store_true", help="print only variants with faults, and the verdict")
     args = parser.parse_args()

@@ -13,10 +13,10 @@ from typing import Any
 import candidates
 import torch
 from launches import Launched, recorded
-from operator_calls import BF16, FP16, FP32, compiled_calls
+from operator_calls import BF16, FP16, FP32, NAMES, compiled_calls
 from torch import Tensor
 
-KINDS = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+KINDS = {**NAMES, torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
 # float32 beside bf16: latents, or a drawn sample beside its means; weights beside activations. First float32, the dtype
 # of those kernels that know no other.
 DTYPES = ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32))
@@ -95,17 +95,14 @@ def _with_sizes_of_one(variant: Variant) -> Variant:
 
 def _launch_candidates(dtype: torch.dtype, beside: torch.dtype) -> None:
     """The kernels of candidates.py, with each tile of the epilogue."""
-    options: dict[str, Any] = {
-        "invert_weight": True, "objective": 0, "log_clip": (-1.0, 1.0), "adv_clip": 5.0,
-        "kl_threshold": 0.0, "kl_weight": 0.1, "reduction": "mean",
-    }  # fmt: skip
     for tokens in (1024, 4096):
         velocity, noise, one = torch.empty(2, 64 * tokens, dtype=dtype), torch.empty(2, 64 * tokens), torch.empty(2)
         for ref in (None, velocity):
-            latents, every = (velocity, velocity, noise.to(beside), ref), {**options, "velocity_kl": ref is not None}
-            candidates.guard_forward_one_launch(*latents, one, one, one, one, **every)
+            args = (velocity, velocity, noise.to(beside), ref, one, one, one, one)
+            options = candidates.OPTIONS | {"velocity_kl": ref is not None}
+            candidates.guard_forward_one_launch(*args, **options)
             with candidates.early_epilogue():
-                candidates.two_launches(latents, (one, one, one, one), every)
+                candidates.two_launches(*args, **options)
 
 
 def _variant(launch: Launched, dtype: str) -> Variant:

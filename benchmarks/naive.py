@@ -36,17 +36,15 @@ class Inputs:
     step: fg.Transition
 
 
-def make_inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", change: float = 1e-3, seed: int = 0
-) -> Inputs:
-    """Random latents of a mid-schedule flow_sde step; the velocity differs from the rollout's by `change`."""
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
+    """Random latents of a mid-schedule flow_sde step; the velocity differs from the rollout's by 1e-3."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal() -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
     latents, old_velocity, noise = normal().to(dtype), normal().to(dtype), normal().to(dtype)
-    velocity = (old_velocity + change * normal()).to(dtype).requires_grad_()
+    velocity = (old_velocity + 1e-3 * normal()).to(dtype).requires_grad_()
     sigma = torch.linspace(0.9, 0.5, shape[0], dtype=torch.float64)
     step = fg.flow_sde(sigma.float(), sigma.float() - 0.1, noise_level=0.9).to(device)
     old_mean, std = mean_of(latents, old_velocity, step), expand(step.std, latents)

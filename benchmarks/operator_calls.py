@@ -26,6 +26,7 @@ from fastguard.ops.sde_step import sde_step
 from fastguard.ops.transition import guard_loss, transition_bwd, transition_sums
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 CODES = [fused.code for name in OBJECTIVES if (fused := build_objective(name).fused()) is not None]
 """Of the objectives with a fused epilogue: 0 is RatioNorm's, 1 the plain ratio's, 2 the mask's (`FusedEpilogue`)."""
 REDUCTIONS = ("none", "sum", "mean")
@@ -142,12 +143,10 @@ class Numbers:
     Not `filled`, they take no time, and hold whatever the memory held.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, device: str, beside: torch.dtype | None = None, filled: bool = True, seed: int = 3
-    ) -> None:
+    def __init__(self, dtype: torch.dtype, device: str, beside: torch.dtype | None = None, filled: bool = True) -> None:
         self.dtype, self.beside, self.device, self._filled = dtype, beside or dtype, device, filled
         self.wide = torch.promote_types(dtype, FP32)  # of statistics and per-sample numbers
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = torch.Generator(device).manual_seed(3)
 
     def normal(self, *shape: int, of: torch.dtype | None = None) -> Tensor:
         return self._make(torch.randn, shape, of or self.dtype)
@@ -196,13 +195,8 @@ def _loss(n: Numbers, shape: tuple[int, ...]) -> Iterator[Call]:
     b, device = shape[0], n.device
     old, ref, noise = n.normal(*shape), n.normal(*shape), n.normal(*shape, of=n.beside)
     velocity = n.normal(*shape).mul_(0.1).add_(old)
-    coef, std, dt, advantages = n.positive(b), n.positive(b), -n.positive(b), torch.linspace(-1.0, 2.0, b).to(n.wide)
-    advantages, one, coefs, seeds = (
-        advantages.to(device),
-        n.positive(b),
-        n.positive(3, b),
-        torch.arange(b, device=device),
-    )
+    coef, std, dt, one, coefs = n.positive(b), n.positive(b), -n.positive(b), n.positive(b), n.positive(3, b)
+    advantages, seeds = torch.linspace(-1.0, 2.0, b).to(device, n.wide), torch.arange(b, device=device)
     sums, loss, bwd, step = transition_sums, guard_loss, transition_bwd, sde_step
     options = _loss_options(CODES[0], "mean", 0.0, False, True)
     yield Call("guard_loss", loss, (velocity, old, noise, None, advantages, coef, std, dt, *options), "timed")
@@ -258,11 +252,7 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     norms = [n.positive(d, of=n.beside) for _ in range(4)]
     angles = n.positive(t + s, d // 2, of=FP32).repeat_interleave(2, dim=1)
     cos, sin, rstd = angles.cos(), angles.sin(), n.positive(2, b, t + s, h)
-    fwd, bwd, table = (
-        qk_norm_rope_fwd,
-        qk_norm_rope_bwd,
-        cos.nbytes,
-    )  # one of each pair of angles
+    fwd, bwd, table = qk_norm_rope_fwd, qk_norm_rope_bwd, cos.nbytes  # one of each pair of angles
     one, split = [part.unflatten(-1, (h, d)) for part in (x, y, z, grad)], [*image[:2], *text[:2]]
     of_two = (*one[:3], *(part.unflatten(-1, (h, d)) for part in split), rstd, norms)
     of_one = (*one[:2], None, *one[2:], None, None, rstd, norms[:2])
@@ -285,9 +275,7 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     yield Call("bias_gelu_bwd_", inplace, (grad_wide, wide, bias, False), "timed", overwrites=True)
     yield Call("bias_gelu_bwd_ output", inplace, (grad_wide, wide, bias, True), "timed", overwrites=True)
     yield Call("bias_gelu_bwd_ without bias", inplace, (grad_wide, wide, None, False), overwrites=True)
-    yield Call(
-        "bias_gelu_bwd_ output, without bias", inplace, (grad_wide, wide, None, True), "compiled", overwrites=True
-    )
+    yield Call("bias_gelu_bwd_ output, no bias", inplace, (grad_wide, wide, None, True), "compiled", overwrites=True)
 
 
 def _strided(tensor: Tensor) -> Tensor:

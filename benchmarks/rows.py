@@ -118,9 +118,7 @@ def load(folder: Path = RESULTS) -> list[Row]:
 
 def newest(found: list[Row]) -> list[Row]:
     """The last measurement of each case on each device."""
-    dates: dict[Any, str] = {}
-    for row in found:
-        dates[row["key"]] = max(row["date"], dates.get(row["key"], ""))
+    dates = {row["key"]: row["date"] for row in sorted(found, key=lambda row: row["date"])}
     return [row for row in found if row["date"] == dates[row["key"]]]
 
 
@@ -186,9 +184,7 @@ def measure(suite: str, cases: Cases, args: argparse.Namespace) -> str | None:
     done = finished(suite, env, args.out) if args.resume and not args.toy else set()
     print(f"{suite}: {len(chosen)} cases, {len(done & set(chosen))} measured before", flush=True)
     failed, left = [], []
-    for name in chosen:
-        if name in done:
-            continue
+    for name in [name for name in chosen if name not in done]:
         if args.dry_run or time.monotonic() >= args.end:
             print(f"{suite}: {name}", flush=True)
             left.append(name)
@@ -220,18 +216,18 @@ def _measured(case: Callable[[], Measured]) -> Measured:
 def main(
     doc: str | None,
     suite: Callable[[argparse.Namespace], tuple[str, Cases]],
-    needs_gpu: Callable[[argparse.Namespace], bool] = lambda args: True,
-    flags: Mapping[str, str] | None = None,
+    needs_gpu: bool = True,
+    **without_gpu: str,
 ) -> None:
-    """A program that measures the cases of a suite, by its name. flags: its own, with their help."""
+    """A program that measures the cases of a suite, by its name. without_gpu: options with which it needs none."""
     made = parser(doc)
-    for flag, text in (flags or {}).items():
-        made.add_argument(flag, action="store_true", help=text)
+    for option, text in without_gpu.items():
+        made.add_argument(f"--{option}", action="store_true", help=text)
     args = made.parse_args()
     if args.toy and os.environ.get("TRITON_INTERPRET") != "1":
         # Kernels then run on a CPU. That has to be known before triton is imported: the program restarts.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
-    check_arguments(made, args, needs_gpu(args))
+    check_arguments(made, args, needs_gpu and not any(getattr(args, option) for option in without_gpu))
     run(lambda: measure(*suite(args), args))
 
 
@@ -245,18 +241,22 @@ def run(main: Callable[[], str | None]) -> None:
         sys.exit(130)
 
 
-def end_with_parent() -> None:
-    """Called in a process that another one has started: it is killed when that one ends, however that ends."""
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """A process that does not outlive this one, even if this one is killed.
+
+    It has a session of its own, so that Ctrl-C reaches it, and what it has started, by way of this process alone.
+    """
+    return subprocess.Popen(command, text=True, start_new_session=True, preexec_fn=_end_with_parent, **options)
+
+
+def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
 def child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process that outlives neither the block nor this process, even if this one is killed.
-
-    It has a session of its own, so that Ctrl-C reaches it, and what it has started, by way of this process alone.
-    """
-    with subprocess.Popen(command, text=True, start_new_session=True, preexec_fn=end_with_parent, **options) as process:
+    """A process that outlives neither the block nor this process."""
+    with start(command, **options) as process:
         try:
             yield process
         finally:
@@ -264,7 +264,7 @@ def child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[s
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """End a `child` and all that runs in its session."""
+    """End a process that `start` gave, and all that runs in its session."""
     if process.poll() is not None:
         return
     os.killpg(process.pid, signal.SIGTERM)

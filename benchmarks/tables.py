@@ -22,10 +22,8 @@ import rows
 from fastguard.config import UpdateConfig
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-KEYS, ABOUT = (
-    ["device", "suite", "case", "contender", "phase"],
-    ["driver", "threads", "torch", "triton", "commit", "dirty", "date"],
-)
+KEYS = ["device", "suite", "case", "contender", "phase"]
+ABOUT = ["driver", "threads", "torch", "triton", "commit", "dirty", "date"]
 FORMATS = {
     "times": "{}", "times_base": "{:.2f}x", "of_copy": "{:.0%} of copy", "bandwidth": "{:,.0f} GB/s",
     "peak_new_mib": "{:,.1f} MiB new", "error": "{:.1e}", "largest": "of {:.1e}", "moved_mb": "{:.1f} MB",
@@ -36,23 +34,10 @@ FORMATS = {
 }  # fmt: skip
 """of what is shown in a cell, in this order"""
 MEASURED = [
-    *(
-        "p20",
-        "p50",
-        "p80",
-        "of_copy",
-        "bandwidth",
-        "peak_new",
-        "kept",
-        "error",
-        "largest",
-        "moved",
-        "least",
-        "per_step",
-    ),
-    *("p50_per_transition", "peak", "needed", "of_update", "executed_per_needed", "passed tests", "failed", "skipped"),
-    *("out of memory", "worst_log_ratio_of_clip_range"),
-]
+    "p20", "p50", "p80", "of_copy", "bandwidth", "peak_new", "kept", "error", "largest", "moved", "least", "per_step",
+    "p50_per_transition", "peak", "needed", "of_update", "executed_per_needed", "passed tests", "failed", "skipped",
+    "out of memory", "worst_log_ratio_of_clip_range",
+]  # fmt: skip
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}
 """dense bf16 of the SXM cards, from the data sheets"""
 BASES = {"loss": "fused", "blocks": "fused pointwise"}
@@ -74,16 +59,14 @@ def load(folder: Path = rows.RESULTS) -> Frame:
     same = ["device", "suite", "case", "phase"]
     wide = wide.merge(bases[[*same, "p20", "p50"]], how="left", suffixes=("", "_base"), on=same)
     wide["times_base"] = wide.p50 / wide.p50_base
-    in_us = wide.p50.notna() & (wide.suite != "train_step")
+    trained = wide.suite == "train_step"
     wide["times"] = [f"{line.p50:,.1f} us ({line.p20:,.1f} to {line.p80:,.1f})" for line in wide.itertuples()]
-    wide["times"] = wide.times.where(in_us)
-    # The planner knows no compiler.
+    wide["times"] = wide.times.where(wide.p50.notna() & ~trained)
     plan = wide[wide.suite == "plan"].sort_values("date").drop_duplicates(["case", "phase"], keep="last")
-    phases, cases = (
-        wide.phase.replace("rollout beside the optimizer", "rollout"),
-        wide.case.str.removesuffix("-compiled"),
-    )
-    asked, trained = pd.MultiIndex.from_arrays([cases, phases]), wide.suite == "train_step"
+    phases = wide.phase.replace("rollout beside the optimizer", "rollout")
+    asked = pd.MultiIndex.from_arrays(
+        [wide.case.str.removesuffix("-compiled"), phases]
+    )  # the planner knows no compiler
     for name, column in (("planned", "peak"), ("tflop", "needed")):
         wide[name] = pd.Series(plan.set_index(["case", "phase"])[column].reindex(asked).to_numpy()).where(trained)
     wide["planner_error"] = wide.planned / wide.peak - 1
@@ -225,9 +208,8 @@ def stack(part: Frame) -> str:
 
     commits = each(f"{c}{' with changes' if dirty else ''}" for c, dirty in zip(part.commit, part.dirty, strict=True))
     beside = f"driver {each(part.driver)}" if part.driver.notna().any() else f"{each(part.threads)} threads"
-    return (
-        f"{beside}, torch {each(part.torch)}, triton {each(part.triton)}, {each(part.date.str[:10])}, commit {commits}"
-    )
+    versions = f"torch {each(part.torch)}, triton {each(part.triton)}"
+    return f"{beside}, {versions}, {each(part.date.str[:10])}, commit {commits}"
 
 
 def pages(found: Frame) -> Iterator[str]:

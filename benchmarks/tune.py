@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -23,8 +24,8 @@ import naive
 import rows
 import torch
 from bench_blocks import TOY
-from bench_loss import LARGE, TOY_SHAPE, VIDEO, label
-from operator_calls import BF16, FLUX_512, FLUX_1024, FP16, FP32, Call, Size, timed_block_calls, timed_loss_calls
+from bench_loss import LARGE, TOY_SHAPE, VIDEO, cold_runs, label
+from operator_calls import BF16, FLUX_512, FLUX_1024, FP16, FP32, Size, timed_block_calls, timed_loss_calls
 from rows import Measured
 from timing import call_time, graph_times, rotations, with_bandwidth
 from torch import Tensor
@@ -68,36 +69,28 @@ class Experiment:
     """also time single calls, launches included"""
 
 
-def as_launched(call: Call, device: str) -> Forms:
-    """A kernel as the product launches it, over as many sets of tensors as it takes to find each cold."""
-    largest = max(t.nbytes for t in call.args if isinstance(t, Tensor))
-    return {"": [call.copied().run for _ in range(rotations(largest, device == "cuda"))]}, call.least_bytes()
-
-
 def loss_case(kernel: str, shape: Shape, dtype: torch.dtype, device: str) -> Forms:
-    return as_launched(timed_loss_calls(shape if device == "cuda" else TOY_SHAPE, dtype, device)[kernel], device)
+    call = timed_loss_calls(shape if device == "cuda" else TOY_SHAPE, dtype, device)[kernel]
+    return {"": cold_runs(call, device == "cuda")}, call.least_bytes()
 
 
 def block_case(kernel: str, size: Size, device: str) -> Forms:
     dtype, size = (BF16, size) if device == "cuda" else (FP32, TOY)
-    return as_launched(timed_block_calls(size, dtype, device)[kernel], device)
+    call = timed_block_calls(size, dtype, device)[kernel]
+    return {"": cold_runs(call, device == "cuda")}, call.least_bytes()
 
 
 def forward_case(shape: Shape, dtype: torch.dtype, device: str) -> Forms:
     """The forward pass of the loss in two launches and in one."""
     shape = shape if device == "cuda" else TOY_SHAPE
-    options: dict[str, Any] = {
-        "invert_weight": True, "objective": 0, "log_clip": (-2e-6, 2e-6), "adv_clip": 5.0,
-        "kl_threshold": 0.0, "kl_weight": 0.0, "velocity_kl": False, "reduction": "mean",
-    }  # fmt: skip
     forms: dict[str, Runs] = {"two": [], "one, zeroed": [], "one": []}
     for seed in range(rotations(math.prod(shape) * dtype.itemsize, device == "cuda")):
         inputs = naive.make_inputs(shape, dtype, device, seed=seed)
         latents = (inputs.velocity.detach(), inputs.old_velocity, inputs.noise, None)
-        per_sample = (inputs.advantages, inputs.step.velocity_coef, inputs.step.std, inputs.step.dt)
+        args = (*latents, inputs.advantages, inputs.step.velocity_coef, inputs.step.std, inputs.step.dt)
         ticket = torch.zeros((), dtype=torch.int32, device=device)
-        one = partial(candidates.guard_forward_one_launch, *latents, *per_sample, **options)
-        forms["two"].append(partial(candidates.two_launches, latents, per_sample, options))
+        one = partial(candidates.guard_forward_one_launch, *args, **candidates.OPTIONS)
+        forms["two"].append(partial(candidates.two_launches, *args, **candidates.OPTIONS))
         forms["one, zeroed"].append(one)
         forms["one"].append(partial(one, ticket=ticket))
     return forms, 3 * inputs.noise.nbytes
@@ -118,12 +111,8 @@ def _choices(places: Places, values: dict[str, tuple[Any, ...]]) -> dict[str, Ch
 
 
 def _of_loss(shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], kernels: Sequence[str]) -> dict[str, Any]:
-    return {
-        f"{kernel}, {label(shape, dtype)}": partial(loss_case, kernel, shape, dtype)
-        for kernel in kernels
-        for dtype in dtypes
-        for shape in shapes
-    }
+    found = product(kernels, dtypes, shapes)
+    return {f"{name}, {label(shape, dtype)}": partial(loss_case, name, shape, dtype) for name, dtype, shape in found}
 
 
 def _of_blocks(*kernels: str) -> dict[str, Any]:
@@ -199,7 +188,8 @@ def measure_case(experiment: Experiment, case: Callable[[str], Forms], device: s
         runs = forms[choice.form]
         try:
             with choice.applied():
-                got = results_of(runs[0])
+                leaves = [leaf for leaf in tree_leaves(runs[0]()) if isinstance(leaf, Tensor)]
+                got = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.numel()]
                 for result, expected in zip(got, want or got, strict=True):
                     # Sums in another order may round to the neighbouring number of the storage dtype.
                     rtol, atol = max(1e-3, 2 * torch.finfo(result.dtype).eps), 1e-3 * float(expected.abs().max())
@@ -214,12 +204,6 @@ def measure_case(experiment: Experiment, case: Callable[[str], Forms], device: s
                 raise
             yield name, "launch", {"not launched": f"{type(error).__name__}: {str(error)[:200]}"}
         want = want or got
-
-
-def results_of(run: Callable[[], Any]) -> list[Tensor]:
-    """The numbers that a call gives back."""
-    leaves = [leaf for leaf in tree_leaves(run()) if isinstance(leaf, Tensor)]
-    return [leaf for leaf in leaves if leaf.is_floating_point() and leaf.numel()]
 
 
 def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:

@@ -67,28 +67,25 @@ def run_sanitizer(tool: str, args: argparse.Namespace) -> Measured:
 
 def outcome(command: Sequence[str], environ: dict[str, str], end: float) -> Numbers:
     """Run it, show what it prints, and tell what it counted. `failed` unless all went well."""
-    limit_s, late = min(LIMIT_S, max(1.0, end - time.monotonic())), threading.Event()
+    limit_s = min(LIMIT_S, max(1.0, end - time.monotonic()))
     lines: list[str] = []
     with rows.child(
         command, cwd=rows.ROOT, env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
-
-        def end_it() -> None:
-            late.set()
-            rows.stop(process)
-
-        timer = threading.Timer(limit_s, end_it)
+        timer = threading.Timer(limit_s, rows.stop, [process])
+        start = time.monotonic()
         timer.start()
         try:
             for line in process.stdout or ():
                 print(line, end="", flush=True)
                 lines.append(line)
             status = process.wait()
+            late = time.monotonic() - start >= limit_s
         finally:
             timer.cancel()
     counted = re.findall(r"(\d+) (passed|failed|skipped|error)", "".join(lines))
     numbers: dict[str, float | str] = {f"{word} tests": int(number) for number, word in counted}
-    if late.is_set():
+    if late:
         return {**numbers, rows.FAILED: f"not done after {limit_s:.0f} s"}
     if status or not numbers.get("passed tests"):
         reports = [line.strip("= \n") for line in lines if line.startswith("=========")]

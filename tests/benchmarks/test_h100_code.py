@@ -19,7 +19,6 @@ BENCHMARKS = ROOT / "benchmarks"
 BAD_KERNEL = """
 from dataclasses import replace
 import triton, triton.language as tl
-import h100_code
 
 @triton.jit
 def bad_kernel(velocity_ptr, grad_ptr, step, BLOCK: tl.constexpr):
@@ -34,16 +33,20 @@ variant = h100_code.Variant(
 print(h100_code.faults(variant, h100_code.compile_variant(variant)))
 print(h100_code.faults(replace(variant, least=None), h100_code.compile_variant(variant, disassemble=False)))
 for start in ("transition_bwd bf16", "adaln_bwd bf16"):
-    good = next(variant for variant in h100_code.all_variants().values() if variant.name.startswith(start))
+    good = next(variant for variant in variants if variant.name.startswith(start))
     print(h100_code.faults(good, h100_code.compile_variant(good)))
 print(h100_code.faults(replace(good, scalars=1, once=0), h100_code.compile_variant(good)))
 """
+
+COMPILED = "print(h100_code.compile_variant(next(v for v in variants if v.name.startswith({!r}))).sass)"
+KERNELS = r"print(*sorted({v.kernel.__name__ for v in variants}), sep='\n')"
+PREAMBLE = "import h100_code\nvariants = h100_code.all_variants().values()\n"
 
 
 def run(tmp_path: Path, code: str) -> list[str]:
     """The lines of a script that compiles kernels: not in this process, where they may be interpreted."""
     script = tmp_path / "script.py"
-    script.write_text(code)
+    script.write_text(PREAMBLE + code)
     environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environ["PYTHONPATH"] = str(BENCHMARKS)
     result = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, check=False)
@@ -62,19 +65,13 @@ def test_a_bad_kernel_is_found_and_a_good_one_passes(tmp_path: Path) -> None:
 
 
 def test_every_kernel_is_in_the_list(tmp_path: Path) -> None:
-    code = "import h100_code\nprint(*sorted({v.kernel.__name__ for v in h100_code.all_variants().values()}), sep='\\n')"
     sources = "".join(path.read_text() for path in [*(ROOT / "kernels").glob("*.py"), BENCHMARKS / "candidates.py"])
-    assert run(tmp_path, code) == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+    assert run(tmp_path, KERNELS) == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
 
 
 def test_one_launch_reads_the_others_sums_after_they_were_written(tmp_path: Path) -> None:
     """In the machine code: stored, fenced, counted, the first-level cache dropped, a barrier, and only then loaded."""
-    code = (
-        "import h100_code\n"
-        "variant = next(v for v in h100_code.all_variants().values() if v.name.startswith('guard_forward bf16'))\n"
-        "print(h100_code.compile_variant(variant).sass)\n"
-    )
-    sass = "\n".join(run(tmp_path, code))
+    sass = "\n".join(run(tmp_path, COMPILED.format("guard_forward bf16")))
     (counted,) = re.finditer(r"ATOMG\S*\.STRONG\.GPU", sass)
     before, after = sass[: counted.start()], sass[counted.end() :]
     stored, fenced = before.rindex("STG.E"), before.rindex("MEMBAR.ALL.GPU")

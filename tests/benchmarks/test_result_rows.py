@@ -20,10 +20,7 @@ import torch
 from helpers import ROOT
 from helpers.deadline import DEADLINE_S
 
-ENV = {
-    "device": "NVIDIA H100 80GB HBM3", "driver": "580.1", "threads": 16, "torch": "2.11.0", "triton": "3.6.0",
-    "python": "3.12.3", "commit": "0123456789", "dirty": False,
-}  # fmt: skip
+ENV = rows.environment() | {"device": "NVIDIA H100 80GB HBM3", "commit": "0123456789", "dirty": False}
 
 
 @pytest.fixture(autouse=True)

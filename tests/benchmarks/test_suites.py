@@ -25,8 +25,6 @@ import validate
 from helpers import ROOT
 from operator_calls import FP32, timed_block_calls
 
-SUITE = [sys.executable, "benchmarks/gpu_suite.py"]
-
 
 def numbers(measured: rows.Measured) -> dict[str, float]:
     return {f"{who} {phase} {name}": n for who, phase, found in measured for name, n in found.items()}  # type: ignore
@@ -45,9 +43,8 @@ def test_memory_of_forward_and_backward() -> None:
     fused = bench_loss.memory(naive.fused_guard_loss, inputs, False)
     assert 0 < fused["kept_bytes"] <= 64 * 4
     assert bench_loss.memory(naive.guard_loss, inputs, False)["kept_bytes"] >= inputs.latents.nbytes
-    assert (
-        inputs.latents.nbytes <= fused["peak_new_bytes"] < 1.1 * inputs.latents.nbytes
-    )  # the gradient, next to nothing
+    # The gradient, and next to nothing beside it.
+    assert inputs.latents.nbytes <= fused["peak_new_bytes"] < 1.1 * inputs.latents.nbytes
 
 
 def test_a_wrong_contender_is_not_timed() -> None:
@@ -92,35 +89,32 @@ def test_a_plan_adds_up_and_cases_are_what_their_names_say() -> None:
     assert (update.micro_batch, update.optimizer) == (2, "adamw8bit")
 
 
-def processes(script: Path, monkeypatch, code: str, seconds: float = 60.0) -> bench_train_step.Processes:
-    script.write_text(code)
-    monkeypatch.setattr(bench_train_step, "__file__", str(script))
-    return bench_train_step.Processes(argparse.Namespace(toy=True, only=["*"], end=time.monotonic() + seconds))
+# Stands in for the process of a case, and does what its name says.
+CASE = """
+import json, sys, time
+name = sys.stdin.readline().strip()
+if name == "broken":
+    sys.exit("the driver is gone")
+if name == "hanging":
+    time.sleep(60)
+print("noise")
+print(json.dumps([[name, "", {}]]))
+"""
 
 
-def test_a_case_that_breaks_or_hangs_is_said_to(tmp_path: Path, monkeypatch) -> None:
-    broken = processes(
-        tmp_path / "a.py", monkeypatch, "import sys; sys.stdin.readline(); sys.exit('the driver is gone')"
-    )
-    with pytest.raises(RuntimeError, match="exit status 1: the driver is gone"):
-        broken.measure("lora-512-block")
-    hanging = processes(tmp_path / "b.py", monkeypatch, "import time; time.sleep(60)", seconds=0.5)
-    with pytest.raises(TimeoutError, match="not done after 1 s"):
-        hanging.measure("lora-512-block")
-
-
-def test_cases_wait_for_their_turn(tmp_path: Path, monkeypatch) -> None:
+def test_cases_wait_for_their_turn_and_may_break_or_hang(tmp_path: Path, monkeypatch) -> None:
     """The next process starts while one measures, and does nothing before it is told which case is its own."""
-    code = (
-        "import json, pathlib, sys\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        "(folder / f'{len(list(folder.iterdir()))}.started').touch()\n"
-        "name = sys.stdin.readline().strip()\n"
-        "print('noise'); print(json.dumps([[name, '', {}]]))\n"
-    )
-    chain = processes(tmp_path / "script.py", monkeypatch, code)
+    (tmp_path / "case.py").write_text(CASE)
+    monkeypatch.setattr(bench_train_step, "__file__", str(tmp_path / "case.py"))
+    args = argparse.Namespace(toy=True, only=["*"], end=math.inf)
+    chain = bench_train_step.Processes(args)
     for name in ("lora-512-block", "full-512-block"):
         assert chain.measure(name) == [[name, "", {}]]
+    with pytest.raises(RuntimeError, match="exit status 1: the driver is gone"):
+        chain.measure("broken")
+    args.end = time.monotonic() + 0.5
+    with pytest.raises(TimeoutError, match="not done after 1 s"):
+        chain.measure("hanging")
     assert chain._waiting is not None
     chain._waiting.communicate("")  # as when its parent has ended
 
@@ -138,26 +132,13 @@ def test_a_case_out_of_memory_keeps_what_came_before_it(monkeypatch, capsys) -> 
     assert lost[2] == {"out of memory": "after rollout: CUDA out of memory. Tried to allocate 9 GiB."}
 
 
-def test_the_gpu_suite_refuses_without_a_gpu() -> None:
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    refused = subprocess.run(SUITE, cwd=ROOT, capture_output=True, text=True, check=False, env=hidden)
-    assert refused.returncode == 2
-    assert "needs a CUDA device" in refused.stderr
-
-
 @pytest.mark.slow
 def test_the_gpu_suite_runs_at_toy_sizes(tmp_path: Path) -> None:
-    command = [
-        *SUITE,
-        "--toy",
-        "--out",
-        str(tmp_path),
-        "--only",
-        *(name for name in gpu_suite.STAGES if name != "plan"),
-    ]
+    stages = [name for name in gpu_suite.STAGES if name != "plan"]
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--toy", "--out", str(tmp_path), "--only", *stages]
     toy = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert toy.returncode == 0, toy.stderr
-    assert re.findall(r"^== (\w+): ", toy.stdout, re.MULTILINE) == [*gpu_suite.STAGES][:-1]
+    assert re.findall(r"^== (\w+): ", toy.stdout, re.MULTILINE) == stages
     assert re.search(r"kernel +pytest +passed tests \d+", toy.stdout)
     for phase in ("guard_loss", "transition_bwd", "sde_step", "qk_norm_rope_bwd one stream", "double block"):
         assert phase in toy.stdout
@@ -166,7 +147,7 @@ def test_the_gpu_suite_runs_at_toy_sizes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_timed_while_a_test_is_red(monkeypatch) -> None:
+def test_nothing_is_timed_while_a_test_is_red_nor_without_a_gpu(monkeypatch) -> None:
     begun: list[str] = []
 
     def run_stage(name: str, *_: Any) -> bool:
@@ -174,6 +155,11 @@ def test_nothing_is_timed_while_a_test_is_red(monkeypatch) -> None:
         return name != failing
 
     monkeypatch.setattr(gpu_suite, "run_stage", run_stage)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_suite.main()
+    assert not begun
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--toy"])
     failing = "tests"
     assert "the tests failed or were not finished; nothing is timed" in str(gpu_suite.main())
@@ -204,9 +190,8 @@ def test_what_pytest_counted_is_told() -> None:
 def test_the_sanitizer_watches_every_operator(tmp_path: Path, monkeypatch) -> None:
     """With a stand-in for the tool: what it is called with, and what it reports."""
     tool, args = tmp_path / "compute-sanitizer", argparse.Namespace(toy=False, end=math.inf)
-    tool.write_text(
-        f'#!/bin/sh\necho "$@" > {tmp_path}/called\necho "========= Invalid read"\necho "1 passed"\nexit 9\n'
-    )
+    reports = 'echo "========= Invalid read"\necho "1 passed"\nexit 9'
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n{reports}\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     found = numbers(validate.run_sanitizer("memcheck", args))
@@ -215,6 +200,5 @@ def test_the_sanitizer_watches_every_operator(tmp_path: Path, monkeypatch) -> No
     assert called[:4] == ["--tool", "memcheck", "--error-exitcode", "9"]
     assert called[-2:] == [sys.executable, "benchmarks/operator_calls.py"]
     monkeypatch.setenv("PATH", "")
-    assert numbers(validate.run_sanitizer("memcheck", args)) == {
-        "kernel compute-sanitizer skipped": "compute-sanitizer is not installed"
-    }
+    skipped = {"kernel compute-sanitizer skipped": "compute-sanitizer is not installed"}
+    assert numbers(validate.run_sanitizer("memcheck", args)) == skipped
