@@ -19,17 +19,17 @@ from typing import Any
 import pytest
 import rows
 import torch
-from bench_loss import CUDA, DEVICE, DTYPE, time_kernel
+from bench_loss import CUDA, DEVICE, DTYPE, cold_calls, time_kernel
 from diffusers.models.transformers.transformer_flux import (
     FluxPosEmbed,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
 from launches import moved_bytes, recorded
-from operator_calls import BF16, FLUX_1024, FP32, Size, timed_block_calls
+from operator_calls import BF16, FLUX_1024, FP32, Size, relative_error, timed_block_calls
 from peft import LoraConfig, inject_adapter_in_model
 from rows import Measured
-from timing import copy_times, graph_times, kept_bytes, rotations
+from timing import copy_times, graph_times, kept_bytes
 from torch import Tensor, nn
 
 from fastguard.blocks.architecture import Fusion, fuse_block
@@ -53,14 +53,12 @@ def measure_bytes(name: str) -> Measured:
 
 def measure_kernel(name: str, size: Size, dtype: torch.dtype, device: str) -> Measured:
     """A kernel and its eager form, with the copy bandwidth of the same moment."""
-    cuda, shape = device == "cuda", (size.image + size.text, size.width)
-    count = rotations(shape[0] * shape[1] * dtype.itemsize, cuda)
-    copied = copy_times([torch.randn(shape, device=device).to(dtype) for _ in range(count)], cuda)
+    cuda, copied = device == "cuda", copy_times((size.image + size.text, size.width), dtype, device)
     yield "copy", "copy", copied
     call = timed_block_calls(size, dtype, device)[name]
     yield "kernel", "launch", time_kernel(call, cuda, copied["bandwidth_gb_per_s"])
     if call.eager:
-        yield "eager", "launch", graph_times([call.copied().run_eager for _ in range(count)], cuda)
+        yield "eager", "launch", graph_times([each.run_eager for each in cold_calls(call, cuda)], cuda)
 
 
 def make_block(kind: str, size: Size, dtype: torch.dtype, device: str, rank: int) -> nn.Module:
@@ -122,7 +120,7 @@ class Blocks:
         tolerance = 1e-4 if want[0].dtype == FP32 else 0.03
         for form in forms:
             for got, expected in zip(self.training(form), want, strict=True):
-                off = float((got.double() - expected.double()).norm() / expected.double().norm())
+                off = relative_error(got, expected)
                 assert off < tolerance, f"{form}: gradient off by {off:.1e}"
 
 

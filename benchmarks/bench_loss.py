@@ -96,16 +96,16 @@ def exactness(device: str = "cpu") -> Measured:
         yield name, "log-ratio", {"error": max(errors[name]), "largest": max(errors["size"])}
 
 
-def cold_runs(call: Call, cuda: bool) -> list[Callable[[], Any]]:
-    """The call over as many sets of tensors as it takes to find each outside L2."""
+def cold_calls(call: Call, cuda: bool) -> list[Call]:
+    """The call with as many sets of tensors as it takes to find each outside L2."""
     largest = max(t.nbytes for t in call.args if isinstance(t, Tensor))
-    return [call.copied().run for _ in range(rotations(largest, cuda))]
+    return [call.copied() for _ in range(rotations(largest, cuda))]
 
 
 def time_kernel(call: Call, cuda: bool, copy_gb_per_s: float) -> Numbers:
     """One kernel, and its share of the copy bandwidth."""
     assert_agrees(call)
-    times = with_bandwidth(graph_times(cold_runs(call, cuda), cuda), call.least_bytes())
+    times = with_bandwidth(graph_times([each.run for each in cold_calls(call, cuda)], cuda), call.least_bytes())
     return {**times, "of_copy": times["bandwidth_gb_per_s"] / copy_gb_per_s}
 
 
@@ -118,9 +118,7 @@ def measure_on_gpu(shape: tuple[int, ...], dtype: torch.dtype = BF16, device: st
     """Kernels alone, then losses and steps; what does not fit is said to be so."""
     cuda = device == "cuda"
     backend, tensor_bytes = "inductor" if cuda else "eager", math.prod(shape) * dtype.itemsize
-    sources = [torch.randn(shape, device=device).to(dtype) for _ in range(rotations(tensor_bytes, cuda))]
-    copied = copy_times(sources, cuda)
-    del sources
+    copied = copy_times(shape, dtype, device)
     yield "copy", "copy", copied
     for name, call in timed_loss_calls(shape, dtype, device).items():
         yield "kernel", name, attempt(time_kernel, call, cuda, copied["bandwidth_gb_per_s"])

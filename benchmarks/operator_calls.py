@@ -125,15 +125,16 @@ def assert_agrees(call: Call) -> None:
     ulp = torch.finfo(dtype).eps
     of_results = {FP32: max(2e-5, ulp / 2), dtype: max(2e-5, ulp), torch.bool: 0.0}
     for got, want in zip(results, call.in_float64()(), strict=True):
-        off = _off(got, want)
+        off = relative_error(got, want)
         assert off <= of_results[got.dtype], f"{call.name}: {off:.1e} off"
     eager = [t for t in tree_leaves(call.run_eager()) if isinstance(t, Tensor)]
     for got, want in zip(eager, results, strict=False):  # an operator's statistics come after what both give
-        off = _off(got, want)
+        off = relative_error(got, want)
         assert off <= 8 * max(ulp, 1e-5), f"{call.name}: the eager form is {off:.1e} off"  # it rounds at every step
 
 
-def _off(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference, of the norm of `want`."""
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
 
 

@@ -97,15 +97,16 @@ def with_bandwidth(times: dict[str, float], moved_bytes: int) -> dict[str, float
     return {**times, "moved_bytes": moved_bytes, "bandwidth_gb_per_s": moved_bytes / times["p50_us"] / 1e3}
 
 
-def copy_times(sources: Sequence[torch.Tensor], cuda: bool) -> dict[str, float]:
+def copy_times(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, float]:
     """The bandwidth to compare with: of the driver's copy or of a kernel that reads and writes alike, the faster."""
-    targets = [torch.empty_like(source) for source in sources]
-    pairs = list(zip(sources, targets, strict=True))
+    cuda, n_bytes = device == "cuda", math.prod(shape) * dtype.itemsize
+    sources = [torch.randn(shape, device=device).to(dtype) for _ in range(rotations(n_bytes, cuda))]
+    pairs = [(source, torch.empty_like(source)) for source in sources]
     ways = [
         graph_times([partial(target.copy_, source) for source, target in pairs], cuda),
         graph_times([partial(torch.neg, source, out=target) for source, target in pairs], cuda),
     ]
-    return with_bandwidth(min(ways, key=lambda times: times["p50_us"]), 2 * sources[0].nbytes)
+    return with_bandwidth(min(ways, key=lambda times: times["p50_us"]), 2 * n_bytes)
 
 
 def kept_bytes(run: Callable[[], Any], held: Iterable[torch.Tensor]) -> int:

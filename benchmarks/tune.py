@@ -24,7 +24,7 @@ import naive
 import rows
 import torch
 from bench_blocks import TOY
-from bench_loss import LARGE, TOY_SHAPE, VIDEO, cold_runs, label
+from bench_loss import LARGE, TOY_SHAPE, VIDEO, cold_calls, label
 from operator_calls import BF16, FLUX_512, FLUX_1024, FP16, FP32, Size, timed_block_calls, timed_loss_calls
 from rows import Measured
 from timing import call_time, graph_times, rotations, with_bandwidth
@@ -71,13 +71,13 @@ class Experiment:
 
 def loss_case(kernel: str, shape: Shape, dtype: torch.dtype, device: str) -> Forms:
     call = timed_loss_calls(shape if device == "cuda" else TOY_SHAPE, dtype, device)[kernel]
-    return {"": cold_runs(call, device == "cuda")}, call.least_bytes()
+    return {"": [each.run for each in cold_calls(call, device == "cuda")]}, call.least_bytes()
 
 
 def block_case(kernel: str, size: Size, device: str) -> Forms:
     dtype, size = (BF16, size) if device == "cuda" else (FP32, TOY)
     call = timed_block_calls(size, dtype, device)[kernel]
-    return {"": cold_runs(call, device == "cuda")}, call.least_bytes()
+    return {"": [each.run for each in cold_calls(call, device == "cuda")]}, call.least_bytes()
 
 
 def forward_case(shape: Shape, dtype: torch.dtype, device: str) -> Forms:
