@@ -71,8 +71,8 @@ def parse_recipe_command(name: str, options: Sequence[str]) -> Command:
     """
     kind, prog = COMMANDS[name], f"fastguard {name}"
     if options and not options[0].startswith("-"):
-        recipe = with_objective(load_recipe(find_recipe(options[0])), options[1:])
-        command: Any = tyro.cli(kind, default=kind(recipe), args=options[1:], prog=f"{prog} {options[0]}")
+        recipe, others = with_objective(load_recipe(find_recipe(options[0])), options[1:])
+        command: Any = tyro.cli(kind, default=kind(recipe), args=others, prog=f"{prog} {options[0]}")
         overridden(recipe, command.recipe)
         return command
     if options and options[0] not in ("-h", "--help"):

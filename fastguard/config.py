@@ -281,6 +281,11 @@ class ObjectiveConfig(Objective):
     """KL of the step's Gaussians, or the mean squared velocity difference, which is about 100 times larger"""
 
     def __post_init__(self) -> None:
+        if OBJECTIVE_CONFIGS.get(self.name) is not type(self):
+            raise UserError(
+                f"objective.name = {self.name!r} does not fit the options of {type(self).__name__}: make another "
+                "objective with objective_config(name, ...)"
+            )
         try:
             super().__post_init__()
         except (TypeError, ValueError) as error:

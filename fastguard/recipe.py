@@ -9,7 +9,6 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -59,22 +58,24 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def with_objective(recipe: Recipe, args: Sequence[str]) -> Recipe:
-    """The recipe with the objective that `--objective.name` among the arguments names, at that objective's defaults.
+def with_objective(recipe: Recipe, args: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """The recipe with the objective that the last `--objective.name` names, and the arguments without any of these.
 
-    Factors of the loss (reweight, kl_weight, kl_type) stay. The arguments that follow can then set its options.
+    Another objective starts from its defaults; factors of the loss (reweight, kl_weight, kl_type) stay. The other
+    arguments can then set its options. Raises UserError for an unknown name.
     """
-    given = [arg.partition("=")[2] for arg in args if arg.startswith("--objective.name=")]
-    given += [value for flag, value in pairwise(args) if flag == "--objective.name"]
+    name, others, rest = recipe.objective.name, [], list(args)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if flag == "--objective.name" and (equals or rest):
+            name = value if equals else rest.pop(0)
+        else:
+            others.append(flag + equals + value)
     current = recipe.objective
-    if not given or given[-1] == current.name:
-        return recipe
-    return replace(
-        recipe,
-        objective=objective_config(
-            given[-1], reweight=current.reweight, kl_weight=current.kl_weight, kl_type=current.kl_type
-        ),
-    )
+    if name == current.name:
+        return recipe, others
+    factors = {"reweight": current.reweight, "kl_weight": current.kl_weight, "kl_type": current.kl_type}
+    return replace(recipe, objective=objective_config(name, **factors)), others
 
 
 def unread_values(recipe: Recipe) -> dict[str, str]:
@@ -105,6 +106,8 @@ def overridden(recipe: Recipe, changed: Recipe) -> Recipe:
 
 def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     """A recipe from nested dictionaries; errors begin with `where`. As `load_recipe`."""
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is no recipe: expected an object, got {content!r:.80}")
     chosen = content.get("objective", {})
     if isinstance(chosen, dict):
         content = {**content, "objective": {"name": DEFAULT_OBJECTIVE, **chosen}}

@@ -14,12 +14,13 @@ import torch
 from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, pool
 from torch import nn
 
-from fastguard.cli import COMMANDS, parse_command, takes_recipe
+from fastguard.cli import COMMANDS, main, parse_command, takes_recipe
 from fastguard.commands.demo import Demo
 from fastguard.commands.doctor import Doctor
 from fastguard.config import (
     OBJECTIVE_CONFIGS,
     ModelConfig,
+    ObjectiveConfig,
     Recipe,
     Recompute,
     SamplerConfig,
@@ -462,3 +463,57 @@ def test_the_tutorials_recipe_is_a_whole_recipe(tmp_path: Path) -> None:
     defaults, shipped = as_dict(recipe), as_dict(load_recipe(find_recipe("flux_lora")))
     for section in ("lora", "sampler", "objective", "hardware"):
         assert defaults[section] == shipped[section]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["--objective.name=flow_dppo", "--objective.name", "flow_grpo"],
+        ["--objective.name", "flow_dppo", "--objective.name=flow_grpo"],
+        ["--objective.name", "flow_dppo", "--objective.name", "flow_grpo"],
+    ],
+)
+def test_the_last_name_of_an_objective_counts(names: list[str], tmp_path: Path) -> None:
+    file = str(written(tmp_path, "[objective]\nkl_weight = 0.5\n[sampler]\nsde_steps = 5"))
+    command: Any = parse_command(["train", file, *names, "--objective.clip-range", "1e-4"])
+    assert command.recipe.objective == objective_config("flow_grpo", clip_range=1e-4, kl_weight=0.5)
+    with pytest.raises(UserError, match="objective.name must be one of grpo_guard, flow_grpo, flow_dppo, got 'ppo'"):
+        parse_command(["train", file, *names, "--objective.name=ppo"])
+
+
+def test_a_name_and_the_options_of_another_objective_do_not_mix() -> None:
+    with pytest.raises(UserError, match="does not fit the options of FlowGrpoConfig"):
+        dataclasses.replace(objective_config("flow_grpo"), name="grpo_guard")
+    with pytest.raises(UserError, match="does not fit the options of ObjectiveConfig"):
+        ObjectiveConfig()
+
+
+@pytest.mark.parametrize("content", [[1], 3.0, None, "text"])
+def test_what_is_no_object_is_no_recipe(content: Any) -> None:
+    with pytest.raises(UserError, match="recipe.json is no recipe: expected an object, got"):
+        parse_recipe(content, "recipe.json")
+
+
+NOT_TO_BE_ASKED = "/" + "x" * 5000
+"""The system refuses to look such a name up."""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "digits", "--resume", NOT_TO_BE_ASKED],
+        ["sample", "digits", "--checkpoint", NOT_TO_BE_ASKED],
+        ["sample", "digits", "--run.dir", NOT_TO_BE_ASKED],
+        ["plan", "flux_lora", "--model.path", NOT_TO_BE_ASKED],
+        ["reward-server", ".:f"],
+    ],
+    ids=lambda arguments: " ".join(a for a in arguments if a != NOT_TO_BE_ASKED),
+)
+def test_paths_that_cannot_be_looked_up_are_the_users(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fastguard: ")
+    assert "Traceback" not in said

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ class PipelineParts:
 
 def pipeline_folder(path: str) -> Path:
     """The local folder of a pipeline: the path itself, or the hub's snapshot (downloaded if it is not there)."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return Path(path)
     missed = f": it was not downloaded to {HF_HUB_CACHE}"
     quiet_bars()
@@ -78,7 +79,7 @@ def examine_pipeline(path: str, parts: PipelineParts, download: str) -> Iterator
     Args:
         download: what to know before it is downloaded.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         problems = list(pipeline_problems(Path(path), parts))
         yield from (Finding("FAIL", problem) for problem in problems)
         if not problems:

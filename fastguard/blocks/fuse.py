@@ -124,7 +124,7 @@ def _find(transformer: Any, names: Iterable[str]) -> tuple[Any, Architecture]:
         for architecture in known.values():
             if isinstance(model, architecture.models) or architecture.kind_of(model):
                 return model, architecture
-        children = vars(model).get("_modules", {})
+        children = getattr(model, "_modules", {})
         inside = [children[key] for key in WRAPPED if key in children]
         if not inside:
             raise TypeError(_unknown(transformer, known))

@@ -5,6 +5,7 @@ The model family makes the modules; nothing here knows one. Axes: N image or tra
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -108,7 +109,7 @@ def dtype_of(model: ModelConfig) -> torch.dtype:
 
 def _folder(model: ModelConfig) -> Path | None:
     """Where the modules are described; None for a configuration that the family knows by name."""
-    return Path(model.path) if Path(model.path).is_dir() else None
+    return Path(model.path) if os.path.isdir(model.path) else None
 
 
 @lru_cache(maxsize=64)

@@ -73,7 +73,7 @@ def _target(config: RewardConfig) -> Any:
         return _Client(RemoteReward, use)
     if use in BUILT_IN:
         return _import(use, BUILT_IN[use])
-    if not re.fullmatch(r"[\w.]+:\w+", use):
+    if not re.fullmatch(r"\w[\w.]*:\w+", use):
         raise UserError(
             f"rewards.use = {use!r} is no reward; expected one of {', '.join(BUILT_IN)}, or module:function, "
             "module:Class, or the http(s):// address of a reward server"

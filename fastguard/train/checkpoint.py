@@ -216,7 +216,7 @@ def verify(path: Path) -> None:
     Files that the manifest does not list are never opened, nor are listed ones that are no plain files.
     """
     try:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise CheckpointError(
                 f"there is no checkpoint {path}; expected auto, never, or the folder of one (epoch_...)"
             )
@@ -244,7 +244,7 @@ def require(path: Path) -> None:
     except CheckpointError as error:
         before = next((p for p in checkpoints_in(path.parent) if p.name < path.name and _is_good(p)), None)
         hint = "there is no good one before it" if before is None else f"the newest good one before it is {before}"
-        raise CheckpointError(f"{error}; {hint}" if path.is_dir() else str(error)) from None
+        raise CheckpointError(f"{error}; {hint}" if os.path.isdir(path) else str(error)) from None
 
 
 def _is_good(path: Path) -> bool:
@@ -256,7 +256,9 @@ def _is_good(path: Path) -> bool:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, newest first, good or not."""
+    """The checkpoints of a folder, newest first, good or not; none if it cannot be looked into."""
+    if not os.path.isdir(folder):  # which is False, too, for what may not be asked
+        return []
     return sorted((p for p in folder.glob("epoch_*") if re.fullmatch(r"epoch_\d{6}", p.name)), reverse=True)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 import fastguard as fg
 from fastguard.loss.objectives import OBJECTIVES, OPTIONS, Objective, Terms, build_objective
 from fastguard.loss.objectives.base import Ratio
+from fastguard.loss.objectives.flow_grpo import FlowGrpo
+from fastguard.loss.objectives.grpo_guard import GrpoGuard
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,35 @@ def test_terms_alone_between_the_kernels(name: str, kernel_device: str) -> None:
     got, want = (outcome(batch, Unfused(build_objective(name)), backend=backend) for backend in ("triton", "torch"))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-6)
+
+
+def test_a_class_that_changes_its_base_is_not_computed_as_its_base() -> None:
+    @dataclass(frozen=True)
+    class Doubled(GrpoGuard):
+        def terms(self, *numbers: Tensor, n_elements: int) -> Terms:
+            terms = super().terms(*numbers, n_elements=n_elements)
+            return terms._replace(loss=2 * terms.loss, by_log_ratio=2 * terms.by_log_ratio)
+
+    @dataclass(frozen=True)
+    class Normalized(FlowGrpo):
+        ratio: ClassVar[Ratio] = "normalized"
+
+    batch, plain = make_batch(), build_objective("grpo_guard")
+    for name, objective in OBJECTIVES.items():
+        assert objective().fused() is not None, name
+    twice, once = outcome(batch, Doubled()), outcome(batch, plain)
+    assert torch.equal(twice[0], 2 * once[0])
+    torch.testing.assert_close(twice[-1], 2 * once[-1])
+    for got, want in zip(outcome(batch, Normalized()), outcome(batch, plain), strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(TypeError, match="ratio must be one of normalized, gaussian; got 'normalised'"):
+        type("Misspelt", (FlowGrpo,), {"ratio": "normalised"})
+
+
+def test_a_list_is_a_pair() -> None:
+    of_list, of_tuple = (build_objective("grpo_guard", clip_range=kind((1e-3, 2e-3))) for kind in (list, tuple))
+    assert of_list == of_tuple
+    assert hash(of_list) == hash(of_tuple)
 
 
 @pytest.mark.parametrize("reweight", ["inverse_dt", "none"])

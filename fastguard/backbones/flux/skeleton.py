@@ -5,6 +5,7 @@ Axes: B image, S image token, T text token, C channel.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def pipeline_configs(path: str) -> PipelineConfigs:
     Raises UserError for any other name, for the planner downloads nothing, and for a configuration that is damaged.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         names = ("transformer", "vae", "text_encoder", "text_encoder_2")
         missing = [name for name in names if not (folder / name / "config.json").is_file()]
         if missing:

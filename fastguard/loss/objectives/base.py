@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -20,7 +20,18 @@ Scope = Literal["transition"]
 Ratio = Literal["normalized", "gaussian"]
 ClipRange = float | tuple[float, float]
 
-__all__ = ["ClipRange", "FusedEpilogue", "Objective", "Ratio", "Scope", "Terms", "check_at_least_0", "clip_pair"]
+__all__ = [
+    "ClipRange",
+    "FusedEpilogue",
+    "Objective",
+    "Ratio",
+    "Scope",
+    "Terms",
+    "check_adv_clip",
+    "check_at_least_0",
+    "clip_pair",
+    "is_number",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,15 @@ class Objective:
     """whether `terms` has a derivative with respect to the drift"""
     limit_name: ClassVar[str]
     """the option that limits how far a transition may move"""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class that changes what is computed is not what its base's fused epilogue computes."""
+        super().__init_subclass__(**options)
+        if vars(cls).keys() & {"terms", "ratio", "moves_drift"} and "fused" not in vars(cls):
+            cls.fused = Objective.fused  # type: ignore[method-assign]
+        ratio = vars(cls).get("ratio")
+        if isinstance(ratio, str) and ratio not in get_args(Ratio):
+            raise TypeError(f"{cls.__name__}.ratio must be one of {', '.join(get_args(Ratio))}; got {ratio!r}")
 
     def __post_init__(self) -> None:
         """Check the options. Raises ValueError or TypeError."""

@@ -21,10 +21,12 @@ class Clipped(Objective):
     clip_range: ClipRange = 2e-6
     """distance of the ratio from 1, or (low, high); depends on the objective and on the number of latent elements"""
     adv_clip: float | None = 5.0
-    """advantages are clipped to +- this many standard deviations; none does not clip them"""
+    """advantages are clipped to +- this many standard deviations; None does not clip them"""
 
     def __post_init__(self) -> None:
         clip_pair(self.clip_range)
+        if isinstance(self.clip_range, list):
+            object.__setattr__(self, "clip_range", tuple(self.clip_range))  # for equality and hashes
         check_adv_clip(self.adv_clip)
 
     def limits(self) -> dict[str, float]:
