@@ -110,8 +110,8 @@ def test_on_policy_log_ratio_is_bitwise_zero(name: Any) -> None:
         prompts={"per_epoch": 3},
         sampler={"group_size": 2, "batch_size": 6},
         update={"minibatches": 1},
-        objective={"name": name},
     )
+    recipe = replace(recipe, objective=objective_config(name, clip_range=recipe.objective.limit))
     for batch in transitions_of(backbone, recipe):
         result = policy_loss(backbone.policy, batch, torch.ones(len(batch)), recipe.objective)
         assert (result.log_ratio == 0).all()
