@@ -132,17 +132,18 @@ _REPLACED = {"model.checkpointing": "model.recompute"}
 
 
 def _problem(location: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
-    objective = location[1] if location[:1] == ("objective",) and len(location) > 1 else None
-    if objective in OBJECTIVES:  # which pydantic names in the location
-        location = ("objective", *location[2:])
+    section: Any = Recipe
+    inside = location[:-1]
+    named = str(location[1]) if location[:1] == ("objective",) and len(location) > 1 else ""
+    if named in OBJECTIVES:  # pydantic puts it into the location
+        location, section, inside = ("objective", *location[2:]), OBJECTIVE_CONFIGS[named], ()
     field = ".".join(str(part) for part in location)
     if kind == "union_tag_invalid":
         return f"{field}.name: must be one of {', '.join(OBJECTIVES)}, got {value['name']!r}"
     if kind == "unexpected_keyword_argument":
-        if objective in OBJECTIVES and any(location[-1] in options for options in OPTIONS.values()):
-            return f"{field}: {unknown_option(str(objective), str(location[-1]))}"
-        section: Any = Recipe if objective not in OBJECTIVES else OBJECTIVE_CONFIGS[str(objective)]
-        for part in () if objective in OBJECTIVES else location[:-1]:
+        if named in OBJECTIVES and any(location[-1] in options for options in OPTIONS.values()):
+            return f"{field}: {unknown_option(named, str(location[-1]))}"
+        for part in inside:
             section = _element(section, part)
         names = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
         close = [_REPLACED[field]] if field in _REPLACED else difflib.get_close_matches(str(location[-1]), names, n=1)

@@ -20,7 +20,7 @@ class Plan:
 
     recipe: RecipeFields
     kept: bool = False
-    """show what an update keeps for its backward pass instead, tensor by tensor, at each level of model.recompute"""
+    """show what an update saves for backward instead, tensor by tensor, at each level of model.recompute"""
 
     def __call__(self) -> int:
         return print_plan(self.recipe, self.kept)
@@ -30,7 +30,7 @@ def print_plan(recipe: Recipe, kept: bool = False) -> int:
     """Print what follows from the recipe and its memory by phase; exit code 1 if it does not fit.
 
     Args:
-        kept: print what an update's forward pass keeps for its backward pass instead, by level of model.recompute.
+        kept: print what an update saves for backward instead, by level of model.recompute.
     """
     from fastguard.memory import compare_kept, plan
     from fastguard.train.build import print_exceptions, with_model

@@ -209,7 +209,8 @@ class FusedEpilogue(NamedTuple):
 def clipped_terms(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, adv_clip: float) -> Terms:
     """PPO's clipped surrogate, `max(-a r, -a clip(r, 1 - low, 1 + high))`, with a in +-adv_clip (arXiv 1707.06347)."""
     # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
-    advantages = advantages.clamp(-_limit(adv_clip, log_ratio), _limit(adv_clip, log_ratio))
+    limit = _limit(adv_clip, log_ratio)
+    advantages = advantages.clamp(-limit, limit)
     within = log_ratio.clamp(_log1p(-1, clip_low, log_ratio), _log1p(1, clip_high, log_ratio))
     clipped = advantages * (log_ratio - within) > 0
     loss = -advantages * torch.where(clipped, torch.exp(within), torch.exp(log_ratio))
