@@ -56,10 +56,10 @@ def _guard_forward_kernel(
     if ticket == tl.num_programs(0) - 1:
         tl.debug_barrier()
         _guard_epilogue_kernel(
-            partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr,
+            partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, None,
             loss_ptr, stats_ptr, coefs_ptr, clipped_ptr,
             log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
-            OBJECTIVE, REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, VELOCITY_KL, BLOCK_B, BLOCK_P,
+            OBJECTIVE, REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, False, VELOCITY_KL, BLOCK_B, BLOCK_P,
         )  # fmt: skip
         tl.store(ticket_ptr, 0)
 
@@ -80,19 +80,19 @@ def _early_sums_kernel(
 
 @triton.jit
 def _waiting_epilogue_kernel(
-    partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, loss_ptr, stats_ptr, coefs_ptr,
-    clipped_ptr, log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
-    OBJECTIVE: tl.constexpr, REDUCTION: tl.constexpr, FROM_MEANS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    INVERT_WEIGHT: tl.constexpr, HAS_REF: tl.constexpr, VELOCITY_KL: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, kl_weights_ptr, loss_ptr, stats_ptr,
+    coefs_ptr, clipped_ptr, log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements,
+    n_partials, OBJECTIVE: tl.constexpr, REDUCTION: tl.constexpr, FROM_MEANS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    INVERT_WEIGHT: tl.constexpr, HAS_REF: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr, VELOCITY_KL: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """The product's epilogue, launched early: it waits here until the sums are complete and can be seen."""
     gdc.gdc_wait()
     _guard_epilogue_kernel(
-        partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr,
+        partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, kl_weights_ptr,
         loss_ptr, stats_ptr, coefs_ptr, clipped_ptr,
-        log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
-        OBJECTIVE, REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, VELOCITY_KL, BLOCK_B, BLOCK_P,
+        log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials, OBJECTIVE,
+        REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, HAS_KL_WEIGHTS, VELOCITY_KL, BLOCK_B, BLOCK_P,
     )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def two_launches(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The product's forward pass, from the same arguments."""
     partials = transition.transition_partials(velocity, old, noise, ref, from_means=False)
-    return transition.guard_epilogue(partials, *per_sample, velocity[0].numel(), **options)
+    return transition.guard_epilogue(partials, *per_sample, None, velocity[0].numel(), from_means=False, **options)
 
 
 def early_epilogue() -> AbstractContextManager[Any]:

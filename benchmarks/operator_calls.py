@@ -187,9 +187,11 @@ def compiled_calls(dtype: torch.dtype, beside: torch.dtype) -> Iterator[Call]:
         yield call.on("triton")
 
 
-def _loss_options(code: int, reduction: str, kl_weight: float, velocity_kl: bool, invert: bool) -> tuple[Any, ...]:
+def _loss_options(
+    code: int, reduction: str, kl_weight: float, velocity_kl: bool, invert: bool, from_means: bool = False
+) -> tuple[Any, ...]:
     """The last arguments of `guard_loss`, up to the backend."""
-    return (code, 0.02, 0.03, 5.0, 1e-3, kl_weight, velocity_kl, invert, reduction)
+    return (code, 0.02, 0.03, 5.0, 1e-3, from_means, kl_weight, velocity_kl, invert, reduction)
 
 
 def _loss(n: Numbers, shape: tuple[int, ...]) -> Iterator[Call]:
@@ -200,10 +202,11 @@ def _loss(n: Numbers, shape: tuple[int, ...]) -> Iterator[Call]:
     advantages, seeds = torch.linspace(-1.0, 2.0, b).to(device, n.wide), torch.arange(b, device=device)
     sums, loss, bwd, step = transition_sums, guard_loss, transition_bwd, sde_step
     options = _loss_options(CODES[0], "mean", 0.0, False, True)
-    yield Call("guard_loss", loss, (velocity, old, noise, None, advantages, coef, std, dt, *options), "timed")
+    yield Call("guard_loss", loss, (velocity, old, noise, None, advantages, coef, std, dt, None, *options), "timed")
     yield Call("transition_bwd", bwd, (one[0], coefs, noise, None, None, None, n.dtype, False, False), "timed")
-    yield Call("sde_step", step, (noise, velocity, seeds, one, coef, std, n.beside), "timed")
-    yield Call("sde_step strided, without noise", step, (_strided(noise), velocity, None, one, coef, std, n.beside))
+    yield Call("sde_step", step, (noise, velocity, seeds, None, one, coef, std, n.beside), "timed")
+    yield Call("sde_step of given noise", step, (noise, velocity, None, _strided(old), one, coef, std, n.beside))
+    yield Call("sde_step strided, no noise", step, (_strided(noise), velocity, None, None, one, coef, std, n.beside))
     yield Call("transition_sums strided", sums, (velocity, _strided(old), noise, None, False))
     for from_means, reference in itertools.product((False, True), (None, ref)):
         tensors, kl = (velocity, old, noise, reference), reference is not None
@@ -212,11 +215,11 @@ def _loss(n: Numbers, shape: tuple[int, ...]) -> Iterator[Call]:
         usual = {(0, True, True), (1, True, False), (2, False, False)}
         weights = ((None, False), (dt, False), (dt, True))
         for code, reduction, (weight, invert) in itertools.product(CODES, REDUCTIONS, weights):
-            for velocity_kl in (False, True) if kl and not from_means else (False,):
+            for velocity_kl, kl_weights in itertools.product((False, True), (None, one)) if kl else ((False, None),):
                 tested = (code, weight is not None, invert) in usual and reduction == "mean"
-                tested &= velocity_kl == (code == 1 and kl and not from_means)
-                options = _loss_options(code, reduction, 0.1 * kl, velocity_kl, invert)
-                args = (*tensors, advantages, None if from_means else coef, std, weight, *options)
+                tested &= velocity_kl == (code == 1 and kl) and (kl_weights is not None) == (code == 2 and kl)
+                options = _loss_options(code, reduction, 0.1 * kl, velocity_kl, invert, from_means)
+                args = (*tensors, advantages, coef, std, weight, kl_weights, *options)
                 yield Call(f"guard_loss {code}{flags}", loss, args, "tested" if tested else "compiled")
         for drift in (False, True):
             needs = (velocity if drift or kl else None, old if drift or from_means else None, reference)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fastguard.loss import GuardLoss, Moments, guard_loss, guard_loss_from_means, transition_moments
-from fastguard.sde import Transition, cps, dance_sde, flow_sde, ode
+from fastguard.sde import Transition, cps, dance_sde, flow_sde, gaussian_step, ode, wan_sde
 from fastguard.step import SdeStep, sde_step
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "flow_sde",
     "fuse",
     "fuse_flux",
+    "gaussian_step",
     "guard_loss",
     "guard_loss_from_means",
     "ode",
@@ -28,6 +29,7 @@ __all__ = [
     "transition_moments",
     "unfuse",
     "unfuse_flux",
+    "wan_sde",
 ]
 
 

@@ -24,60 +24,69 @@ from torch import Tensor
 # t == 1 would let 0.9999 (a rounded 1) through, with std 70 and A = -611.
 FIRST_STEP = 0.999
 
+COEFS = ("latents_coef", "velocity_coef", "std", "dt")
+
 
 @dataclass(frozen=True)
 class Transition:
     """The Gaussian of one denoising step, one entry per sample: `x' ~ N(latents_coef x + velocity_coef v, std^2)`.
 
-    Build it with `flow_sde`, `dance_sde`, `cps` or `ode`. They check the schedule on the host, so the losses need not
-    read values on the GPU. A transition of length 1 holds for any batch.
+    Build it with `flow_sde`, `dance_sde`, `wan_sde`, `cps` or `ode`, or with `gaussian_step` from coefficients of your
+    own. They check the values, so the losses need not read them on the GPU. A transition of length 1 holds for any
+    batch.
 
     Attributes:
         kind: the sampler's name.
-        latents_coef: (B,) float32 (float64 if sigma was a float64 tensor).
-        velocity_coef: as latents_coef.
-        std: as latents_coef; the standard deviation, which includes sqrt(|dt|).
-        dt: as latents_coef; the time step, which is negative.
+        latents_coef: (B,) float32 (float64 if sigma was a float64 tensor), or None if only the means are known.
+        velocity_coef: as latents_coef. Both are there, or neither.
+        std: (B,), as latents_coef; the standard deviation, which includes sqrt(|dt|).
+        dt: as std; the time step, which is negative.
         has_density: whether every std is positive, so that a log-ratio exists.
-        is_deterministic: whether every std is zero, so that a step draws no noise. If you build a transition from
-            coefficients of your own, leave these two at None. They are then found from the values, which waits for
-            the GPU.
+        is_deterministic: whether every std is zero, so that a step draws no noise. Left at None, these two are found
+            from the values, which waits for the GPU.
 
     Raises:
         ValueError: shapes differ, coefficients are not finite, std < 0, or dt >= 0.
     """
 
     kind: str
-    latents_coef: Tensor
-    velocity_coef: Tensor
+    latents_coef: Tensor | None
+    velocity_coef: Tensor | None
     std: Tensor
     dt: Tensor
     has_density: bool | None = None
     is_deterministic: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.std.ndim != 1 or any(coef.shape != self.std.shape for coef in self._coefs()):
-            shapes = sorted({tuple(coef.shape) for coef in self._coefs()})
+        if (self.latents_coef is None) != (self.velocity_coef is None):
+            missing = "latents_coef" if self.latents_coef is None else "velocity_coef"
+            raise ValueError(f"a Transition has both latents_coef and velocity_coef, or neither; {missing} is None")
+        coefs = {name: coef for name, coef in zip(COEFS, self._coefs(), strict=True) if coef is not None}
+        if self.std.ndim != 1 or any(coef.shape != self.std.shape for coef in coefs.values()):
+            shapes = sorted({tuple(coef.shape) for coef in coefs.values()})
             raise ValueError(f"Transition coefficients must share one shape (B,); got {shapes}")
         if self.has_density is None or self.is_deterministic is None:
-            for name, coef in zip(("latents_coef", "velocity_coef", "std", "dt"), self._coefs(), strict=True):
-                if not bool(torch.isfinite(coef).all()):
-                    raise ValueError(f"{name} of a Transition must be finite; got {coef.tolist()}")
-            if bool((self.std < 0).any()) or bool((self.dt >= 0).any()):
+            # One copy to the host, and so one wait for the GPU.
+            values = torch.stack([coef.detach().to(torch.float64) for coef in coefs.values()]).cpu()
+            for name, value in zip(coefs, values, strict=True):
+                if not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"{name} of a Transition must be finite; got {value.tolist()}")
+            std, dt = values[-2], values[-1]
+            if bool((std < 0).any()) or bool((dt >= 0).any()):
                 raise ValueError(
                     "a Transition needs std >= 0 and dt = sigma_next - sigma < 0; "
-                    f"got std {self.std.tolist()}, dt {self.dt.tolist()}"
+                    f"got std {std.tolist()}, dt {dt.tolist()}"
                 )
-            object.__setattr__(self, "has_density", bool((self.std > 0).all()))
-            object.__setattr__(self, "is_deterministic", len(self) > 0 and not bool((self.std > 0).any()))
+            object.__setattr__(self, "has_density", bool((std > 0).all()))
+            object.__setattr__(self, "is_deterministic", len(self) > 0 and not bool((std > 0).any()))
 
-    def _coefs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _coefs(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         return self.latents_coef, self.velocity_coef, self.std, self.dt
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Transition:
         """Apply a function that keeps the set of values."""
-        latents_coef, velocity_coef, std, dt = (fn(coef) for coef in self._coefs())
-        return Transition(self.kind, latents_coef, velocity_coef, std, dt, self.has_density, self.is_deterministic)
+        mean_coefs = (None if coef is None else fn(coef) for coef in (self.latents_coef, self.velocity_coef))
+        return Transition(self.kind, *mean_coefs, fn(self.std), fn(self.dt), self.has_density, self.is_deterministic)
 
     def __len__(self) -> int:
         return self.std.shape[0]
@@ -115,12 +124,13 @@ class Transition:
         kinds = {step.kind for step in steps}
         if len(kinds) != 1:
             raise ValueError(f"cat needs transitions of one sampler; got {sorted(kinds) or 'none'}")
-        latents_coef, velocity_coef, std, dt = (
-            torch.cat(c) for c in zip(*(step._coefs() for step in steps), strict=True)
-        )
+        if len({step.velocity_coef is None for step in steps}) != 1:
+            raise ValueError("cat needs transitions that all have a velocity_coef, or all have none")
         has_density = all(step.has_density for step in steps)
-        is_deterministic = all(step.is_deterministic or len(step) == 0 for step in steps) and len(std) > 0
-        return cls(steps[0].kind, latents_coef, velocity_coef, std, dt, has_density, is_deterministic)
+        is_deterministic = all(step.is_deterministic or len(step) == 0 for step in steps) and any(map(len, steps))
+        columns = zip(*(step._coefs() for step in steps), strict=True)
+        joined = (None if column[0] is None else torch.cat(column) for column in columns)
+        return cls(steps[0].kind, *joined, has_density, is_deterministic)
 
 
 def flow_sde(
@@ -155,16 +165,7 @@ def flow_sde(
             )
         regular_t = t
     else:
-        second = _host(sigma_max, "sigma_max")
-        if len(second) not in (1, len(t)):
-            raise ValueError(f"sigma_max has {len(second)} entries, sigma {len(t)}; pass one, or one per sample")
-        second = second.expand(t.shape)
-        if not bool(((second > 0) & (second < 1)).all()):
-            raise ValueError(
-                f"sigma_max must lie strictly between 0 and 1; got {second.tolist()}. It is sigmas[1], the second "
-                "sigma of the schedule; a schedule that stays at 1 has no usable first step"
-            )
-        regular_t = torch.where(first, torch.minimum(t, second), t)
+        regular_t = torch.where(first, torch.minimum(t, _second_sigma(sigma_max, t)), t)
     diffusion = noise_level * torch.sqrt(t / (1 - regular_t))
     return _euler_maruyama("flow_sde", t, t_next, diffusion, like)
 
@@ -174,6 +175,15 @@ def dance_sde(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: fl
     t, t_next, like = _schedule(sigma, sigma_next)
     noise_level = _check_noise_level(noise_level, upper=None)
     return _euler_maruyama("dance_sde", t, t_next, torch.full_like(t, noise_level), like)
+
+
+def wan_sde(sigma: float | Tensor, sigma_next: float | Tensor, sigma_max: float | Tensor) -> Transition:
+    """The SDE of Flow-GRPO's trainer for Wan: diffusion `sigma_max * t`, where sigma_max is the schedule's `sigmas[1]`.
+
+    Arguments and errors as in `flow_sde`. There is no noise level.
+    """
+    t, t_next, like = _schedule(sigma, sigma_next)
+    return _euler_maruyama("wan_sde", t, t_next, _second_sigma(sigma_max, t) * t, like)
 
 
 def cps(sigma: float | Tensor, sigma_next: float | Tensor, noise_level: float = 0.7) -> Transition:
@@ -193,6 +203,68 @@ def ode(sigma: float | Tensor, sigma_next: float | Tensor) -> Transition:
     """The deterministic Euler step. It has no density, so it is for sampling only."""
     t, t_next, like = _schedule(sigma, sigma_next)
     return _transition("ode", torch.ones_like(t), t_next - t, torch.zeros_like(t), t_next - t, like)
+
+
+def gaussian_step(
+    std: float | Tensor,
+    dt: float | Tensor,
+    latents_coef: float | Tensor | None = None,
+    velocity_coef: float | Tensor | None = None,
+) -> Transition:
+    """A Transition from coefficients of your own, for a sampler that is not here.
+
+    With `std` and `dt` alone it serves `guard_loss_from_means`. With the two coefficients of the mean,
+    `mu = latents_coef x + velocity_coef v`, it serves every function. The values are checked, which waits for the GPU.
+
+    Args:
+        std: standard deviation of the draw, *including* sqrt(|dt|), which some trainers keep apart: a float, or a
+            floating tensor (), (B,) or (B, 1, ..., 1).
+        dt: time step `sigma_next - sigma`, negative; as std.
+        latents_coef: as std.
+        velocity_coef: as std.
+
+    Raises:
+        ValueError: the sizes differ, a value is not finite, std < 0, or dt >= 0.
+        TypeError: an argument is neither a number nor a floating tensor.
+    """
+    given = dict(zip(COEFS, (latents_coef, velocity_coef, std, dt), strict=True))
+    known = {name: value for name, value in given.items() if value is not None or name in ("std", "dt")}
+    tensors = [value for value in known.values() if isinstance(value, Tensor)]
+    for name, value in known.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if value.ndim > 1 and value.numel() != value.shape[0]:
+                raise ValueError(f"{name} must have one entry per sample, (B,) or (B, 1, 1); got {tuple(value.shape)}")
+        elif not isinstance(value, numbers.Real) or isinstance(value, bool):
+            came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a number or a floating point tensor; got {came}")
+    sizes = {name: value.numel() for name, value in known.items() if isinstance(value, Tensor)}
+    size = max(sizes.values(), default=1)
+    if not set(sizes.values()) <= {1, size}:
+        raise ValueError(f"the coefficients must have one entry, or one per sample; got {sizes}")
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    device = tensors[0].device if tensors else torch.device("cpu")
+
+    def vector(value: float | Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        if isinstance(value, Tensor):
+            return value.detach().to(device, dtype).reshape(-1).expand(size)
+        return torch.full((size,), float(value), dtype=dtype, device=device)
+
+    return Transition("gaussian", *map(vector, given.values()))
+
+
+def _second_sigma(sigma_max: float | Tensor, t: Tensor) -> Tensor:
+    """The schedule's second sigma, one per sample."""
+    second = _host(sigma_max, "sigma_max")
+    if len(second) not in (1, len(t)):
+        raise ValueError(f"sigma_max has {len(second)} entries, sigma {len(t)}; pass one, or one per sample")
+    if not bool(((second > 0) & (second < 1)).all()):
+        raise ValueError(
+            f"sigma_max must lie strictly between 0 and 1; got {second.tolist()}. It is sigmas[1], the second "
+            "sigma of the schedule; a schedule that stays at 1 has no usable first step"
+        )
+    return second.expand(t.shape)
 
 
 def _euler_maruyama(kind: str, t: Tensor, t_next: Tensor, diffusion: Tensor, like: Tensor | None) -> Transition:

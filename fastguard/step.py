@@ -6,6 +6,7 @@ Axes: B sample; every further axis of the latents counts as elements, D of them 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ def sde_step(
     step: Transition,
     *,
     seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     noise_dtype: torch.dtype | None = None,
     return_log_prob: bool = False,
     backend: Backend = "auto",
@@ -47,13 +50,17 @@ def sde_step(
 
     The noise of a sample is Philox4x32-10 keyed by the sample's seed. It does not depend on the batch or on the number
     of GPUs. It depends on the device only by a float32 rounding of log and cos. A seed used twice gives the same noise,
-    so take a new seed for every step.
+    so take a new seed for every step. `noise` or `generator` in the place of the seeds reproduces a rollout that drew
+    its noise elsewhere.
 
     Args:
         latents: (B, ...) floating.
         velocity: (B, ...) floating, the model's output at `latents`. Its dtype may differ from that of the latents.
         step: the Transition of each sample's step.
-        seeds: (B,) int64, one per sample, on the device of the latents. Not needed for a deterministic step.
+        seeds: (B,) int64, one per sample, on the device of the latents. A deterministic step needs no noise.
+        noise: (B, ...) floating, standard normal, on the device of the latents.
+        generator: draws the noise as diffusers' `randn_tensor` does for a float32 model output: on the generator's
+            device, in float32 (float64 for float64 velocity). A sequence has one generator per sample.
         noise_dtype: storage dtype of the noise; by default that of the velocity.
         return_log_prob: also return the log-density of the draw, which takes one more pass over the noise.
         backend: as in `guard_loss`.
@@ -67,31 +74,53 @@ def sde_step(
     noise_dtype = noise_dtype or velocity.dtype
     if not (isinstance(noise_dtype, torch.dtype) and noise_dtype.is_floating_point):
         raise TypeError(f"noise_dtype must be a floating point torch.dtype; got {noise_dtype!r}")
+    dtype = compute_dtype(velocity.dtype)
     if step.is_deterministic:
-        seeds = None
+        seeds = noise = None
     else:
-        seeds = _check_seeds(seeds, latents, step)
+        sources = {"seeds": seeds, "noise": noise, "generator": generator}
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"the {step.kind} step draws noise: pass one of seeds ({latents.shape[0]},) int64, noise "
+                f"{tuple(latents.shape)} or generator; got {' and '.join(given) or 'none'}"
+            )
+        if generator is not None:
+            noise = _draw(generator, latents, dtype)
+        if noise is not None:
+            check_latents({"latents": latents, "noise": noise}, same_dtype=("latents",))
+        else:
+            seeds = _check_seeds(seeds, latents)
     if return_log_prob and not step.has_density:
         raise ValueError(f"return_log_prob needs std > 0 at every sample; the {step.kind} step has std == 0")
     # The backend serves both dtypes or neither: float64 on either side means torch.
     resolved = resolve_backend(backend, velocity if velocity.dtype == torch.float64 else latents)
-
-    dtype = compute_dtype(velocity.dtype)
     coefs = [coef.to(dtype).contiguous() for coef in (step.latents_coef, step.velocity_coef, step.std)]
     if latents.shape[0] == 0:
-        noise = torch.empty_like(latents, dtype=noise_dtype)
-        return SdeStep(latents.clone(), None if seeds is None else noise, coefs[2] if return_log_prob else None)
-    next_latents, noise = sde_step_operator(latents, velocity, seeds, *coefs, noise_dtype, resolved)
+        used = None if step.is_deterministic else torch.empty_like(latents, dtype=noise_dtype)
+        return SdeStep(latents.clone(), used, coefs[2] if return_log_prob else None)
+    next_latents, used = sde_step_operator(latents, velocity, seeds, noise, *coefs, noise_dtype, resolved)
     log_prob = None
     if return_log_prob:
-        energy = noise.to(dtype).flatten(1).square().mean(1)
+        energy = used.to(dtype).flatten(1).square().mean(1)
         log_prob = -energy / 2 - torch.log(coefs[2]) - math.log(2 * math.pi) / 2
-    return SdeStep(next_latents, None if seeds is None else noise, log_prob)
+    return SdeStep(next_latents, None if step.is_deterministic else used, log_prob)
 
 
-def _check_seeds(seeds: Tensor | None, latents: Tensor, step: Transition) -> Tensor:
-    if seeds is None:
-        raise ValueError(f"the {step.kind} step draws noise: pass seeds, ({latents.shape[0]},) int64, one per sample")
+def _draw(generator: torch.Generator | Sequence[torch.Generator], latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Standard normals of the latents' shape, moved to their device."""
+    several = not isinstance(generator, torch.Generator)
+    generators = list(generator) if several else [generator]
+    if not all(isinstance(one, torch.Generator) for one in generators):
+        raise TypeError("generator must be a torch.Generator, or a sequence with one per sample")
+    if several and len(generators) != len(latents):
+        raise ValueError(f"generator has {len(generators)} generators, the batch {len(latents)} samples; pass one each")
+    shape = (1, *latents.shape[1:]) if several else latents.shape
+    drawn = [torch.randn(shape, generator=one, device=one.device, dtype=dtype) for one in generators]
+    return torch.cat(drawn).to(latents.device)
+
+
+def _check_seeds(seeds: Tensor | None, latents: Tensor) -> Tensor:
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
         came = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
         raise TypeError(f"seeds must be an int64 tensor; got {came}")

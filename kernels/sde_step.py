@@ -40,6 +40,7 @@ def _sde_step_kernel(
     latents_ptr,
     velocity_ptr,
     seeds_ptr,
+    given_ptr,
     latents_coef_ptr,
     velocity_coef_ptr,
     std_ptr,
@@ -47,15 +48,17 @@ def _sde_step_kernel(
     noise_ptr,
     stride_latents,
     stride_velocity,
+    stride_given,
     n_elements,
     n_blocks,
     HAS_NOISE: tl.constexpr,
+    IS_GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """`x' = A x + B v + s eps`, with eps rounded to its storage dtype before use (bf16: 8 bytes an element).
 
     Element e of a sample takes word `e % 4` of Philox4x32-10 at counter `e // 4`, keyed by the sample's 64-bit seed:
-    the noise depends on nothing else. next, noise: (B, D), contiguous.
+    the noise depends on nothing else. Or eps is given. next, noise: (B, D), contiguous.
     """
     pid = tl.program_id(0)
     sample = (pid // n_blocks).to(tl.int64)
@@ -68,12 +71,15 @@ def _sde_step_kernel(
     velocity = tl.load(velocity_ptr + sample * stride_velocity + start + lanes, mask, other=0.0).to(tl.float32)
     result = tl.load(latents_coef_ptr + sample) * latents + tl.load(velocity_coef_ptr + sample) * velocity
     if HAS_NOISE:
-        counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        bits0, bits1, bits2, bits3 = tl.randint4x(tl.load(seeds_ptr + sample), counter)
-        n0, n1 = _box_muller(bits0, bits1)
-        n2, n3 = _box_muller(bits2, bits3)
-        # join puts its operands last: (n0, n2), (n1, n3) interleave to n0, n1, n2, n3 along the elements.
-        noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (BLOCK,))
+        if IS_GIVEN:
+            noise = tl.load(given_ptr + sample * stride_given + start + lanes, mask, other=0.0).to(tl.float32)
+        else:
+            counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            bits0, bits1, bits2, bits3 = tl.randint4x(tl.load(seeds_ptr + sample), counter)
+            n0, n1 = _box_muller(bits0, bits1)
+            n2, n3 = _box_muller(bits2, bits3)
+            # join puts its operands last: (n0, n2), (n1, n3) interleave to n0, n1, n2, n3 along the elements.
+            noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (BLOCK,))
         noise = noise.to(noise_ptr.dtype.element_ty)
         tl.store(noise_ptr + sample * n_elements + start + lanes, noise, mask)
         result += tl.load(std_ptr + sample) * noise.to(tl.float32)
@@ -84,25 +90,28 @@ def sde_step(
     latents: Tensor,
     velocity: Tensor,
     seeds: Tensor | None,
+    given: Tensor | None,
     latents_coef: Tensor,
     velocity_coef: Tensor,
     std: Tensor,
     noise_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Next latents in the dtype of `latents`, and the noise in `noise_dtype` (empty without seeds), in one launch.
+    """Next latents in the dtype of `latents`, and the noise in `noise_dtype`, in one launch.
 
-    latents, velocity: (B, ...) bf16/fp16/fp32. seeds: (B,) int64. Coefficients: (B,) float32.
+    latents, velocity: (B, ...) bf16/fp16/fp32. seeds: (B,) int64, or given: the noise (B, ...). Without both the noise
+    is empty. Coefficients: (B,) float32.
     """
-    has_noise = seeds is not None
+    has_noise = seeds is not None or given is not None
     next_latents = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
     noise = torch.empty(latents.shape if has_noise else (0,), dtype=noise_dtype, device=latents.device)
     latents, stride_latents = as_rows(latents)
     velocity, stride_velocity = as_rows(velocity)
+    given, stride_given = (None, 0) if given is None else as_rows(given)
     n_samples, n_elements = latents.shape
     n_blocks = triton.cdiv(n_elements, LAUNCH.block)
     _sde_step_kernel[(n_samples * n_blocks,)](
-        latents, velocity, seeds, latents_coef, velocity_coef, std, next_latents, noise,
-        stride_latents, stride_velocity, n_elements, n_blocks,
-        HAS_NOISE=has_noise, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
+        latents, velocity, seeds, given, latents_coef, velocity_coef, std, next_latents, noise,
+        stride_latents, stride_velocity, stride_given, n_elements, n_blocks,
+        HAS_NOISE=has_noise, IS_GIVEN=given is not None, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return next_latents, noise

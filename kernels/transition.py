@@ -101,6 +101,7 @@ def _guard_epilogue_kernel(
     velocity_coef_ptr,
     std_ptr,
     weight_ptr,
+    kl_weights_ptr,
     loss_ptr,
     stats_ptr,
     coefs_ptr,
@@ -119,6 +120,7 @@ def _guard_epilogue_kernel(
     HAS_WEIGHT: tl.constexpr,
     INVERT_WEIGHT: tl.constexpr,
     HAS_REF: tl.constexpr,
+    HAS_KL_WEIGHTS: tl.constexpr,
     VELOCITY_KL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -194,10 +196,16 @@ def _guard_epilogue_kernel(
             kl_scale = 0.5 * drift_scale
             if VELOCITY_KL:
                 kl_scale = tl.zeros((BLOCK_B,), tl.float32) + inv_size
+                if FROM_MEANS:  # which differ by B (v - v_ref)
+                    velocity_coef = tl.load(velocity_coef_ptr + samples, mask, other=1.0)
+                    kl_scale = inv_size / (velocity_coef * velocity_coef)
+            kl_factor = tl.zeros((BLOCK_B,), tl.float32) + kl_weight
+            if HAS_KL_WEIGHTS:
+                kl_factor = tl.load(kl_weights_ptr + samples, mask, other=0.0)
             kl = kl_scale * _sum_partials(partials_ptr + 2 * row, samples, mask, n_partials, BLOCK_B, BLOCK_P)
             # A KL that is only reported may be NaN.
-            loss = tl.where(kl_weight == 0, loss, loss + kl_weight * kl)
-            gamma = 2.0 * kl_weight * kl_scale
+            loss = tl.where(kl_factor == 0, loss, loss + kl_factor * kl)
+            gamma = 2.0 * kl_factor * kl_scale
 
         alpha = slope * noise_slope
         beta = tl.zeros((BLOCK_B,), tl.float32)
@@ -298,8 +306,10 @@ def guard_epilogue(
     velocity_coef: Tensor | None,
     std: Tensor,
     weight: Tensor | None,
+    kl_weights: Tensor | None,
     n_elements: int,
     *,
+    from_means: bool,
     invert_weight: bool,
     objective: int,
     log_clip: tuple[float, float],
@@ -316,10 +326,11 @@ def guard_epilogue(
     clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
     block = EPILOGUE_PARTIALS[n_partials <= EPILOGUE_PARTIALS[1]]
     _guard_epilogue_kernel[(1,)](
-        partials, advantages, velocity_coef, std, weight, loss, stats, coefs, clipped,
+        partials, advantages, velocity_coef, std, weight, kl_weights, loss, stats, coefs, clipped,
         *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
-        OBJECTIVE=objective, REDUCTION=REDUCTIONS[reduction], FROM_MEANS=velocity_coef is None,
-        HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3, VELOCITY_KL=velocity_kl,
+        OBJECTIVE=objective, REDUCTION=REDUCTIONS[reduction], FROM_MEANS=from_means,
+        HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3,
+        HAS_KL_WEIGHTS=kl_weights is not None, VELOCITY_KL=velocity_kl,
         BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, num_warps=EPILOGUE_WARPS,
     )  # fmt: skip
     return loss, stats, coefs, clipped

@@ -95,6 +95,51 @@ def test_the_first_step_uses_the_second_sigma(sigma: float) -> None:
     assert step.std.item() == pytest.approx(0.7, rel=1e-3)
 
 
+def test_wan_s_diffusion_is_the_second_sigma_times_the_time() -> None:
+    t, t_next = torch.tensor([1.0, 0.7], dtype=torch.float64), torch.tensor([0.9, 0.55], dtype=torch.float64)
+    step = fg.wan_sde(t, t_next, sigma_max=0.9)
+    diffusion, dt = 0.9 * t, t_next - t
+    torch.testing.assert_close(step.std, diffusion * (-dt).sqrt())
+    torch.testing.assert_close(step.latents_coef, 1 + diffusion**2 * dt / (2 * t))
+    torch.testing.assert_close(step.velocity_coef, dt * (1 + diffusion**2 * (1 - t) / (2 * t)))
+    with pytest.raises(ValueError, match="sigma_max must lie strictly between 0 and 1"):
+        fg.wan_sde(t, t_next, sigma_max=1.0)
+
+
+def test_a_step_from_coefficients_of_one_s_own() -> None:
+    like = fg.flow_sde(torch.tensor([0.9, 0.5]), torch.tensor([0.7, 0.4]))
+    parts = (like.std, like.dt, like.latents_coef, like.velocity_coef)
+    for shape in ((2,), (2, 1), (2, 1, 1)):
+        own = fg.gaussian_step(*(part.view(shape) for part in parts))
+        for name in ("std", "dt", "latents_coef", "velocity_coef"):
+            assert torch.equal(getattr(own, name), getattr(like, name))
+        assert own.has_density
+    mixed = fg.gaussian_step(0.2, like.dt.view(2, 1, 1))
+    assert mixed.velocity_coef is None
+    assert mixed.std.tolist() == [torch.tensor(0.2).item()] * 2
+    assert len(fg.gaussian_step(0.2, -0.1)) == 1
+    assert fg.gaussian_step(torch.tensor(0.2, dtype=torch.float64), -0.1).dt.item() == -0.1
+    assert len(fg.Transition.cat([mixed, fg.gaussian_step(0.1, -0.2)]).to("cpu")[[0, 2]].expand(2)) == 2
+    for arguments, error, message in (
+        ((0.2, 0.1), ValueError, "dt = sigma_next - sigma < 0"),
+        ((-0.2, -0.1), ValueError, "std >= 0"),
+        ((math.nan, -0.1), ValueError, "std of a Transition must be finite"),
+        ((None, -0.1), TypeError, "std must be a number or a floating point tensor; got NoneType"),
+        ((0.2, torch.tensor([-1])), TypeError, "dt must be a number .* got torch.int64"),
+        ((torch.ones(2), -torch.ones(3)), ValueError, "one entry, or one per sample; got {'std': 2, 'dt': 3}"),
+        (
+            (torch.ones(2, 2), -0.1),
+            ValueError,
+            r"std must have one entry per sample, \(B,\) or \(B, 1, 1\); got \(2, 2\)",
+        ),
+        ((0.2, -0.1, 1.0), ValueError, "both latents_coef and velocity_coef, or neither; velocity_coef is None"),
+    ):
+        with pytest.raises(error, match=message):
+            fg.gaussian_step(*arguments)
+    with pytest.raises(ValueError, match="all have a velocity_coef, or all have none"):
+        fg.Transition.cat([mixed, fg.gaussian_step(0.1, -0.2, 1.0, -0.2)])
+
+
 def test_times_below_the_first_step_do_not_use_sigma_max() -> None:
     assert torch.equal(fg.flow_sde(0.95, 0.5, sigma_max=0.6).std, fg.flow_sde(0.95, 0.5).std)
 

@@ -185,11 +185,50 @@ def test_compiled_once_for_all_values(changing: str, count_graphs) -> None:
     assert count_graphs(draw, calls) <= 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_rollout_that_drew_its_own_noise_is_reproduced(backend: str, dtype: torch.dtype, kernel_device: str) -> None:
+    """diffusers draws with one generator for the batch, or with one per sample, in float32."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    latents, velocity = torch.randn(3, 5, 7), torch.randn(3, 5, 7).to(dtype)
+    step = fg.flow_sde(0.6, 0.5)
+    for make in (
+        lambda: torch.Generator().manual_seed(5),
+        lambda: [torch.Generator().manual_seed(i) for i in range(3)],
+    ):
+        drawn = randn_tensor(latents.shape, generator=make(), dtype=torch.float32)
+        tensors = [value.to(kernel_device) for value in (latents, velocity, step)]
+        by_generator = fg.sde_step(*tensors, generator=make(), backend=backend)
+        by_noise = fg.sde_step(*tensors, noise=drawn.to(kernel_device), backend=backend)
+        strided = drawn.transpose(1, 2).contiguous().transpose(1, 2).to(kernel_device)
+        by_strided = fg.sde_step(*tensors, noise=strided, backend=backend)
+        for out in (by_generator, by_noise, by_strided):
+            assert out.noise is not None
+            # The interpreter truncates where hardware rounds.
+            torch.testing.assert_close(out.noise.cpu(), drawn.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+            assert torch.equal(out.noise, by_noise.noise)
+            assert torch.equal(out.latents, by_noise.latents)
+            exact = naive_sde_step(latents.double(), velocity.double(), out.noise.cpu().double(), step)
+            torch.testing.assert_close(out.latents.cpu().double(), exact, rtol=1e-6, atol=1e-6)
+    own = torch.randn(3, 5, 7)
+    used = fg.sde_step(latents, own, step, noise=own, noise_dtype=torch.float32).noise
+    assert used is not None
+    assert used.data_ptr() != own.data_ptr()  # the caller may overwrite what it passed
+
+
 def test_refusals() -> None:
     x, step = torch.randn(2, 8), fg.dance_sde(0.5, 0.3)
     seeds = torch.arange(2)
-    with pytest.raises(ValueError, match=r"pass seeds, \(2,\) int64"):
-        fg.sde_step(x, x, step)
+    for given, came in (({}, "none"), ({"seeds": seeds, "noise": x}, "seeds and noise")):
+        with pytest.raises(ValueError, match=rf"one of seeds \(2,\) int64, noise \(2, 8\) or generator; got {came}"):
+            fg.sde_step(x, x, step, **given)
+    with pytest.raises(ValueError, match=r"noise has shape \(2, 7\), latents \(2, 8\)"):
+        fg.sde_step(x, x, step, noise=x[:, 1:])
+    with pytest.raises(ValueError, match="generator has 1 generators, the batch 2 samples"):
+        fg.sde_step(x, x, step, generator=[torch.Generator()])
+    with pytest.raises(TypeError, match="must be a torch.Generator, or a sequence"):
+        fg.sde_step(x, x, step, generator=[1, 2])
     with pytest.raises(TypeError, match="int64 tensor; got torch.int32"):
         fg.sde_step(x, x, step, seeds=seeds.int())
     with pytest.raises(ValueError, match=r"shape \(2,\), one per sample; got \(3,\)"):

@@ -18,13 +18,14 @@ from fastguard.loss.checks import (
     Reduction,
     Reweight,
     check_advantages,
+    check_draw,
     check_finite,
-    check_kl_and_reduction,
+    check_kl,
     check_latents,
     check_objective,
+    check_reduction,
     check_step,
-    per_sample,
-    weight_source,
+    policy_weight,
 )
 from fastguard.loss.objectives import DEFAULT_OBJECTIVE, Objective
 from fastguard.ops.registry import Backend, compute_dtype, refuse_transforms, resolve_backend
@@ -82,9 +83,10 @@ def guard_loss(
     step: Transition,
     *,
     objective: str | Objective = DEFAULT_OBJECTIVE,
-    reweight: Reweight | Tensor = "inverse_dt",
+    reweight: Reweight | float | Tensor = "inverse_dt",
+    sample_weight: float | Tensor | None = None,
     ref_velocity: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
     kl_type: KlType = "gaussian",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -96,22 +98,28 @@ def guard_loss(
     Derivation: docs/math.md. Sources: GRPO-Guard, arXiv 2510.22319 (RatioNorm Eq. 8, reweighting Eq. 12);
     Flow-GRPO, arXiv 2505.05470.
 
+    A factor per sample may be a number, or a floating tensor (), (B,) or (B, 1, ..., 1).
+
     Args:
         velocity: (B, ...) the model's output now; bfloat16, float16, float32, or float64 (torch backend).
         old_velocity: as velocity, from the rollout.
         noise: (B, ...) the noise that the rollout drew, rounded as it was used; any floating dtype.
-        advantages: (B,) floating.
+        advantages: (B,) or (B, 1), floating.
         step: the Transition of each sample's step. Every std must be positive.
         objective: a name of `fastguard.loss.objectives.OBJECTIVES`, or an objective that `build_objective` made.
         reweight: factor on the policy loss of each sample. "inverse_dt" is 1 / |dt|, as published with GRPO-Guard.
             "equalized" is 1 / |step.velocity_coef|: RatioNorm's gradient is then the same at every step of every
-            sampler. "none" is published Flow-GRPO. A tensor (B,) gives a factor per sample.
+            sampler. "none" is published Flow-GRPO. Otherwise a factor per sample.
+        sample_weight: a further factor per sample on the policy loss, such as the importance weight of a rollout
+            correction. A mean over the samples still divides by B.
         ref_velocity: as velocity, from the reference policy. `kl_weight` needs it, and `.kl` reports its KL.
-        kl_weight: factor on the KL divergence from the reference. The KL is not reweighted.
+        kl_weight: factor on the KL divergence from the reference, one for all, or a tensor with one per sample. The
+            KL is not reweighted.
         kl_type: "gaussian" (per element), or "velocity" (mean squared velocity difference).
         reduction: "mean" or "sum" over the samples, or "none".
         backend: "auto" (Triton on CUDA, else torch), "triton" or "torch".
-        check_values: raise an error if an input holds NaN or Inf. This waits for the GPU. Without it, a sample that is
+        check_values: raise an error if an input holds NaN or Inf, or if the noise is not a standard normal draw: with
+            1,000 elements or more its mean square must be near 1. This waits for the GPU. Without it, a sample that is
             not finite gives NaN in its own outputs and in the mean.
         options: options of the objective, if it is given by name. `clip_range` (about 2e-6 for RatioNorm at
             D = 65,536) and `adv_clip` belong to those that clip. The objective's class documents its options.
@@ -124,18 +132,13 @@ def guard_loss(
     if ref_velocity is not None:
         tensors["ref_velocity"] = ref_velocity
     check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
-    step = check_step(step, "velocity", velocity, needs_density=True)
-    weight, invert = weight_source(reweight, velocity, step.dt, step.velocity_coef)
-    chosen = check_objective(objective, options)
-    check_kl_and_reduction(kl_weight, kl_type, reduction, ref_velocity, "ref_velocity")
-    check_advantages(advantages, velocity)
+    step = check_step(step, "velocity", velocity)
     if check_values:
-        coefs = {"the step's velocity_coef": step.velocity_coef, "the step's std": step.std}
-        check_finite({**tensors, **coefs, "advantages": advantages, "reweight": weight})
+        check_finite(tensors)
+        check_draw("noise", noise, step)
     return _apply(
-        chosen, velocity, old_velocity, noise, ref_velocity, advantages, step.velocity_coef, step.std, weight,
-        invert_weight=invert, kl_weight=float(kl_weight), velocity_kl=kl_type == "velocity", reduction=reduction,
-        backend=backend,
+        velocity, old_velocity, noise, ref_velocity, advantages, step, objective, options, reweight, sample_weight,
+        kl_weight, kl_type, reduction, backend, check_values, from_means=False, ref_name="ref_velocity",
     )  # fmt: skip
 
 
@@ -143,14 +146,15 @@ def guard_loss_from_means(
     prev_sample: Tensor,
     prev_sample_mean: Tensor,
     old_prev_sample_mean: Tensor,
-    std: Tensor | float,
-    dt: Tensor | float,
     advantages: Tensor,
+    step: Transition,
     *,
     objective: str | Objective = DEFAULT_OBJECTIVE,
-    reweight: Reweight | Tensor = "inverse_dt",
+    reweight: Reweight | float | Tensor = "inverse_dt",
+    sample_weight: float | Tensor | None = None,
     ref_prev_sample_mean: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
+    kl_type: KlType = "gaussian",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
     check_values: bool = False,
@@ -163,17 +167,19 @@ def guard_loss_from_means(
             after the draw changes that noise by the rounding error over std. The first ratio stays 1.
         prev_sample_mean: (B, ...) mean of the step under the model now.
         old_prev_sample_mean: (B, ...) mean of the step under the rollout policy, of the same dtype.
-        std: standard deviation of the step, *including* sqrt(|dt|). The `std_dev_t` of public Flow-GRPO code does not
-            include it. A float, or a tensor with one entry, or one per sample (any trailing axes of size 1).
-        dt: time step, of either sign. Shapes are as for std.
-        advantages: (B,) floating.
+        advantages: as in `guard_loss`.
+        step: the Transition of each sample's step: from `flow_sde` or another sampler, or from `gaussian_step` with a
+            std and dt of your own. The `std_dev_t` of public Flow-GRPO code is not the std: it lacks sqrt(|dt|).
         objective: as in `guard_loss`.
-        reweight: as in `guard_loss`, without "equalized", which needs the velocities.
+        reweight: as in `guard_loss`. "equalized" needs the step's velocity_coef.
+        sample_weight: as in `guard_loss`.
         ref_prev_sample_mean: (B, ...) mean of the step under the reference, of the same dtype.
-        kl_weight: factor on the Gaussian KL divergence from the reference.
+        kl_weight: as in `guard_loss`.
+        kl_type: as in `guard_loss`. "velocity" needs the step's velocity_coef.
         reduction: as in `guard_loss`.
         backend: as in `guard_loss`.
-        check_values: as in `guard_loss`.
+        check_values: as in `guard_loss`. The noise is `(prev_sample - old_prev_sample_mean) / std`, so a std that is
+            not the draw's is found, and the message names the usual mistakes.
         options: as in `guard_loss`.
 
     Raises:
@@ -189,18 +195,16 @@ def guard_loss_from_means(
         tensors["ref_prev_sample_mean"] = ref_prev_sample_mean
     means = ("prev_sample_mean", "old_prev_sample_mean", "ref_prev_sample_mean")
     check_latents(tensors, same_dtype=means)
-    std = per_sample("std", std, prev_sample_mean, check_values)
-    dt = per_sample("dt", dt, prev_sample_mean, check_values)
-    weight, invert = weight_source(reweight, prev_sample_mean, dt, None)
-    chosen = check_objective(objective, options)
-    check_kl_and_reduction(kl_weight, "gaussian", reduction, ref_prev_sample_mean, "ref_prev_sample_mean")
-    check_advantages(advantages, prev_sample_mean)
+    step = check_step(step, "prev_sample_mean", prev_sample_mean, needs_coefs=False)
     if check_values:
-        check_finite({**tensors, "std": std, "advantages": advantages, "reweight": weight})
+        check_finite(tensors)
+        std = step.std.reshape(-1, *[1] * (prev_sample.ndim - 1))
+        draw = (prev_sample.double() - old_prev_sample_mean.double()) / std
+        check_draw("(prev_sample - old_prev_sample_mean) / std", draw, step)
     return _apply(
-        chosen, prev_sample_mean, old_prev_sample_mean, prev_sample, ref_prev_sample_mean, advantages, None, std,
-        weight, invert_weight=invert, kl_weight=float(kl_weight), velocity_kl=False, reduction=reduction,
-        backend=backend,
+        prev_sample_mean, old_prev_sample_mean, prev_sample, ref_prev_sample_mean, advantages, step, objective,
+        options, reweight, sample_weight, kl_weight, kl_type, reduction, backend, check_values, from_means=True,
+        ref_name="ref_prev_sample_mean",
     )  # fmt: skip
 
 
@@ -234,7 +238,7 @@ def transition_moments(
     if ref_velocity is not None:
         tensors["ref_velocity"] = ref_velocity
     check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
-    step = check_step(step, "velocity", velocity, needs_density=True)
+    step = check_step(step, "velocity", velocity)
     refuse_transforms("transition_moments")
     resolved = resolve_backend(backend, velocity)
     dtype = compute_dtype(velocity.dtype)
@@ -251,65 +255,78 @@ def transition_moments(
 
 
 def _apply(
-    objective: Objective,
     velocity: Tensor,
     old: Tensor,
     noise: Tensor,
     ref: Tensor | None,
     advantages: Tensor,
-    velocity_coef: Tensor | None,
-    std: Tensor,
-    weight: Tensor | None,
-    *,
+    step: Transition,
+    objective: str | Objective,
+    options: dict[str, Any],
+    reweight: str | float | Tensor,
+    sample_weight: float | Tensor | None,
+    kl_weight: float | Tensor,
+    kl_type: str,
+    reduction: str,
     backend: str,
-    **options: Any,
+    check_values: bool,
+    *,
+    from_means: bool,
+    ref_name: str,
 ) -> GuardLoss:
-    """The numbers of the forward pass without a graph, then the loss with its gradient attached.
-
-    Args:
-        options: invert_weight, kl_weight, velocity_kl and reduction, as `ops.transition.epilogue` has them.
-    """
+    """The numbers of the forward pass without a graph, then the loss with its gradient attached."""
+    weight, invert_weight = policy_weight(reweight, sample_weight, velocity, step)
+    chosen = check_objective(objective, options)
+    kl_number, kl_weights = check_kl(kl_weight, kl_type, step, velocity, ref, ref_name)
+    check_reduction(reduction)
+    advantages = check_advantages(advantages, velocity)
+    if check_values:
+        factors = {"advantages": advantages, "reweight or sample_weight": weight, "kl_weight": kl_weights}
+        check_finite({"the step's velocity_coef": step.velocity_coef, "the step's std": step.std, **factors})
     refuse_transforms("the loss")
     backend = resolve_backend(backend, velocity)
     dtype = compute_dtype(velocity.dtype)
     if velocity.shape[0] == 0:
-        empty = std.to(dtype)
-        loss = (velocity.sum() if options["reduction"] != "none" else velocity.flatten(1).sum(1)).to(dtype)
+        empty = step.std.to(dtype)
+        loss = (velocity.sum() if reduction != "none" else velocity.flatten(1).sum(1)).to(dtype)
         return GuardLoss(loss, empty, empty, empty, empty, empty.bool(), None if ref is None else empty)
 
-    def column(value: Tensor) -> Tensor:
-        return value.detach().to(dtype).contiguous()
+    def column(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach().to(dtype).contiguous()
 
     old, noise, ref = old.detach(), noise.detach(), None if ref is None else ref.detach()
-    advantages, std = column(advantages), column(std)
-    velocity_coef = None if velocity_coef is None else column(velocity_coef)
-    weight = None if weight is None else column(weight)
-    fused = objective.fused()
-    if fused is None or _change((*fused, options["kl_weight"])):
+    columns = tuple(map(column, (advantages, step.velocity_coef, step.std, weight, kl_weights)))
+    settings = {
+        "from_means": from_means,
+        "kl_weight": kl_number,
+        "velocity_kl": kl_type == "velocity",
+        "invert_weight": invert_weight,
+        "reduction": reduction,
+    }
+    fused = chosen.fused()
+    if fused is None or _change((*fused, kl_number)):
         n_elements = math.prod(velocity.shape[1:])
         loss, stats, coefs, clipped = epilogue(
-            transition_sums(velocity.detach(), old, noise, ref, velocity_coef is None, backend),
-            lambda log_ratio, drift: objective.terms(log_ratio, drift, advantages, n_elements=n_elements),
-            velocity_coef,
-            std,
-            weight,
+            transition_sums(velocity.detach(), old, noise, ref, from_means, backend),
+            lambda log_ratio, drift: chosen.terms(log_ratio, drift, columns[0], n_elements=n_elements),
+            *columns[1:],
             n_elements,
-            normalized=objective.ratio == "normalized",
-            moves_drift=objective.moves_drift,
-            **options,
+            normalized=chosen.ratio == "normalized",
+            moves_drift=chosen.moves_drift,
+            **settings,
         )
     else:
-        inputs = (velocity.detach(), old, noise, ref, advantages, velocity_coef, std, weight)
-        loss, stats, coefs, clipped = fused_loss(*inputs, **fused._asdict(), **options, backend=backend)
+        inputs = (velocity.detach(), old, noise, ref, *columns)
+        loss, stats, coefs, clipped = fused_loss(*inputs, *fused, *settings.values(), backend)
     loss = TransitionLossFunction.apply(
         velocity,
         loss,
         coefs,
         noise,
         old,
-        ref if options["kl_weight"] != 0 else None,
-        velocity_coef is None,
-        objective.ratio != "normalized" or objective.moves_drift,
+        ref if kl_number != 0 else None,
+        from_means,
+        chosen.ratio != "normalized" or chosen.moves_drift,
         backend,
     )
     log_ratio, ratio, cross, drift, kl = stats.unbind()

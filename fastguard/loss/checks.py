@@ -6,7 +6,6 @@ Values on a GPU are not looked at unless asked for: a check must not synchronize
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any, Literal, get_args
 
 import torch
@@ -49,10 +48,20 @@ def check_latents(tensors: dict[str, Tensor], same_dtype: tuple[str, ...]) -> No
         raise ValueError(f"{name} has no elements per sample; got shape {tuple(first.shape)}")
 
 
-def check_step(step: Transition, name: str, latents: Tensor, *, needs_density: bool) -> Transition:
+def check_step(
+    step: Transition, name: str, latents: Tensor, *, needs_density: bool = True, needs_coefs: bool = True
+) -> Transition:
     """A Transition on the device of the latents called `name`, with one entry per sample."""
     if not isinstance(step, Transition):
-        raise TypeError(f"step must be a Transition (from flow_sde, dance_sde, cps or ode); got {type(step).__name__}")
+        raise TypeError(
+            "step must be a Transition (from flow_sde, dance_sde, wan_sde or cps, or gaussian_step with a std and dt "
+            f"of your own); got {type(step).__name__}"
+        )
+    if needs_coefs and step.velocity_coef is None:
+        raise ValueError(
+            f"the {step.kind} step has no latents_coef and velocity_coef, so it serves guard_loss_from_means alone; "
+            "pass both to gaussian_step"
+        )
     if needs_density and not step.has_density:
         where = "" if torch.compiler.is_compiling() else f" at samples {(step.std == 0).nonzero()[:, 0].tolist()}"
         raise ValueError(
@@ -64,80 +73,71 @@ def check_step(step: Transition, name: str, latents: Tensor, *, needs_density: b
     return step.expand(latents.shape[0])
 
 
-def check_advantages(advantages: Tensor, velocity: Tensor) -> None:
+def check_advantages(advantages: Tensor, velocity: Tensor) -> Tensor:
+    """Advantages as (B,)."""
     if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
         came = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
         raise TypeError(f"advantages must be a floating point tensor; got {came}")
-    if advantages.shape != velocity.shape[:1]:
+    n_samples = velocity.shape[0]
+    if advantages.shape not in ((n_samples,), (n_samples, 1)):
         raise ValueError(
-            f"advantages must have shape ({velocity.shape[0]},), one per sample; got {tuple(advantages.shape)}"
+            f"advantages must have shape ({n_samples},) or ({n_samples}, 1), one per sample; "
+            f"got {tuple(advantages.shape)}"
         )
     if advantages.device != velocity.device:
         raise ValueError(f"advantages are on {advantages.device}, the latents on {velocity.device}")
+    return advantages.reshape(-1)
 
 
-def per_sample(name: str, value: Tensor | float, latents: Tensor, check_values: bool) -> Tensor:
-    """std or dt as (B,): from a float, one entry, or one entry per sample (with any trailing axes of size 1).
-
-    Values are checked where that costs no synchronization with a GPU, and on demand.
-    """
+def per_sample(name: str, value: Tensor | float, latents: Tensor) -> Tensor:
+    """A factor as (B,): from a number, or from a tensor () or with one entry per sample and any axes of size 1."""
     n_samples = latents.shape[0]
-    if isinstance(value, numbers.Real):
-        dtype = compute_dtype(latents.dtype)
-        if torch.compiler.is_compiling():
-            # torch.compile makes one graph for all factors of a product, but one for each value that fills a tensor.
-            return torch.ones(n_samples, dtype=dtype, device=latents.device) * float(value)
-        _check_step_value(name, torch.tensor([float(value)], dtype=dtype, device="cpu"))
-        return torch.full((n_samples,), float(value), dtype=dtype, device=latents.device)
+    if is_number(value):
+        # torch.compile makes one graph for all factors of a product, but one for each value that fills a tensor.
+        return torch.ones(n_samples, dtype=compute_dtype(latents.dtype), device=latents.device) * float(value)
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a float or a floating point tensor; got {came}")
+        came = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a number or a floating point tensor; got {came}")
     if value.device != latents.device:
-        raise ValueError(f"{name} is on {value.device}, the latents on {latents.device}; move them to one device")
+        raise ValueError(f"{name} is on {value.device}, the latents on {latents.device}; move it there")
     if value.numel() != 1 and (value.numel() != n_samples or value.shape[0] != n_samples):
-        raise ValueError(f"{name} must have one entry, or {n_samples} (one per sample); got shape {tuple(value.shape)}")
-    if check_values or not (value.is_cuda or torch.compiler.is_compiling()):
-        _check_step_value(name, value.reshape(-1))
+        raise ValueError(
+            f"{name} must be a number, or have one entry per sample, ({n_samples},) or ({n_samples}, 1, 1); "
+            f"got shape {tuple(value.shape)}"
+        )
     return value.reshape(-1).expand(n_samples)
 
 
-def _check_step_value(name: str, value: Tensor) -> None:
-    """std > 0 and dt != 0, both finite; value (n,) on the host, or wherever a synchronization was asked for."""
-    good = (value > 0 if name == "std" else value != 0) & torch.isfinite(value)
-    if not bool(good.all()):
-        index = int((~good).nonzero()[0])
-        expected = {
-            "std": "positive (a step with std == 0 has no density; leave it out of the trained steps)",
-            "dt": "not 0 (it is the time step, sigma_next - sigma)",
-        }[name]
-        raise ValueError(f"{name} must be finite and {expected}; got {value[index].item():g} at sample {index}")
-
-
-def weight_source(
-    reweight: str | Tensor, latents: Tensor, dt: Tensor, velocity_coef: Tensor | None
+def policy_weight(
+    reweight: str | float | Tensor, sample_weight: float | Tensor | None, latents: Tensor, step: Transition
 ) -> tuple[Tensor | None, bool]:
-    """The tensor behind the reweighting factor, and whether the factor is 1 / |tensor|."""
-    if isinstance(reweight, Tensor):
-        if reweight.shape != latents.shape[:1] or not reweight.is_floating_point():
-            raise ValueError(
-                f"reweight as a tensor must be floating point of shape ({latents.shape[0]},); "
-                f"got {reweight.dtype} of shape {tuple(reweight.shape)}"
-            )
-        if reweight.device != latents.device:
-            raise ValueError(f"reweight is on {reweight.device}, the latents on {latents.device}")
-        return reweight, False
-    if not isinstance(reweight, str) or reweight not in get_args(Reweight):
-        raise ValueError(f"reweight must be one of {', '.join(get_args(Reweight))}, or a tensor (B,); got {reweight!r}")
+    """The tensor behind the factor on the policy loss, and whether the factor is 1 / |tensor|."""
+    weight, invert = _reweight(reweight, latents, step)
+    if sample_weight is None:
+        return weight, invert
+    factor = per_sample("sample_weight", sample_weight, latents)
+    if weight is None:
+        return factor, False
+    return (factor / weight.abs() if invert else factor * weight), False
+
+
+def _reweight(reweight: str | float | Tensor, latents: Tensor, step: Transition) -> tuple[Tensor | None, bool]:
+    if not isinstance(reweight, str):
+        return per_sample("reweight", reweight, latents), False
+    if reweight not in get_args(Reweight):
+        raise ValueError(
+            f"reweight must be one of {', '.join(get_args(Reweight))}, or a factor per sample; got {reweight!r}"
+        )
     if reweight == "none":
         return None, False
     if reweight == "inverse_dt":
-        return dt, True
-    if velocity_coef is None:
+        return step.dt, True
+    if step.velocity_coef is None:
         raise ValueError(
-            "reweight='equalized' is 1 / |velocity_coef|, which means do not tell; use guard_loss with velocities, "
-            "or pass the factor as a tensor (B,)"
+            f"reweight='equalized' is 1 / |velocity_coef|, which the {step.kind} step does not have; build the step "
+            "with flow_sde or another sampler, or pass the factor as a tensor (B,)"
         )
-    return velocity_coef, True
+    return step.velocity_coef, True
 
 
 def check_objective(objective: str | Objective, options: dict[str, Any]) -> Objective:
@@ -153,16 +153,33 @@ def check_objective(objective: str | Objective, options: dict[str, Any]) -> Obje
     return build_objective(objective, **options)
 
 
-def check_kl_and_reduction(kl_weight: float, kl_type: str, reduction: str, ref: Tensor | None, ref_name: str) -> None:
-    for name, value, known in (("kl_type", kl_type, get_args(KlType)), ("reduction", reduction, get_args(Reduction))):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+def check_kl(
+    kl_weight: float | Tensor, kl_type: str, step: Transition, latents: Tensor, ref: Tensor | None, ref_name: str
+) -> tuple[float, Tensor | None]:
+    """The factor on the KL as a number, and as (B,) if it was given as a tensor: the number is then 1."""
+    if kl_type not in get_args(KlType):
+        raise ValueError(f"kl_type must be one of {', '.join(get_args(KlType))}; got {kl_type!r}")
+    if kl_type == "velocity" and step.velocity_coef is None:
+        raise ValueError(
+            f"kl_type='velocity' needs the velocity_coef of the step, and the {step.kind} step has none; build the "
+            "step with flow_sde or another sampler, or use kl_type='gaussian'"
+        )
+    if isinstance(kl_weight, Tensor):
+        if ref is None:
+            raise ValueError(f"kl_weight as a tensor needs a reference; pass {ref_name}, or kl_weight=0")
+        return 1.0, per_sample("kl_weight", kl_weight, latents)
     if not is_number(kl_weight):
-        raise TypeError(f"kl_weight must be a number; got {kl_weight!r}")
+        raise TypeError(f"kl_weight must be a number, or a tensor with one entry per sample; got {kl_weight!r}")
     if not 0 <= kl_weight < math.inf:
         raise ValueError(f"kl_weight must be finite and >= 0; got {kl_weight}")
     if kl_weight > 0 and ref is None:
         raise ValueError(f"kl_weight = {kl_weight} needs a reference; pass {ref_name}, or kl_weight=0")
+    return float(kl_weight), None
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}; got {reduction!r}")
 
 
 def check_finite(tensors: dict[str, Tensor | None]) -> None:
@@ -174,3 +191,28 @@ def check_finite(tensors: dict[str, Tensor | None]) -> None:
         bad = ~torch.isfinite(tensor).flatten(1).all(1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
         if bool(bad.any()):
             raise ValueError(f"{name} holds NaN or Inf at samples {bad.nonzero()[:, 0].tolist()}")
+
+
+# Below this many elements the mean square of a draw says too little: its standard deviation is sqrt(2 / D).
+MIN_ELEMENTS_OF_DRAW = 1000
+
+
+def check_draw(name: str, draw: Tensor, step: Transition) -> None:
+    """Raise ValueError unless the noise (B, ...), standard normal by its definition, has a mean square of about 1.
+
+    From means the noise is `(x' - mu_old) / std`, so a std that is not the draw's shows here.
+    """
+    n_elements = math.prod(draw.shape[1:])
+    if n_elements < MIN_ELEMENTS_OF_DRAW:
+        return
+    square = draw.flatten(1).to(torch.float64).square().mean(1).cpu()
+    tolerance = 0.02 + 6 * math.sqrt(2 / n_elements)
+    for index in ((square - 1).abs() > tolerance).nonzero()[:, 0].tolist():
+        size, dt = float(square[index]), abs(float(step.dt[index]))
+        causes = {
+            "std lacks sqrt(|dt|): multiply it by it": dt,
+            "std has sqrt(|dt|) twice: divide it by it": 1 / dt,
+            "this is the noise times std, as in prev_sample - prev_sample_mean": float(step.std[index]) ** 2,
+        }
+        cause = next((f", which is about what it is if {c}" for c, f in causes.items() if abs(size / f - 1) < 0.1), "")
+        raise ValueError(f"{name} has a mean square of {size:.4g} at sample {index}, and 1 was expected{cause}")

@@ -25,6 +25,7 @@ def sde_step(
     latents: Tensor,
     velocity: Tensor,
     seeds: Tensor | None,
+    given: Tensor | None,
     latents_coef: Tensor,
     velocity_coef: Tensor,
     std: Tensor,
@@ -32,14 +33,17 @@ def sde_step(
 ) -> tuple[Tensor, Tensor]:
     """`x' = A x + B v + s eps`: next latents in the dtype of `latents` and the noise in `noise_dtype`, contiguous.
 
-    Without seeds `x' = A x + B v`, and the noise is empty.
+    The noise is that of the seeds, or the given one. Without both `x' = A x + B v`, and the noise is empty.
     """
     shape = (-1, *([1] * (latents.ndim - 1)))
     dtype = torch.promote_types(compute_dtype(latents.dtype), std.dtype)
     mean = latents_coef.view(shape) * latents.to(dtype) + velocity_coef.view(shape) * velocity.to(dtype)
-    if seeds is None:
+    if given is not None:
+        noise = given.to(noise_dtype, memory_format=torch.contiguous_format, copy=True)
+    elif seeds is not None:
+        noise = philox_normal(seeds, latents[0].numel()).view(latents.shape).to(noise_dtype)
+    else:
         return mean.to(latents.dtype).contiguous(), latents.new_empty((0,), dtype=noise_dtype)
-    noise = philox_normal(seeds, latents[0].numel()).view(latents.shape).to(noise_dtype)
     return (mean + std.view(shape) * noise.to(dtype)).to(latents.dtype).contiguous(), noise
 
 

@@ -252,13 +252,15 @@ def epilogue(
     velocity_coef: Tensor | None,
     std: Tensor,
     weight: Tensor | None,
+    kl_weights: Tensor | None,
     n_elements: int,
     *,
     normalized: bool,
     moves_drift: bool,
-    invert_weight: bool,
+    from_means: bool,
     kl_weight: float,
     velocity_kl: bool,
+    invert_weight: bool,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From sums (2 or 3, B) to loss () or (B,), stats (5, B), coefs (3, B) and clipped (B,), as `guard_loss` has them.
@@ -269,9 +271,9 @@ def epilogue(
         moves_drift: whether `terms.by_drift` can differ from 0.
     """
     # On the host each operation on these few numbers costs more than its arithmetic, so they are kept few.
-    whiten = 1 / std if velocity_coef is None else velocity_coef / std
+    whiten = 1 / std if from_means or velocity_coef is None else velocity_coef / std
     drift_scale = whiten * whiten / n_elements
-    cross_scale = drift_scale if velocity_coef is None else whiten / n_elements
+    cross_scale = drift_scale if from_means else whiten / n_elements
     cross = cross_scale * sums[0]
     drift = drift_scale * sums[1]
 
@@ -294,9 +296,15 @@ def epilogue(
     if moves_drift:
         beta = beta + 2 * by_drift * drift_scale
     if len(sums) == 3:
-        kl_scale = torch.ones_like(log_ratio) / n_elements if velocity_kl else drift_scale / 2
+        kl_scale = drift_scale / 2
+        if velocity_kl:  # the means differ by B (v - v_ref)
+            by_mean = from_means and velocity_coef is not None
+            kl_scale = (1 / velocity_coef**2 if by_mean else torch.ones_like(log_ratio)) / n_elements
         kl = kl_scale * sums[2]
-        if kl_weight != 0:  # a KL that is only reported may be NaN
+        if kl_weights is not None:
+            loss = loss + torch.where(kl_weights == 0, 0.0, kl_weights * kl)  # a KL that is only reported may be NaN
+            gamma = 2 * kl_weights * kl_scale
+        elif kl_weight != 0:
             loss = loss + kl_weight * kl
             gamma = 2 * kl_weight * kl_scale
 
@@ -316,11 +324,13 @@ def _triton_loss(
     velocity_coef: Tensor | None,
     std: Tensor,
     weight: Tensor | None,
+    kl_weights: Tensor | None,
     code: int,
     clip_low: float,
     clip_high: float,
     adv_clip: float,
     kl_threshold: float,
+    from_means: bool,
     kl_weight: float,
     velocity_kl: bool,
     invert_weight: bool,
@@ -329,12 +339,14 @@ def _triton_loss(
     from fastguard.kernels.transition import guard_epilogue, transition_partials
 
     return guard_epilogue(
-        transition_partials(velocity, old, noise, ref, from_means=velocity_coef is None),
+        transition_partials(velocity, old, noise, ref, from_means=from_means),
         advantages,
         velocity_coef,
         std,
         weight,
+        kl_weights,
         velocity[0].numel(),
+        from_means=from_means,
         invert_weight=invert_weight,
         objective=code,
         log_clip=(math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)),
@@ -356,11 +368,13 @@ def guard_loss(
     velocity_coef: Tensor | None,
     std: Tensor,
     weight: Tensor | None,
+    kl_weights: Tensor | None,
     code: int,
     clip_low: float,
     clip_high: float,
     adv_clip: float,
     kl_threshold: float,
+    from_means: bool,
     kl_weight: float,
     velocity_kl: bool,
     invert_weight: bool,
@@ -369,8 +383,8 @@ def guard_loss(
     """Loss () or (B,); stats (5, B) rows log_ratio, ratio, cross, drift, kl; coefs (3, B) rows alpha, beta, gamma of
     the gradient; clipped (B,) bool.
 
-    Without velocity_coef the inputs are means, as for `transition_sums`. Per-sample inputs are (B,). `code` and the
-    limits are those of `FusedEpilogue`.
+    Per-sample inputs are (B,). velocity_coef may be None from means, for which only the velocity KL needs it.
+    kl_weights, if there, takes the place of kl_weight. `code` and the limits are those of `FusedEpilogue`.
     """
 
     def terms(log_ratio: Tensor, drift: Tensor) -> Terms:
@@ -379,17 +393,19 @@ def guard_loss(
         return clipped_terms(log_ratio, advantages, clip_low, clip_high, adv_clip)
 
     return epilogue(
-        transition_sums(velocity, old, noise, ref, velocity_coef is None, "torch"),
+        transition_sums(velocity, old, noise, ref, from_means, "torch"),
         terms,
         velocity_coef,
         std,
         weight,
+        kl_weights,
         velocity[0].numel(),
         normalized=code == 0,
         moves_drift=False,
-        invert_weight=invert_weight,
+        from_means=from_means,
         kl_weight=kl_weight,
         velocity_kl=velocity_kl,
+        invert_weight=invert_weight,
         reduction=reduction,
     )
 

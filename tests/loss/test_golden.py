@@ -221,7 +221,7 @@ def test_losses_from_means() -> None:
                 naive_sde_step(t["x"], t["v_old"], t["eps"], step),
                 naive.transition_mean(t["x"], velocity, step),
                 naive.transition_mean(t["x"], t["v_old"], step),
-                std, step.dt, torch.tensor(case["adv"], dtype=torch.float64), reweight=reweight,
+                torch.tensor(case["adv"], dtype=torch.float64), fg.gaussian_step(std, step.dt), reweight=reweight,
                 **own_options(
                     objective, clip_range=case["clip"], adv_clip=case["adv_max"], kl_threshold=case["kl_thr"]
                 ),

@@ -203,7 +203,7 @@ def test_an_empty_batch_gives_a_zero_loss_with_a_zero_gradient(backend: str, ker
     moments = fg.transition_moments(empty, empty, empty, step, backend=backend)
     assert moments.cross.shape == (0,)
     moments.cross.sum().backward()
-    means = fg.guard_loss_from_means(empty, empty, empty, 0.1, -0.1, advantages, backend=backend)
+    means = fg.guard_loss_from_means(empty, empty, empty, advantages, step, backend=backend)
     assert means.loss.item() == 0
 
 
@@ -313,12 +313,11 @@ def with_step(step: fg.Transition, count: int = 4) -> Any:
 
 
 def means(std: float, dt: float, count: int = 4) -> Any:
-    velocity, old, noise, advantages, _ = make_batch(count)
-    return [velocity, old, noise, std, dt, advantages]
+    return with_step(fg.gaussian_step(std, dt), count)
 
 
-def from_means(mean: Tensor, old: Tensor, sample: Tensor, *rest: Any) -> fg.GuardLoss:
-    return fg.guard_loss_from_means(sample, mean, old, *rest)
+def from_means(mean: Tensor, old: Tensor, sample: Tensor, advantages: Tensor, step: fg.Transition) -> fg.GuardLoss:
+    return fg.guard_loss_from_means(sample, mean, old, advantages, step)
 
 
 def moments(velocity: Tensor, old: Tensor, noise: Tensor, _: Tensor, step: fg.Transition) -> fg.Moments:
@@ -429,7 +428,7 @@ def test_the_defaults_of_torch_do_not_matter(dtype: torch.dtype, other_defaults)
             options = own_options(objective, clip_range=(0.001, 0.002), kl_weight=0.1)
             found += fg.guard_loss(velocity, old, noise, advantages, step, ref_velocity=ref, **options)
             found += fg.guard_loss_from_means(
-                noise, velocity, old, 0.123, -0.045, advantages, ref_prev_sample_mean=ref, **options
+                noise, velocity, old, advantages, fg.gaussian_step(0.123, -0.045), ref_prev_sample_mean=ref, **options
             )
         found += fg.transition_moments(velocity, old, noise, step, ref)
         total = sum(value.double().sum() for value in found)
@@ -445,10 +444,15 @@ def test_the_defaults_of_torch_do_not_matter(dtype: torch.dtype, other_defaults)
 def test_a_std_and_dt_of_float64_latents_keep_their_digits() -> None:
     velocity, old, noise, advantages, _ = make_batch(dtype=torch.float64)
     std, dt = (torch.tensor(value, dtype=torch.float64) for value in (0.123, -0.045))
-    came = fg.guard_loss_from_means(noise, velocity, old, 0.123, np.float64(-0.045), advantages)
-    assert torch.equal(came.loss, fg.guard_loss_from_means(noise, velocity, old, std, dt, advantages).loss)
-    with pytest.raises(ValueError, match="std must be finite and positive .* got 0 at sample 0"):
-        fg.guard_loss_from_means(noise.float(), velocity.float(), old.float(), 1e-60, dt.float(), advantages)
+    exact = fg.Transition("mine", None, None, std[None], dt[None])
+    want = fg.guard_loss_from_means(noise, velocity, old, advantages, exact).loss
+    for pair in ((std, dt), (0.123, dt), (std, np.float64(-0.045)), (std.expand(4, 1), dt[None, None])):
+        assert torch.equal(
+            fg.guard_loss_from_means(noise, velocity, old, advantages, fg.gaussian_step(*pair)).loss, want
+        )
+    vanishes = fg.gaussian_step(1e-60, -0.045)  # in float32
+    with pytest.raises(ValueError, match="std == 0"):
+        fg.guard_loss_from_means(noise.float(), velocity.float(), old.float(), advantages, vanishes)
 
 
 def test_under_autocast_the_loss_stays_exact() -> None:
@@ -497,7 +501,7 @@ def test_a_rollout_under_inference_mode_trains_as_one_under_no_grad(entry: str, 
                 loss = fg.guard_loss(velocity, old, noise, advantages, step, ref_velocity=more["ref"], **options).loss
             elif entry == "guard_loss_from_means":
                 loss = fg.guard_loss_from_means(
-                    noise, velocity, old, step.std, step.dt, advantages, ref_prev_sample_mean=more["ref"], **options
+                    noise, velocity, old, advantages, step, ref_prev_sample_mean=more["ref"], **options
                 ).loss
             else:
                 moments = fg.transition_moments(velocity, old, noise, step, more["ref"])
@@ -615,8 +619,8 @@ def arguments() -> dict[str, Any]:
         ({"velocity": None}, TypeError, "velocity must be a tensor; got NoneType"),
         ({"noise": torch.zeros(4, 24).to(torch.float8_e4m3fn)}, TypeError, "got torch.float8_e4m3fn"),
         ({"noise": torch.zeros(4, 24, device="meta")}, ValueError, "noise is on meta, velocity on cpu"),
-        ({"advantages": torch.zeros(5)}, ValueError, r"shape \(4,\), one per sample; got \(5,\)"),
-        ({"advantages": torch.zeros(4, 1)}, ValueError, r"one per sample; got \(4, 1\)"),
+        ({"advantages": torch.zeros(5)}, ValueError, r"shape \(4,\) or \(4, 1\), one per sample; got \(5,\)"),
+        ({"advantages": torch.zeros(4, 2)}, ValueError, r"one per sample; got \(4, 2\)"),
         ({"advantages": torch.zeros(4).long()}, TypeError, "a floating point tensor; got torch.int64"),
         ({"advantages": [1.0] * 4}, TypeError, "got list"),
         ({"step": fg.ode(0.5, 0.3)}, ValueError, r"the ode step has std == 0 at samples \[0\]"),
@@ -632,12 +636,16 @@ def arguments() -> dict[str, Any]:
         ({"clip_range": True}, ValueError, "clip_range must be a positive, finite number"),
         ({"clip_range": "2e-6"}, ValueError, "got '2e-6'"),
         ({"adv_clip": "5"}, TypeError, "adv_clip must be a number; got '5'"),
-        ({"kl_weight": "0.1"}, TypeError, "kl_weight must be a number; got '0.1'"),
-        ({"reweight": [1.0] * 4}, ValueError, "reweight must be one of none, inverse_dt"),
+        ({"kl_weight": "0.1"}, TypeError, "kl_weight must be a number, or a tensor .*; got '0.1'"),
+        ({"reweight": [1.0] * 4}, TypeError, r"reweight must be a number or a floating point tensor; got \[1.0, 1.0"),
+        ({"sample_weight": torch.ones(4).long()}, TypeError, "sample_weight must be a number .* got torch.int64"),
+        ({"sample_weight": True}, TypeError, "sample_weight must be a number .* got True"),
+        ({"kl_weight": torch.ones(4)}, ValueError, "kl_weight as a tensor needs a reference; pass ref_velocity"),
+        ({"clip_range": (-0.1, 0.2)}, ValueError, r"distances of the ratio from 1.*; pass \(0.1, 0.2\)"),
         ({"adv_clip": 0.0}, ValueError, "adv_clip must be positive, or None"),
         ({"objective": "ppo"}, ValueError, "objective must be one of grpo_guard, flow_grpo, flow_dppo; got 'ppo'"),
-        ({"reweight": "dt"}, ValueError, "reweight must be one of none, inverse_dt, equalized, or a tensor"),
-        ({"reweight": torch.ones(3)}, ValueError, r"floating point of shape \(4,\); got torch.float32 of shape \(3,\)"),
+        ({"reweight": "dt"}, ValueError, "reweight must be one of none, inverse_dt, equalized, or a factor"),
+        ({"reweight": torch.ones(3)}, ValueError, r"one entry per sample, \(4,\) or \(4, 1, 1\); got shape \(3,\)"),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch; got 'cuda'"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, none"),
         ({"kl_weight": 0.1}, ValueError, "kl_weight = 0.1 needs a reference; pass ref_velocity"),
@@ -693,32 +701,115 @@ def test_check_values_names_the_samples(name: str, poison: float) -> None:
 
 def test_means_are_checked_as_well() -> None:
     x, advantages = torch.randn(3, 8), torch.ones(3)
-    std, dt = torch.tensor([0.2, 0.1, 0.3]), torch.tensor(-0.1)
+    step = fg.gaussian_step(torch.tensor([0.2, 0.1, 0.3]), -0.1)
     loss = fg.guard_loss_from_means
-    shaped = loss(x, x, x, std.view(3, 1, 1), dt, advantages)
-    assert torch.equal(shaped.loss, loss(x, x, x, std, -0.1, advantages).loss)
-    with pytest.raises(ValueError, match="std must be finite and positive .* got 0 at sample 1"):
-        loss(x, x, x, torch.tensor([0.2, 0.0, 0.3]), dt, advantages)
-    with pytest.raises(ValueError, match="dt must be finite and not 0 .* got 0 at sample 0"):
-        loss(x, x, x, std, 0.0, advantages)
-    with pytest.raises(ValueError, match=r"std must have one entry, or 3 \(one per sample\); got shape \(2,\)"):
-        loss(x, x, x, std[:2], dt, advantages)
-    with pytest.raises(TypeError, match="std must be a float or a floating point tensor; got torch.int64"):
-        loss(x, x, x, torch.ones(3).long(), dt, advantages)
-    with pytest.raises(ValueError, match="std must be finite and positive .* got -0.1"):
-        loss(x, x, x, -0.1, dt, advantages)
-    with pytest.raises(TypeError, match="std must be a float or a floating point tensor; got NoneType"):
-        loss(x, x, x, None, dt, advantages)
+    with pytest.raises(ValueError, match=r"gaussian step has std == 0 at samples \[1\]"):
+        loss(x, x, x, advantages, fg.gaussian_step(torch.tensor([0.2, 0.0, 0.3]), -0.1))
+    with pytest.raises(ValueError, match="the transition has 2 entries, the batch 3 samples"):
+        loss(x, x, x, advantages, step[:2])
+    with pytest.raises(TypeError, match="step must be a Transition .* gaussian_step with a std and dt .* got Tensor"):
+        loss(x, x, x, advantages, torch.ones(3))
     with pytest.raises(TypeError, match="prev_sample_mean must be a tensor; got NoneType"):
-        loss(x, None, x, std, dt, advantages)
-    with pytest.raises(ValueError, match="means do not tell"):
-        loss(x, x, x, std, dt, advantages, reweight="equalized")
+        loss(x, None, x, advantages, step)
+    with pytest.raises(ValueError, match="'equalized' is 1 / |velocity_coef|, which the gaussian step does not have"):
+        loss(x, x, x, advantages, step, reweight="equalized")
+    with pytest.raises(ValueError, match="kl_type='velocity' needs the velocity_coef"):
+        loss(x, x, x, advantages, step, ref_prev_sample_mean=x, kl_type="velocity")
     with pytest.raises(ValueError, match="pass ref_prev_sample_mean"):
-        loss(x, x, x, std, dt, advantages, kl_weight=0.1)
+        loss(x, x, x, advantages, step, kl_weight=0.1)
     with pytest.raises(TypeError, match="old_prev_sample_mean is torch.bfloat16"):
-        loss(x, x, x.bfloat16(), std, dt, advantages)
+        loss(x, x, x.bfloat16(), advantages, step)
     with pytest.raises(ValueError, match=r"prev_sample holds NaN or Inf at samples \[0\]"):
-        loss(torch.full_like(x, math.nan)[:1], x[:1], x[:1], 0.1, -0.1, advantages[:1], check_values=True)
+        loss(torch.full_like(x, math.nan)[:1], x[:1], x[:1], advantages[:1], step[:1], check_values=True)
+    for function, args in ((fg.guard_loss, (x, x, x)), (fg.transition_moments, (x, x, x)), (fg.sde_step, (x, x))):
+        more = (advantages,) if function is fg.guard_loss else ()
+        with pytest.raises(ValueError, match="no latents_coef and velocity_coef, so it serves guard_loss_from_means"):
+            function(*args, *more, step)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_grpo"])
+def test_factors_come_in_any_shape(backend: str, objective: str, kernel_device: str) -> None:
+    batch = [value.to(kernel_device) for value in make_batch()]
+    n = len(batch[0])
+    options: dict[str, Any] = {"objective": objective, "clip_range": 0.5, "backend": backend}
+    options |= {"ref_velocity": batch[1] + 0.1, "reduction": "none"}
+    weight = torch.linspace(0.5, 2.0, n, device=kernel_device)
+    dt = batch[4].dt.abs()
+    kl = fg.guard_loss(*batch, **options).kl
+    policy = fg.guard_loss(*batch, **options, reweight="none").loss
+    want = policy * weight / dt + weight * kl
+    for shape in ((n,), (n, 1), (n, 1, 1)):
+        shaped = weight.view(shape)
+        result = fg.guard_loss(*batch, **options, sample_weight=shaped, kl_weight=shaped)
+        torch.testing.assert_close(result.loss, want)
+        given = fg.guard_loss(*batch, **options, reweight=(1 / dt).view(shape), sample_weight=shaped, kl_weight=shaped)
+        torch.testing.assert_close(given.loss, want)
+    for factor in (3, 3.0, np.float32(3), torch.tensor(3.0, device=kernel_device)):
+        torch.testing.assert_close(fg.guard_loss(*batch, **options, reweight=factor).loss, 3 * policy)
+        torch.testing.assert_close(fg.guard_loss(*batch, **options, sample_weight=factor).loss, 3 * policy / dt)
+    columns = [*batch[:3], batch[3][:, None], batch[4]]
+    assert torch.equal(fg.guard_loss(*columns, **options).loss, fg.guard_loss(*batch, **options).loss)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("entry", ["velocities", "means"])
+def test_a_kl_weight_per_sample_reaches_the_gradient(backend: str, entry: str, kernel_device: str) -> None:
+    velocity, old, noise, advantages, step = (value.to(kernel_device) for value in make_batch(size=300))
+    ref, weights = old + 0.1, torch.linspace(0.0, 2.0, len(old), device=kernel_device)
+
+    def gradient(**options: Any) -> Tensor:
+        v = velocity.detach().requires_grad_()
+        options |= {"clip_range": 0.5, "reduction": "none", "backend": backend, "kl_type": "velocity"}
+        if entry == "means":
+            loss = fg.guard_loss_from_means(noise, v, old, advantages, step, ref_prev_sample_mean=ref, **options).loss
+        else:
+            loss = fg.guard_loss(v, old, noise, advantages, step, ref_velocity=ref, **options).loss
+        return torch.autograd.grad(loss, v, torch.ones_like(loss))[0]
+
+    plain, one = gradient(), gradient(kl_weight=1.0)
+    want = plain + weights[:, None] * (one - plain)
+    torch.testing.assert_close(gradient(kl_weight=weights), want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
+
+
+def test_the_velocity_kl_from_means_is_that_from_velocities() -> None:
+    velocity, old, noise, advantages, step = make_batch(dtype=torch.float64, size=300)
+    latents, ref = torch.randn_like(old), old + 0.3 * torch.randn_like(old)
+    mean, old_mean, ref_mean = (naive.transition_mean(latents, v, step) for v in (velocity, old, ref))
+    sample = old_mean + naive.per_sample(step.std, latents) * noise
+    options: dict[str, Any] = {"kl_weight": 0.7, "kl_type": "velocity"}
+    want = fg.guard_loss(velocity, old, noise, advantages, step, ref_velocity=ref, **options)
+    came = fg.guard_loss_from_means(sample, mean, old_mean, advantages, step, ref_prev_sample_mean=ref_mean, **options)
+    torch.testing.assert_close(came.kl, want.kl)
+    torch.testing.assert_close(came.loss, want.loss)
+    (grad,) = torch.autograd.grad(want.loss, velocity, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(came.loss, velocity)[0], grad)
+
+
+def test_a_std_that_is_not_the_draw_s_is_found() -> None:
+    old = torch.randn(2, 1000, 4)
+    step = fg.flow_sde(torch.tensor([0.9, 0.5]), torch.tensor([0.7, 0.4]))
+    sample = old + naive.per_sample(step.std, old) * torch.randn_like(old)
+
+    def loss(std: Tensor, rows: int = 2) -> fg.GuardLoss:
+        used = fg.gaussian_step(std[:rows], step.dt[:rows])
+        return fg.guard_loss_from_means(
+            sample[:rows], old[:rows], old[:rows], torch.ones(rows), used, check_values=True
+        )
+
+    assert loss(step.std).loss.item() == pytest.approx(float(-(1 / step.dt.abs()).mean()))
+    root = step.dt.abs().sqrt()
+    with pytest.raises(ValueError, match=r"mean square of 0.2\d* at sample 0, and 1 was expected.* std lacks sqrt"):
+        loss(step.std / root)
+    with pytest.raises(ValueError, match=r"at sample 1, .* std has sqrt\(\|dt\|\) twice: divide it by it"):
+        loss(torch.stack([step.std[0], step.std[1] * root[1]]))
+    with pytest.raises(ValueError, match="mean square of 4[.0-9]* at sample 0, and 1 was expected$"):
+        loss(step.std / 2)
+    noise = (sample - old).requires_grad_(False)
+    with pytest.raises(ValueError, match="noise has a mean square .* this is the noise times std"):
+        fg.guard_loss(old, old, noise, torch.ones(2), step, check_values=True)
+    small = old[:, :10]  # too few elements to tell
+    fg.guard_loss(small, small, small * 3, torch.ones(2), step, check_values=True)
 
 
 def test_transforms_of_torch_func_are_refused() -> None:
@@ -732,7 +823,7 @@ def test_transforms_of_torch_func_are_refused() -> None:
         return fg.transition_moments(v, old, noise, step).cross.sum()
 
     def from_means(v: Tensor) -> Tensor:
-        return fg.guard_loss_from_means(noise, v, old, 0.3, -0.1, advantages).loss
+        return fg.guard_loss_from_means(noise, v, old, advantages, step).loss
 
     for function, name in ((loss, "the loss"), (moments, "transition_moments"), (from_means, "the loss")):
         with pytest.raises(RuntimeError, match=f"{name} cannot run inside a transform of torch.func"):
@@ -750,5 +841,7 @@ def test_a_rounded_sample_leaves_the_first_ratio_at_one(objective: str) -> None:
     drawn = mean + 0.2 * torch.randn(2, 4096)
     options = own_options(objective, clip_range=2e-6)
     for sample in (drawn, drawn.bfloat16().float()):
-        result = fg.guard_loss_from_means(sample, mean.clone(), mean, 0.2, -0.1, torch.ones(2), **options)
+        result = fg.guard_loss_from_means(
+            sample, mean.clone(), mean, torch.ones(2), fg.gaussian_step(0.2, -0.1), **options
+        )
         assert not result.log_ratio.any()

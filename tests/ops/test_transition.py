@@ -127,7 +127,7 @@ def test_means_agree_with_velocities(objective, backend, kernel_device, poisoned
     ref_mean = naive.transition_mean(latents, batch["ref_velocity"], step)
     sample = old_mean + naive.per_sample(step.std, latents) * batch["noise"]
     means = fg.guard_loss_from_means(
-        sample, mean, old_mean, step.std, step.dt, batch["advantages"], ref_prev_sample_mean=ref_mean, **options
+        sample, mean, old_mean, batch["advantages"], step, ref_prev_sample_mean=ref_mean, **options
     )
     velocity = batch["velocity"].requires_grad_()
     velocities = fg.guard_loss(

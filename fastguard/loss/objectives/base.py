@@ -95,6 +95,11 @@ def is_number(value: object) -> bool:
 def clip_pair(clip_range: ClipRange) -> tuple[float, float]:
     """(low, high) of a clip range. Raises ValueError unless both are positive and finite."""
     pair = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
+    if len(pair) == 2 and all(map(is_number, pair)) and -math.inf < pair[0] < 0 < pair[1] < math.inf:
+        raise ValueError(
+            f"clip_range holds the distances of the ratio from 1, both positive; got {clip_range!r}; "
+            f"pass {(-pair[0], pair[1])}"
+        )
     if len(pair) != 2 or not all(is_number(value) and 0 < value < math.inf for value in pair):
         raise ValueError(
             f"clip_range must be a positive, finite number, or a pair (low, high) of such; got {clip_range!r}"
