@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -39,18 +39,39 @@ class _Recorder:
         self.launches.append(Launched(self.kernel, named, num_warps))
 
 
+class _Nothing:
+    """Launches nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        pass
+
+
 @contextmanager
-def recorded() -> Iterator[list[Launched]]:
-    """Inside, kernels are not run: their launches are listed, and their outputs hold whatever the memory held."""
-    launches: list[Launched] = []
+def _replaced(launcher: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, kernels are not run: their outputs hold whatever the memory held. Tensors may be on the CPU."""
     with ExitStack() as replaced:
         for module in (transition, sde_step, *BLOCK_MODULES, candidates):
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel"):
-                    replaced.enter_context(patch.object(module, name, _Recorder(kernel, launches)))
-        # Nothing is launched, so tensors may be on the CPU.
+                    replaced.enter_context(patch.object(module, name, launcher(kernel)))
         replaced.enter_context(patch.object(common, "interpreted", lambda: True))
+        yield
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launched]]:
+    """Inside, launches are listed."""
+    launches: list[Launched] = []
+    with _replaced(lambda kernel: _Recorder(kernel, launches)):
         yield launches
+
+
+def without_launches() -> AbstractContextManager[None]:
+    """Inside, launches do nothing and cost nothing."""
+    return _replaced(lambda kernel: _Nothing())
 
 
 class _TorchBytes(TorchDispatchMode):

@@ -60,13 +60,13 @@ def graph_times(runs: Sequence[Callable[[], Any]], cuda: bool) -> dict[str, floa
     return percentiles([1e3 * before.elapsed_time(after) / len(runs) for before, after in events])
 
 
-def call_times(runs: dict[str, Callable[[], Any]], cuda: bool) -> dict[str, dict[str, float]]:
+def call_times(runs: dict[Any, Callable[[], Any]], cuda: bool) -> dict[Any, dict[str, float]]:
     """Time of a plain call from Python, launches included, in microseconds.
 
     In blocks by turns, so that a drift of the machine meets all alike.
     """
     wait = torch.cuda.synchronize if cuda else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Any, list[float]] = {name: [] for name in runs}
     for _ in range(CALL_ROUNDS):
         for name, run in runs.items():
             time.sleep(0.05)  # until the threads of the block before have stopped spinning

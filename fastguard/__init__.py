@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fastguard.loss import GuardLoss, Moments, guard_loss, guard_loss_from_means, transition_moments
+from fastguard.schedule import sd3_sigmas, shifted_sigmas
 from fastguard.sde import Transition, cps, dance_sde, flow_sde, gaussian_step, ode, wan_sde
 from fastguard.step import SdeStep, sde_step
 
@@ -25,7 +26,9 @@ __all__ = [
     "guard_loss",
     "guard_loss_from_means",
     "ode",
+    "sd3_sigmas",
     "sde_step",
+    "shifted_sigmas",
     "transition_moments",
     "unfuse",
     "unfuse_flux",

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fastguard.integrations.kl import kl_weight
 from fastguard.loss import GuardLoss, guard_loss_from_means
 from fastguard.loss.checks import Reweight, check_draw
 from fastguard.loss.objectives import OPTIONS, build_objective
@@ -99,8 +100,7 @@ def grpo_loss(
     own = {option: value for option, value in limits.items() if option in OPTIONS.get(name, ())}
     chosen = build_objective(name, **{**own, **options})
 
-    # Their KL of "sde" divides by std_dev_t^2 = std^2 / |dt|, the others by std^2.
-    kl_scale = step.dt.abs() if sde_type == "sde" else torch.ones_like(step.dt)
+    kl_scale = kl_weight("flow_grpo", 1.0, step)
     if bare_cps:
         if (name, sde_type) != ("flow_grpo", "cps"):
             raise ValueError(

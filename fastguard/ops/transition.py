@@ -524,7 +524,7 @@ class TransitionLossFunction(torch.autograd.Function):
         velocity_or_none = velocity if has_drift or ref is not None else None
         old_or_none = old if has_drift or from_means else None
         ctx.save_for_backward(*savable(coefs, noise, velocity_or_none, old_or_none, ref))
-        return loss.view_as(loss)
+        return loss.detach()  # a view would refuse `loss += kl`
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastguard.config import SamplerConfig
+from fastguard.schedule import shifted_sigmas
 from fastguard.sde import Transition, cps, dance_sde, flow_sde, ode
 from fastguard.step import sde_step
 
@@ -121,12 +122,6 @@ class Rollout:
     """(B, S, C): the final latents"""
     transitions: tuple[RolloutBatch, ...]
     """one entry of B transitions per stochastic step, first step first"""
-
-
-def shifted_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:
-    """`num_steps + 1` flow times from 1 (noise) to 0, shifted as in SD3 and Flux: s t / (1 + (s - 1) t)."""
-    uniform = [1 - i / num_steps for i in range(num_steps + 1)]
-    return tuple(shift * t / (1 + (shift - 1) * t) for t in uniform)
 
 
 def training_schedule(config: SamplerConfig, model_shift: float, seed: int, epoch: int) -> Schedule:

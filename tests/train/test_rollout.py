@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastguard as fg
 from fastguard.config import SamplerConfig
+from fastguard.schedule import shifted_sigmas
 from fastguard.train.rollout import (
     Rollout,
     RolloutBatch,
@@ -22,7 +23,6 @@ from fastguard.train.rollout import (
     predict_velocity,
     rollout,
     sample_seeds,
-    shifted_sigmas,
     training_schedule,
 )
 
