@@ -175,7 +175,7 @@ def fused_loss(loss: Loss, config: Any, model_output: Any, data: Any) -> Any:
         sample_weight=data.get("rollout_is_weights", None),
         **{ours: getattr(config, field) for ours, field in loss.options.items()},
     )
-    # Nobody needs its graph now, which would be alive until the backward pass has ended.
+    # Nothing differentiates the log-prob now, and its graph would be saved for backward.
     model_output["log_probs"] = model_output["log_probs"].detach()
     metrics = loss.metrics(result, advantages, config)
     values = torch.stack(list(metrics.values())).tolist()  # one wait for the GPU

@@ -160,6 +160,41 @@ def test_loss_and_gradient(registry: dict[str, Any], name: str, sde_type: str, w
     assert share > 0  # else the clip was not tested
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics(registry: dict[str, Any], name: str) -> None:
+    """Each by its definition in float64; samples are clipped on both sides, and masked with both signs."""
+    batch = forward(registry["scheduler"])
+    config = loss_config(kl_mask_threshold=3e-6).diffusion_loss
+    step = fg.flow_sde(StandInScheduler.sigmas[TIMES], StandInScheduler.sigmas[[t + 1 for t in TIMES]])
+    mean, old = batch.model_output["prev_sample_mean"].detach().double(), batch.data["old_prev_sample_mean"].double()
+    sample, std = batch.prev_sample.double(), step.std.double()
+    plain = naive.log_ratio_by_subtraction(sample, mean, old, std)
+    batch.data["advantages"] = advantages = plain.sign().float()  # every sample moves away
+    ratio = torch.exp(naive.ratio_norm_by_subtraction(sample, mean, old, std) if name == "grpo_guard" else plain)
+    expected = {"ppo_kl": -plain.mean(), "ratio_mean": ratio.mean()}
+    if name == "flow_dppo":
+        kl = naive.mean_over_elements((mean - old) ** 2) / (2 * std**2)
+        high = kl >= config.kl_mask_threshold
+        up, down = high & (ratio > 1) & (advantages > 0), high & (ratio < 1) & (advantages < 0)
+        assert up.any()
+        assert down.any()
+        assert not high.all()
+        shares = {"kl_mask": high, "pos_rm": up, "neg_rm": down, "masked": up | down, "unmasked": ~(up | down)}
+        expected |= {f"{key}_fraction": these.double().mean() for key, these in shares.items()}
+        expected |= {"approx_kl": (plain**2 / 2).mean(), "ratio_std": ratio.std(unbiased=False)}
+        expected |= {"ratio_min": ratio.min(), "ratio_max": ratio.max()}
+        expected |= {"kl_new_old_mean": kl.mean(), "kl_new_old_max": kl.max()}
+    else:
+        higher, lower = ratio > 1 + config.clip_ratio, ratio < 1 - config.clip_ratio
+        assert higher.any()
+        assert lower.any()
+        shares = {"pg_clipfrac": higher | lower, "pg_clipfrac_higher": higher, "pg_clipfrac_lower": lower}
+        expected |= {key: these.double().mean() for key, these in shares.items()} | {"ratio_std": ratio.std()}
+    config = types.SimpleNamespace(diffusion_loss=config)
+    metrics = registry[name](config=config, model_output=batch.model_output, data=batch.data).metrics
+    assert metrics == {f"actor/{key}": pytest.approx(float(value), rel=1e-5) for key, value in expected.items()}
+
+
 def test_it_takes_over_four_names_and_no_other(registry: dict[str, Any]) -> None:
     scheduler = registry.pop("scheduler")
     before, method = dict(registry), type(scheduler).sample_previous_step
