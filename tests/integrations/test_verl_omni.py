@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -411,8 +412,11 @@ def test_against_theirs(verl: Any, name: str, sde_type: str, storage: torch.dtyp
     loss_error = float((loss.detach().double() / expected.detach() - 1).abs())
     grad_error = float((grad - expected_grad).norm() / expected_grad.norm())
     record(name, sde_type, loss_error, grad_error)
-    assert loss_error <= 1e-6
-    assert grad_error <= 1e-6
+    # Twice the page's, because another CPU adds in another order.
+    (row,) = re.findall(rf"^\| `{name}` \| (.*e-.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    loss_limit, grad_limit = (2 * float(figure) for figure in row.split(" | ")[SDE_TYPES.index(sde_type)].split(", "))
+    assert loss_error <= min(loss_limit, 1e-6)
+    assert grad_error <= min(grad_limit, 1e-6)
     trained = grad.flatten(1).norm(dim=1) > 0
     assert trained.any()
     assert not trained.all() or times == ONE
