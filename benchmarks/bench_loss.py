@@ -85,7 +85,7 @@ def exactness(device: str = "cpu") -> Measured:
     for seed in range(8):
         inputs = naive.make_inputs((4, 1024, 64), FP32, device, seed=seed)
         step, (velocity, old, noise) = inputs.step, (inputs.velocity.detach(), inputs.old_velocity, inputs.noise)
-        exact = fg.Transition(step.kind, step.latents_coef, step.velocity_coef.double(), step.std.double(), step.dt)
+        exact = fg.gaussian_step(*(coef.double() for coef in (step.std, step.dt, *step.mean_coefs)))
         wide = (velocity.double(), old.double(), noise.double())
         truth = exact.std * fg.transition_moments(*wide, exact, backend="torch").cross
         result = fg.guard_loss(velocity, old, noise, inputs.advantages, step, reduction="none")

@@ -57,7 +57,7 @@ def _guard_forward_kernel(
         tl.debug_barrier()
         _guard_epilogue_kernel(
             partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, None,
-            loss_ptr, stats_ptr, coefs_ptr, clipped_ptr,
+            loss_ptr, stats_ptr, coefs_ptr, clipped_ptr, 1, 1, 1, 1, 1,
             log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
             OBJECTIVE, REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, False, VELOCITY_KL, BLOCK_B, BLOCK_P,
         )  # fmt: skip
@@ -81,8 +81,9 @@ def _early_sums_kernel(
 @triton.jit
 def _waiting_epilogue_kernel(
     partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, kl_weights_ptr, loss_ptr, stats_ptr,
-    coefs_ptr, clipped_ptr, log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements,
-    n_partials, OBJECTIVE: tl.constexpr, REDUCTION: tl.constexpr, FROM_MEANS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    coefs_ptr, clipped_ptr, stride_advantages, stride_velocity_coef, stride_std, stride_weight, stride_kl_weights,
+    log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
+    OBJECTIVE: tl.constexpr, REDUCTION: tl.constexpr, FROM_MEANS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     INVERT_WEIGHT: tl.constexpr, HAS_REF: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr, VELOCITY_KL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -91,6 +92,7 @@ def _waiting_epilogue_kernel(
     _guard_epilogue_kernel(
         partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, kl_weights_ptr,
         loss_ptr, stats_ptr, coefs_ptr, clipped_ptr,
+        stride_advantages, stride_velocity_coef, stride_std, stride_weight, stride_kl_weights,
         log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials, OBJECTIVE,
         REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, HAS_KL_WEIGHTS, VELOCITY_KL, BLOCK_B, BLOCK_P,
     )  # fmt: skip
@@ -120,11 +122,13 @@ def guard_forward_one_launch(
     old, stride_old = as_rows(old)
     noise, stride_noise = as_rows(noise)
     ref_rows, stride_ref = (None, 0) if ref is None else as_rows(ref)
-    n_samples, n_elements = velocity.shape
+    n_samples = velocity.shape[0]
+    n_elements = velocity.numel() // n_samples
     n_partials = min(triton.cdiv(n_elements, LAUNCH.block), MAX_PARTIALS)
     partials = torch.empty((3, n_samples, n_partials), dtype=torch.float32, device=velocity.device)
     loss = partials.new_empty((n_samples,) if reduction == "none" else ())
-    stats, coefs = partials.new_empty((5, n_samples)), partials.new_empty((3, n_samples))
+    n_coefs = 1 if objective == 0 and ref is None else 3
+    stats, coefs = partials.new_empty((5, n_samples)), partials.new_empty((n_coefs, n_samples))
     clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
     if ticket is None:
         ticket = torch.zeros((), dtype=torch.int32, device=velocity.device)

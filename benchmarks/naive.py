@@ -62,7 +62,8 @@ def expand(coef: Tensor, like: Tensor) -> Tensor:
 
 
 def mean_of(latents: Tensor, velocity: Tensor, step: fg.Transition) -> Tensor:
-    return expand(step.latents_coef, latents) * latents.float() + expand(step.velocity_coef, latents) * velocity.float()
+    latents_coef, velocity_coef = step.mean_coefs
+    return expand(latents_coef, latents) * latents.float() + expand(velocity_coef, latents) * velocity.float()
 
 
 def log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -85,8 +85,20 @@ class Transition:
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Transition:
         """Apply a function that keeps the set of values."""
-        mean_coefs = (None if coef is None else fn(coef) for coef in (self.latents_coef, self.velocity_coef))
-        return Transition(self.kind, *mean_coefs, fn(self.std), fn(self.dt), self.has_density, self.is_deterministic)
+        latents_coef = None if self.latents_coef is None else fn(self.latents_coef)
+        velocity_coef = None if self.velocity_coef is None else fn(self.velocity_coef)
+        known = (self.has_density, self.is_deterministic)
+        return Transition(self.kind, latents_coef, velocity_coef, fn(self.std), fn(self.dt), *known)
+
+    @property
+    def mean_coefs(self) -> tuple[Tensor, Tensor]:
+        """latents_coef and velocity_coef. Raises ValueError where only the means are known."""
+        if self.latents_coef is None or self.velocity_coef is None:
+            raise ValueError(
+                f"the {self.kind} step has no latents_coef and velocity_coef, so it serves guard_loss_from_means "
+                "alone; pass both to gaussian_step"
+            )
+        return self.latents_coef, self.velocity_coef
 
     def __len__(self) -> int:
         return self.std.shape[0]
@@ -128,9 +140,11 @@ class Transition:
             raise ValueError("cat needs transitions that all have a velocity_coef, or all have none")
         has_density = all(step.has_density for step in steps)
         is_deterministic = all(step.is_deterministic or len(step) == 0 for step in steps) and any(map(len, steps))
-        columns = zip(*(step._coefs() for step in steps), strict=True)
-        joined = (None if column[0] is None else torch.cat(column) for column in columns)
-        return cls(steps[0].kind, *joined, has_density, is_deterministic)
+        latents_coef = velocity_coef = None
+        if steps[0].velocity_coef is not None:
+            latents_coef, velocity_coef = (torch.cat(c) for c in zip(*(step.mean_coefs for step in steps), strict=True))
+        std, dt = torch.cat([step.std for step in steps]), torch.cat([step.dt for step in steps])
+        return cls(steps[0].kind, latents_coef, velocity_coef, std, dt, has_density, is_deterministic)
 
 
 def flow_sde(
@@ -251,7 +265,8 @@ def gaussian_step(
             return value.detach().to(device, dtype).reshape(-1).expand(size)
         return torch.full((size,), float(value), dtype=dtype, device=device)
 
-    return Transition("gaussian", *map(vector, given.values()))
+    columns = {name: vector(value) for name, value in given.items()}
+    return Transition("gaussian", **columns)  # type: ignore[arg-type]
 
 
 def _second_sigma(sigma_max: float | Tensor, t: Tensor) -> Tensor:

@@ -95,10 +95,10 @@ def sde_step(
         raise ValueError(f"return_log_prob needs std > 0 at every sample; the {step.kind} step has std == 0")
     # The backend serves both dtypes or neither: float64 on either side means torch.
     resolved = resolve_backend(backend, velocity if velocity.dtype == torch.float64 else latents)
-    coefs = [coef.to(dtype).contiguous() for coef in (step.latents_coef, step.velocity_coef, step.std)]
+    coefs = [coef.to(dtype).contiguous() for coef in (*step.mean_coefs, step.std)]
     if latents.shape[0] == 0:
         used = None if step.is_deterministic else torch.empty_like(latents, dtype=noise_dtype)
-        return SdeStep(latents.clone(), used, coefs[2] if return_log_prob else None)
+        return SdeStep(latents.clone(), used, coefs[2][:0] if return_log_prob else None)
     next_latents, used = sde_step_operator(latents, velocity, seeds, noise, *coefs, noise_dtype, resolved)
     log_prob = None
     if return_log_prob:
@@ -109,13 +109,16 @@ def sde_step(
 
 def _draw(generator: torch.Generator | Sequence[torch.Generator], latents: Tensor, dtype: torch.dtype) -> Tensor:
     """Standard normals of the latents' shape, moved to their device."""
-    several = not isinstance(generator, torch.Generator)
-    generators = list(generator) if several else [generator]
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
     if not all(isinstance(one, torch.Generator) for one in generators):
         raise TypeError("generator must be a torch.Generator, or a sequence with one per sample")
-    if several and len(generators) != len(latents):
-        raise ValueError(f"generator has {len(generators)} generators, the batch {len(latents)} samples; pass one each")
-    shape = (1, *latents.shape[1:]) if several else latents.shape
+    shape = latents.shape
+    if not isinstance(generator, torch.Generator):
+        if len(generators) != len(latents):
+            raise ValueError(
+                f"generator has {len(generators)} generators, the batch {len(latents)} samples; pass one each"
+            )
+        shape = torch.Size((1, *latents.shape[1:]))
     drawn = [torch.randn(shape, generator=one, device=one.device, dtype=dtype) for one in generators]
     return torch.cat(drawn).to(latents.device)
 

@@ -50,14 +50,22 @@ def _probe():
 
 
 def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """See (B, ...) as B rows of contiguous elements: the tensor and its row stride.
+    """Where a kernel finds B samples (B, ...) of contiguous elements: a tensor that starts with them, and the stride
+    from one to the next.
 
     Any stride between samples is taken as it is; a tensor that is strided within a sample is copied once.
     """
+    if tensor.is_contiguous():  # no view of it: that would cost the host a microsecond
+        return tensor, tensor.numel() // tensor.shape[0]
     rows = tensor.reshape(tensor.shape[0], -1)
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
+
+
+def entry_stride(column: Tensor | None) -> int:
+    """Stride of a number per sample, (B,) or one for all, (1,)."""
+    return 0 if column is None or column.numel() == 1 else column.stride(0)
 
 
 def tokens_per_program(n_tokens: int) -> int:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, as_rows
+from fastguard.kernels.common import LAUNCH, as_rows, entry_stride
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def _sde_step_kernel(
     stride_latents,
     stride_velocity,
     stride_given,
+    stride_step,
     n_elements,
     n_blocks,
     HAS_NOISE: tl.constexpr,
@@ -69,7 +70,8 @@ def _sde_step_kernel(
 
     latents = tl.load(latents_ptr + sample * stride_latents + start + lanes, mask, other=0.0).to(tl.float32)
     velocity = tl.load(velocity_ptr + sample * stride_velocity + start + lanes, mask, other=0.0).to(tl.float32)
-    result = tl.load(latents_coef_ptr + sample) * latents + tl.load(velocity_coef_ptr + sample) * velocity
+    result = tl.load(latents_coef_ptr + sample * stride_step) * latents
+    result += tl.load(velocity_coef_ptr + sample * stride_step) * velocity
     if HAS_NOISE:
         if IS_GIVEN:
             noise = tl.load(given_ptr + sample * stride_given + start + lanes, mask, other=0.0).to(tl.float32)
@@ -82,7 +84,7 @@ def _sde_step_kernel(
             noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (BLOCK,))
         noise = noise.to(noise_ptr.dtype.element_ty)
         tl.store(noise_ptr + sample * n_elements + start + lanes, noise, mask)
-        result += tl.load(std_ptr + sample) * noise.to(tl.float32)
+        result += tl.load(std_ptr + sample * stride_step) * noise.to(tl.float32)
     tl.store(next_ptr + sample * n_elements + start + lanes, result.to(next_ptr.dtype.element_ty), mask)
 
 
@@ -99,7 +101,7 @@ def sde_step(
     """Next latents in the dtype of `latents`, and the noise in `noise_dtype`, in one launch.
 
     latents, velocity: (B, ...) bf16/fp16/fp32. seeds: (B,) int64, or given: the noise (B, ...). Without both the noise
-    is empty. Coefficients: (B,) float32.
+    is empty. Coefficients: (B,) or (1,) float32, all of one stride.
     """
     has_noise = seeds is not None or given is not None
     next_latents = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
@@ -107,11 +109,12 @@ def sde_step(
     latents, stride_latents = as_rows(latents)
     velocity, stride_velocity = as_rows(velocity)
     given, stride_given = (None, 0) if given is None else as_rows(given)
-    n_samples, n_elements = latents.shape
-    n_blocks = triton.cdiv(n_elements, LAUNCH.block)
+    n_samples = latents.shape[0]
+    n_elements = latents.numel() // n_samples
+    n_blocks = -(-n_elements // LAUNCH.block)
     _sde_step_kernel[(n_samples * n_blocks,)](
         latents, velocity, seeds, given, latents_coef, velocity_coef, std, next_latents, noise,
-        stride_latents, stride_velocity, stride_given, n_elements, n_blocks,
+        stride_latents, stride_velocity, stride_given, entry_stride(std), n_elements, n_blocks,
         HAS_NOISE=has_noise, IS_GIVEN=given is not None, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return next_latents, noise

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows
+from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows, entry_stride
 
 # The epilogue's tile of samples x partial sums: 8 x 64 (Flux 1024^2 has 64 partial sums a sample), or 32 x 16 where a
 # sample has 16 or fewer (512^2). Larger tiles, and longer columns of samples, spill registers.
@@ -106,6 +106,11 @@ def _guard_epilogue_kernel(
     stats_ptr,
     coefs_ptr,
     clipped_ptr,
+    stride_advantages,
+    stride_velocity_coef,
+    stride_std,
+    stride_weight,
+    stride_kl_weights,
     log_clip_low,
     log_clip_high,
     adv_clip,
@@ -130,7 +135,8 @@ def _guard_epilogue_kernel(
     With S the sums and `whiten = B / s` (1 / s from means): cross = whiten S_cross / D (once more over s from means,
     whose noise carries it), drift = whiten^2 S_drift / D. GRPO-Guard clips `s cross`, the others `cross - drift / 2`.
     stats: (5, B) float32 rows log_ratio, ratio, cross, drift, kl. coefs: (3, B) float32 rows alpha, beta, gamma, where
-    the gradient of the loss is `alpha noise + beta (v - v_old) + gamma (v - v_ref)`.
+    the gradient of the loss is `alpha noise + beta (v - v_old) + gamma (v - v_ref)`. GRPO-Guard without a reference has
+    alpha alone, (1, B).
     """
     total = 0.0
     inv_size = 1.0 / n_elements
@@ -141,15 +147,15 @@ def _guard_epilogue_kernel(
     for first in range(0, n_samples, BLOCK_B):
         samples = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
         mask = samples < n_samples
-        std = tl.load(std_ptr + samples, mask, other=1.0)
-        advantage = tl.load(advantages_ptr + samples, mask, other=0.0)
+        std = tl.load(std_ptr + samples * stride_std, mask, other=1.0)
+        advantage = tl.load(advantages_ptr + samples * stride_advantages, mask, other=0.0)
 
         # One scale for each sum, moments first.
         if FROM_MEANS:
             drift_scale = inv_size / (std * std)
             cross_scale = drift_scale
         else:
-            whiten = tl.load(velocity_coef_ptr + samples, mask, other=1.0) / std
+            whiten = tl.load(velocity_coef_ptr + samples * stride_velocity_coef, mask, other=1.0) / std
             drift_scale = inv_size * whiten * whiten
             cross_scale = inv_size * whiten
         cross = cross_scale * _sum_partials(partials_ptr, samples, mask, n_partials, BLOCK_B, BLOCK_P)
@@ -185,7 +191,7 @@ def _guard_epilogue_kernel(
         loss = tl.where(advantage == 0, 0.0 * log_ratio, loss)
         slope = tl.where(clipped, 0.0, loss)
         if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + samples, mask, other=1.0)
+            weight = tl.load(weight_ptr + samples * stride_weight, mask, other=1.0)
             if INVERT_WEIGHT:
                 weight = 1.0 / tl.abs(weight)
             loss *= weight
@@ -197,11 +203,11 @@ def _guard_epilogue_kernel(
             if VELOCITY_KL:
                 kl_scale = tl.zeros((BLOCK_B,), tl.float32) + inv_size
                 if FROM_MEANS:  # which differ by B (v - v_ref)
-                    velocity_coef = tl.load(velocity_coef_ptr + samples, mask, other=1.0)
+                    velocity_coef = tl.load(velocity_coef_ptr + samples * stride_velocity_coef, mask, other=1.0)
                     kl_scale = inv_size / (velocity_coef * velocity_coef)
             kl_factor = tl.zeros((BLOCK_B,), tl.float32) + kl_weight
             if HAS_KL_WEIGHTS:
-                kl_factor = tl.load(kl_weights_ptr + samples, mask, other=0.0)
+                kl_factor = tl.load(kl_weights_ptr + samples * stride_kl_weights, mask, other=0.0)
             kl = kl_scale * _sum_partials(partials_ptr + 2 * row, samples, mask, n_partials, BLOCK_B, BLOCK_P)
             # A KL that is only reported may be NaN.
             loss = tl.where(kl_factor == 0, loss, loss + kl_factor * kl)
@@ -217,8 +223,9 @@ def _guard_epilogue_kernel(
         tl.store(stats_ptr + 3 * n_samples + samples, drift, mask)
         tl.store(stats_ptr + 4 * n_samples + samples, kl, mask)
         tl.store(coefs_ptr + samples, share * alpha, mask)
-        tl.store(coefs_ptr + n_samples + samples, share * beta, mask)
-        tl.store(coefs_ptr + 2 * n_samples + samples, share * gamma, mask)
+        if OBJECTIVE != 0 or HAS_REF:
+            tl.store(coefs_ptr + n_samples + samples, share * beta, mask)
+            tl.store(coefs_ptr + 2 * n_samples + samples, share * gamma, mask)
         tl.store(clipped_ptr + samples, clipped, mask)
         if REDUCTION == 0:
             tl.store(loss_ptr + samples, loss, mask)
@@ -288,8 +295,9 @@ def transition_partials(
     old, stride_old = as_rows(old)
     noise, stride_noise = as_rows(noise)
     ref_rows, stride_ref = (None, 0) if ref is None else as_rows(ref)
-    n_samples, n_elements = velocity.shape
-    n_partials = min(triton.cdiv(n_elements, LAUNCH.block), MAX_PARTIALS)
+    n_samples = velocity.shape[0]
+    n_elements = velocity.numel() // n_samples
+    n_partials = min(-(-n_elements // LAUNCH.block), MAX_PARTIALS)  # triton.cdiv costs the host 4 us
     sums = 2 if ref is None else 3
     partials = torch.empty((sums, n_samples, n_partials), dtype=torch.float32, device=velocity.device)
     _transition_sums_kernel[(n_samples * n_partials,)](
@@ -319,15 +327,18 @@ def guard_epilogue(
     velocity_kl: bool,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss () or (B,), stats (5, B), coefs (3, B), clipped (B,) from the sums; per-sample inputs (B,) float32."""
+    """Loss () or (B,), stats (5, B), coefs (1 or 3, B), clipped (B,) from the sums; inputs (B,) or (1,) float32."""
     sums, n_samples, n_partials = partials.shape
-    loss = partials.new_empty((n_samples,) if reduction == "none" else ())
-    stats, coefs = partials.new_empty((5, n_samples)), partials.new_empty((3, n_samples))
-    clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
+    device = partials.device
+    loss = torch.empty((n_samples,) if reduction == "none" else (), device=device, dtype=torch.float32)
+    stats = torch.empty((5, n_samples), device=device, dtype=torch.float32)
+    coefs = torch.empty((1 if objective == 0 and sums == 2 else 3, n_samples), device=device, dtype=torch.float32)
+    clipped = torch.empty((n_samples,), device=device, dtype=torch.bool)
     block = EPILOGUE_PARTIALS[n_partials <= EPILOGUE_PARTIALS[1]]
     _guard_epilogue_kernel[(1,)](
         partials, advantages, velocity_coef, std, weight, kl_weights, loss, stats, coefs, clipped,
-        *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
+        entry_stride(advantages), entry_stride(velocity_coef), entry_stride(std), entry_stride(weight),
+        entry_stride(kl_weights), *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
         OBJECTIVE=objective, REDUCTION=REDUCTIONS[reduction], FROM_MEANS=from_means,
         HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3,
         HAS_KL_WEIGHTS=kl_weights is not None, VELOCITY_KL=velocity_kl,
@@ -350,16 +361,17 @@ def transition_bwd(
 ) -> Tensor:
     """The gradient, of noise's shape and in `dtype`, in one launch.
 
-    grad_loss: () or (B,) float32. coefs: (3, B) float32. velocity is needed for the drift and the reference, old for
-    the drift and for means.
+    grad_loss: () or (B,) float32. coefs: (3, B) float32, or (1, B) without the drift and the reference. velocity is
+    needed for the drift and the reference, old for the drift and for means.
     """
     grad = torch.empty(noise.shape, dtype=dtype, device=noise.device)
     noise, stride_noise = as_rows(noise)
     velocity, stride_velocity = (None, 0) if velocity is None else as_rows(velocity)
     old, stride_old = (None, 0) if old is None else as_rows(old)
     ref, stride_ref = (None, 0) if ref is None else as_rows(ref)
-    n_samples, n_elements = noise.shape
-    n_blocks = triton.cdiv(n_elements, LAUNCH.block)
+    n_samples = noise.shape[0]
+    n_elements = noise.numel() // n_samples
+    n_blocks = -(-n_elements // LAUNCH.block)
     _transition_bwd_kernel[(n_samples * n_blocks,)](
         grad_loss, coefs, noise, velocity, old, ref, grad,
         grad_loss.stride(0) if grad_loss.ndim else 0, stride_noise, stride_velocity, stride_old, stride_ref,

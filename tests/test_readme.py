@@ -137,7 +137,7 @@ def test_the_readme_is_short_and_its_links_and_paths_are_there() -> None:
 def test_the_docs_name_files_that_are_there() -> None:
     for page in (*DOCS.rglob("*.md"), ROOT / "CONTRIBUTING.md"):
         text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"`((?:tests|fastguard|kernels|recipes|docs)/[\w./]*)`", text):
+        for name in re.findall(r"`((?:tests|fastguard|kernels|recipes|docs|examples)/[\w./]*)`", text):
             known = (ROOT / name).exists() or "NAME" in name or name in EXAMPLES
             assert known, f"{page.name}: {name}"
     page = (DOCS / "robustness.md").read_text(encoding="utf-8")

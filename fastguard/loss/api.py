@@ -131,10 +131,10 @@ def guard_loss(
     tensors = {"velocity": velocity, "old_velocity": old_velocity, "noise": noise}
     if ref_velocity is not None:
         tensors["ref_velocity"] = ref_velocity
-    check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
+    check_latents(tensors, ("velocity", "old_velocity", "ref_velocity"))
     step = check_step(step, "velocity", velocity)
     if check_values:
-        check_finite(tensors)
+        check_finite({**tensors})
         check_draw("noise", noise, step)
     return _apply(
         velocity, old_velocity, noise, ref_velocity, advantages, step, objective, options, reweight, sample_weight,
@@ -194,10 +194,10 @@ def guard_loss_from_means(
     if ref_prev_sample_mean is not None:
         tensors["ref_prev_sample_mean"] = ref_prev_sample_mean
     means = ("prev_sample_mean", "old_prev_sample_mean", "ref_prev_sample_mean")
-    check_latents(tensors, same_dtype=means)
+    check_latents(tensors, means)
     step = check_step(step, "prev_sample_mean", prev_sample_mean, needs_coefs=False)
     if check_values:
-        check_finite(tensors)
+        check_finite({**tensors})
         std = step.std.reshape(-1, *[1] * (prev_sample.ndim - 1))
         draw = (prev_sample.double() - old_prev_sample_mean.double()) / std
         check_draw("(prev_sample - old_prev_sample_mean) / std", draw, step)
@@ -237,15 +237,15 @@ def transition_moments(
     tensors = {"velocity": velocity, "old_velocity": old_velocity, "noise": noise}
     if ref_velocity is not None:
         tensors["ref_velocity"] = ref_velocity
-    check_latents(tensors, same_dtype=("velocity", "old_velocity", "ref_velocity"))
+    check_latents(tensors, ("velocity", "old_velocity", "ref_velocity"))
     step = check_step(step, "velocity", velocity)
     refuse_transforms("transition_moments")
     resolved = resolve_backend(backend, velocity)
     dtype = compute_dtype(velocity.dtype)
-    whiten = (step.velocity_coef / step.std).to(dtype)
+    whiten = (step.mean_coefs[1] / step.std).to(dtype)
     n_elements = math.prod(velocity.shape[1:])
     if velocity.shape[0] == 0:
-        empty = whiten + 0 * velocity.sum().to(dtype)
+        empty = velocity.flatten(1).sum(1).to(dtype)
         return Moments(empty, empty, None if ref_velocity is None else empty)
     ref = None if ref_velocity is None else ref_velocity.detach()
     sums = TransitionSumsFunction.apply(velocity, old_velocity.detach(), noise.detach(), ref, resolved)
@@ -276,7 +276,7 @@ def _apply(
 ) -> GuardLoss:
     """The numbers of the forward pass without a graph, then the loss with its gradient attached."""
     weight, invert_weight = policy_weight(reweight, sample_weight, velocity, step)
-    chosen = check_objective(objective, options)
+    chosen, fused = check_objective(objective, options)
     kl_number, kl_weights = check_kl(kl_weight, kl_type, step, velocity, ref, ref_name)
     check_reduction(reduction)
     advantages = check_advantages(advantages, velocity)
@@ -287,50 +287,51 @@ def _apply(
     backend = resolve_backend(backend, velocity)
     dtype = compute_dtype(velocity.dtype)
     if velocity.shape[0] == 0:
-        empty = step.std.to(dtype)
+        empty = advantages.detach().to(dtype)
         loss = (velocity.sum() if reduction != "none" else velocity.flatten(1).sum(1)).to(dtype)
         return GuardLoss(loss, empty, empty, empty, empty, empty.bool(), None if ref is None else empty)
 
-    def column(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach().to(dtype).contiguous()
-
-    old, noise, ref = old.detach(), noise.detach(), None if ref is None else ref.detach()
-    columns = tuple(map(column, (advantages, step.velocity_coef, step.std, weight, kl_weights)))
-    settings = {
-        "from_means": from_means,
-        "kl_weight": kl_number,
-        "velocity_kl": kl_type == "velocity",
-        "invert_weight": invert_weight,
-        "reduction": reduction,
-    }
-    fused = chosen.fused()
+    latents = (velocity.detach(), _constant(old), _constant(noise), None if ref is None else _constant(ref))
+    advantages, std = _constant(advantages, dtype), _constant(step.std, dtype)
+    coef = None if step.velocity_coef is None else _constant(step.velocity_coef, dtype)
+    weight = None if weight is None else _constant(weight, dtype)
+    kl_weights = None if kl_weights is None else _constant(kl_weights, dtype)
+    velocity_kl = kl_type == "velocity"
     if fused is None or _change((*fused, kl_number)):
         n_elements = math.prod(velocity.shape[1:])
         loss, stats, coefs, clipped = epilogue(
-            transition_sums(velocity.detach(), old, noise, ref, from_means, backend),
-            lambda log_ratio, drift: chosen.terms(log_ratio, drift, columns[0], n_elements=n_elements),
-            *columns[1:],
+            transition_sums(*latents, from_means, backend),
+            lambda log_ratio, drift: chosen.terms(log_ratio, drift, advantages, n_elements=n_elements),
+            coef,
+            std,
+            weight,
+            kl_weights,
             n_elements,
             normalized=chosen.ratio == "normalized",
             moves_drift=chosen.moves_drift,
-            **settings,
+            from_means=from_means,
+            kl_weight=kl_number,
+            velocity_kl=velocity_kl,
+            invert_weight=invert_weight,
+            reduction=reduction,
         )
     else:
-        inputs = (velocity.detach(), old, noise, ref, *columns)
-        loss, stats, coefs, clipped = fused_loss(*inputs, *fused, *settings.values(), backend)
-    loss = TransitionLossFunction.apply(
-        velocity,
-        loss,
-        coefs,
-        noise,
-        old,
-        ref if kl_number != 0 else None,
-        from_means,
-        chosen.ratio != "normalized" or chosen.moves_drift,
-        backend,
-    )
+        loss, stats, coefs, clipped = fused_loss(
+            *latents, advantages, coef, std, weight, kl_weights, *fused, from_means, kl_number, velocity_kl,
+            invert_weight, reduction, backend,
+        )  # fmt: skip
+    has_drift = chosen.ratio != "normalized" or chosen.moves_drift
+    constants = (latents[2], latents[1], latents[3] if kl_number != 0 else None)
+    loss = TransitionLossFunction.apply(velocity, loss, coefs, constants, (from_means, has_drift, backend))
     log_ratio, ratio, cross, drift, kl = stats.unbind()
     return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if ref is None else kl)
+
+
+def _constant(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The value without its graph, in this dtype."""
+    if value.requires_grad:
+        value = value.detach()
+    return value if dtype is None or value.dtype == dtype else value.to(dtype)
 
 
 def _change(limits: Sequence[float]) -> bool:

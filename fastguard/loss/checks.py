@@ -12,56 +12,58 @@ import torch
 from torch import Tensor
 
 from fastguard.loss.objectives import Objective, build_objective
-from fastguard.loss.objectives.base import is_number
+from fastguard.loss.objectives.base import FusedEpilogue, is_number
 from fastguard.ops.registry import compute_dtype
 from fastguard.sde import Transition
 
 Reweight = Literal["none", "inverse_dt", "equalized"]
 KlType = Literal["gaussian", "velocity"]
 Reduction = Literal["mean", "sum", "none"]
-LATENTS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+REWEIGHTS, KL_TYPES, REDUCTIONS = get_args(Reweight), get_args(KlType), get_args(Reduction)
+LATENTS_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
 
 def check_latents(tensors: dict[str, Tensor], same_dtype: tuple[str, ...]) -> None:
-    """All (B, ...) of one shape and device, floating; those named in `same_dtype` of one dtype."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-        if tensor.dtype not in LATENTS_DTYPES:
-            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}")
-    name, first = next((n, t) for n, t in tensors.items() if n in same_dtype)
+    """All (B, ...) of one shape and device, floating; those named in `same_dtype`, which begins, of one dtype."""
+    name = same_dtype[0]
+    first = tensors[name]
     for other_name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{other_name} must be a tensor; got {type(tensor).__name__}")
+        if tensor.dtype not in LATENTS_DTYPES:
+            raise TypeError(f"{other_name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}")
+        if tensor is first:
+            continue
+        if not isinstance(first, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(first).__name__}")
         if tensor.shape != first.shape:
             raise ValueError(
                 f"{other_name} has shape {tuple(tensor.shape)}, {name} {tuple(first.shape)}; they must be the same"
             )
         if tensor.device != first.device:
             raise ValueError(f"{other_name} is on {tensor.device}, {name} on {first.device}; move them to one device")
-        if other_name in same_dtype and tensor.dtype != first.dtype:
+        if tensor.dtype != first.dtype and other_name in same_dtype:
             raise TypeError(
                 f"{other_name} is {tensor.dtype}, {name} {first.dtype}; they must be the same: a value rounded on one "
                 "side only moves the ratio away from 1"
             )
     if first.ndim < 2:
         raise ValueError(f"{name} must have shape (B, ...), one sample per row; got {tuple(first.shape)}")
-    if math.prod(first.shape[1:]) == 0:
+    if first.numel() == 0 and math.prod(first.shape[1:]) == 0:
         raise ValueError(f"{name} has no elements per sample; got shape {tuple(first.shape)}")
 
 
 def check_step(
     step: Transition, name: str, latents: Tensor, *, needs_density: bool = True, needs_coefs: bool = True
 ) -> Transition:
-    """A Transition on the device of the latents called `name`, with one entry per sample."""
+    """A Transition on the device of the latents called `name`, with one entry for all samples or one per sample."""
     if not isinstance(step, Transition):
         raise TypeError(
             "step must be a Transition (from flow_sde, dance_sde, wan_sde or cps, or gaussian_step with a std and dt "
             f"of your own); got {type(step).__name__}"
         )
-    if needs_coefs and step.velocity_coef is None:
-        raise ValueError(
-            f"the {step.kind} step has no latents_coef and velocity_coef, so it serves guard_loss_from_means alone; "
-            "pass both to gaussian_step"
-        )
+    if needs_coefs:
+        _ = step.mean_coefs
     if needs_density and not step.has_density:
         where = "" if torch.compiler.is_compiling() else f" at samples {(step.std == 0).nonzero()[:, 0].tolist()}"
         raise ValueError(
@@ -70,7 +72,7 @@ def check_step(
         )
     if step.std.device != latents.device:
         raise ValueError(f"step is on {step.std.device}, {name} on {latents.device}; pass step.to({name}.device)")
-    return step.expand(latents.shape[0])
+    return step if len(step) == 1 else step.expand(latents.shape[0])
 
 
 def check_advantages(advantages: Tensor, velocity: Tensor) -> Tensor:
@@ -90,11 +92,11 @@ def check_advantages(advantages: Tensor, velocity: Tensor) -> Tensor:
 
 
 def per_sample(name: str, value: Tensor | float, latents: Tensor) -> Tensor:
-    """A factor as (B,): from a number, or from a tensor () or with one entry per sample and any axes of size 1."""
+    """A factor as (B,) or (1,): from a number, or from a tensor () or with one entry per sample and axes of size 1."""
     n_samples = latents.shape[0]
     if is_number(value):
         # torch.compile makes one graph for all factors of a product, but one for each value that fills a tensor.
-        return torch.ones(n_samples, dtype=compute_dtype(latents.dtype), device=latents.device) * float(value)
+        return torch.ones(1, dtype=compute_dtype(latents.dtype), device=latents.device) * float(value)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         came = value.dtype if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} must be a number or a floating point tensor; got {came}")
@@ -105,7 +107,7 @@ def per_sample(name: str, value: Tensor | float, latents: Tensor) -> Tensor:
             f"{name} must be a number, or have one entry per sample, ({n_samples},) or ({n_samples}, 1, 1); "
             f"got shape {tuple(value.shape)}"
         )
-    return value.reshape(-1).expand(n_samples)
+    return value.reshape(-1)
 
 
 def policy_weight(
@@ -124,10 +126,8 @@ def policy_weight(
 def _reweight(reweight: str | float | Tensor, latents: Tensor, step: Transition) -> tuple[Tensor | None, bool]:
     if not isinstance(reweight, str):
         return per_sample("reweight", reweight, latents), False
-    if reweight not in get_args(Reweight):
-        raise ValueError(
-            f"reweight must be one of {', '.join(get_args(Reweight))}, or a factor per sample; got {reweight!r}"
-        )
+    if reweight not in REWEIGHTS:
+        raise ValueError(f"reweight must be one of {', '.join(REWEIGHTS)}, or a factor per sample; got {reweight!r}")
     if reweight == "none":
         return None, False
     if reweight == "inverse_dt":
@@ -140,25 +140,48 @@ def _reweight(reweight: str | float | Tensor, latents: Tensor, step: Transition)
     return step.velocity_coef, True
 
 
-def check_objective(objective: str | Objective, options: dict[str, Any]) -> Objective:
-    """The objective itself, or the one of this name with these options."""
+def check_objective(objective: str | Objective, options: dict[str, Any]) -> tuple[Objective, FusedEpilogue | None]:
+    """The objective itself, or the one of this name with these options; and what the fused kernel needs of it."""
     if isinstance(objective, Objective):
         if options:
             raise TypeError(
                 f"{', '.join(options)}: options belong to a name; this objective is an instance, which has its own"
             )
-        return objective
+        return objective, objective.fused()
     if not isinstance(objective, str):
         raise TypeError(f"objective must be a name or an Objective; got {type(objective).__name__}")
-    return build_objective(objective, **options)
+    if torch.compiler.is_compiling():
+        return _built(objective, options)
+    # Built once for all calls with these options. Types count: True is not 1, which it equals.
+    values = tuple(options.values())
+    types = tuple([type(value) if type(value) is not tuple else tuple(map(type, value)) for value in values])
+    kind = (objective, tuple(options), values, types)
+    try:
+        known = _OBJECTIVES.get(kind)
+    except TypeError:  # not hashable
+        return _built(objective, options)
+    if known is None:
+        if len(_OBJECTIVES) == MAX_OBJECTIVES:  # a limit that changes from call to call
+            _OBJECTIVES.clear()
+        known = _OBJECTIVES[kind] = _built(objective, options)
+    return known
+
+
+MAX_OBJECTIVES = 256
+_OBJECTIVES: dict[Any, tuple[Objective, FusedEpilogue | None]] = {}
+
+
+def _built(name: str, options: dict[str, Any]) -> tuple[Objective, FusedEpilogue | None]:
+    objective = build_objective(name, **options)
+    return objective, objective.fused()
 
 
 def check_kl(
     kl_weight: float | Tensor, kl_type: str, step: Transition, latents: Tensor, ref: Tensor | None, ref_name: str
 ) -> tuple[float, Tensor | None]:
     """The factor on the KL as a number, and as (B,) if it was given as a tensor: the number is then 1."""
-    if kl_type not in get_args(KlType):
-        raise ValueError(f"kl_type must be one of {', '.join(get_args(KlType))}; got {kl_type!r}")
+    if kl_type not in KL_TYPES:
+        raise ValueError(f"kl_type must be one of {', '.join(KL_TYPES)}; got {kl_type!r}")
     if kl_type == "velocity" and step.velocity_coef is None:
         raise ValueError(
             f"kl_type='velocity' needs the velocity_coef of the step, and the {step.kind} step has none; build the "
@@ -178,8 +201,8 @@ def check_kl(
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}; got {reduction!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
 
 def check_finite(tensors: dict[str, Tensor | None]) -> None:
@@ -208,11 +231,12 @@ def check_draw(name: str, draw: Tensor, step: Transition) -> None:
     square = draw.flatten(1).to(torch.float64).square().mean(1).cpu()
     tolerance = 0.02 + 6 * math.sqrt(2 / n_elements)
     for index in ((square - 1).abs() > tolerance).nonzero()[:, 0].tolist():
-        size, dt = float(square[index]), abs(float(step.dt[index]))
+        size, one = float(square[index]), step.expand(len(square))[index : index + 1]
+        dt = abs(float(one.dt))
         causes = {
             "std lacks sqrt(|dt|): multiply it by it": dt,
             "std has sqrt(|dt|) twice: divide it by it": 1 / dt,
-            "this is the noise times std, as in prev_sample - prev_sample_mean": float(step.std[index]) ** 2,
+            "this is the noise times std, as in prev_sample - prev_sample_mean": float(one.std) ** 2,
         }
         cause = next((f", which is about what it is if {c}" for c, f in causes.items() if abs(size / f - 1) < 0.1), "")
         raise ValueError(f"{name} has a mean square of {size:.4g} at sample {index}, and 1 was expected{cause}")

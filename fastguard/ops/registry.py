@@ -2,8 +2,8 @@
 
 An operator is one function: the torch version, run under fake tensors, is also its fake implementation, and its Triton
 half has the same name in `fastguard.kernels`. They are registered with `torch.library`, so that
-`torch.compile(fullgraph=True)`, fake tensors and `opcheck` see one node each. Public functions validate first; nothing
-here does.
+`torch.compile(fullgraph=True)`, fake tensors and `opcheck` see one node each. Where nothing watches, PyTorch's
+dispatcher is left out: it costs the host more than a kernel runs. Public functions validate first; nothing here does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ Backend = Literal["auto", "triton", "torch"]
 # Looked up without importing triton, which takes a second.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ORDINARY = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype})
+"""types of arguments that want to see no operator; a list may hold one that does"""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,12 +42,12 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
 
     `auto` takes Triton on CUDA where it is installed, and torch elsewhere and for float64.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
     if backend == "torch":
         return "torch"
     if backend == "auto":
         return "triton" if tensor.is_cuda and tensor.dtype in TRITON_DTYPES and TRITON_INSTALLED else "torch"
+    if backend != "triton":
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
     if not TRITON_INSTALLED:
         raise ValueError("backend='triton' needs the package triton, which is not installed; use backend='torch'")
     if tensor.dtype not in TRITON_DTYPES:
@@ -63,13 +65,38 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     return "triton"
 
 
+class Operator:
+    """A registered operator: called through PyTorch's dispatcher where something watches, else directly."""
+
+    def __init__(self, overload: torch._ops.OpOverload, run: Callable[..., Any]) -> None:
+        self.overload = overload
+        self._run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args) if _watched(args) else self._run(*args)
+
+    def name(self) -> str:
+        return self.overload.name()
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether a compiler, a mode, a transform, a profiler or a tensor subclass wants to see operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or not ORDINARY.issuperset(map(type, args))
+    )
+
+
 def operator(
     triton: str | Callable[..., Any], mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None
-) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+) -> Callable[[Callable[..., Any]], Operator]:
     """Register a torch function as `fastguard::<its name>`, with the backend ("auto", "triton", "torch") as a last
     argument.
-
-    `torch.library.custom_op` does the same at 5 us more a call.
 
     Args:
         triton: module in `fastguard.kernels` with a function of the same name and positional arguments; or the function
@@ -79,23 +106,22 @@ def operator(
             would make a graph for each value of it.
     """
 
-    def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
+    def register(function: Callable[..., Any]) -> Operator:
         name = f"fastguard::{function.__name__}"
 
         def run(*args: Any) -> Any:
-            *inputs, backend = args
-            resolved = resolve_backend(backend, inputs[0])
-            with device_guard(inputs[0]):
-                if resolved == "torch":
-                    return function(*inputs)
-                return (_kernel(triton, function.__name__) if isinstance(triton, str) else triton)(*inputs)
+            if resolve_backend(args[-1], args[0]) == "torch":
+                return function(*args[:-1])
+            kernel = _kernel(triton, function.__name__) if isinstance(triton, str) else triton
+            with device_guard(args[0]):
+                return kernel(*args[:-1])
 
         arguments, results = torch.library.infer_schema(function, mutates_args=mutates).rsplit(") -> ", 1)
         torch.library.define(name, f"{arguments}, str backend) -> {results}", tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(name, "CompositeExplicitAutograd", run)
         shaped = _once_a_layout(fake or function)
         torch.library.register_fake(name, lambda *args: shaped(*args[:-1]))
-        return getattr(torch.ops.fastguard, function.__name__).default
+        return Operator(getattr(torch.ops.fastguard, function.__name__).default, run)
 
     return register
 
@@ -141,6 +167,9 @@ def _empty(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, devic
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
+_NOTHING = nullcontext()
+
+
 @cache
 def _kernel(module: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"fastguard.kernels.{module}"), name)
@@ -148,7 +177,9 @@ def _kernel(module: str, name: str) -> Callable[..., Any]:
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _NOTHING
 
 
 def refuse_double_backward(what: str) -> None:
@@ -175,13 +206,13 @@ def savable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
     Compiled code has to go without: dynamo cannot ask whether a tensor was made under `inference_mode`.
     """
-    return tuple(_ordinary(tensor) for tensor in tensors)
+    if torch.compiler.is_compiling():
+        return tensors
+    return tuple([tensor if tensor is None or not tensor.is_inference() else _ordinary(tensor) for tensor in tensors])
 
 
-def _ordinary(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
-        return tensor
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
+def _ordinary(tensor: Tensor) -> Tensor:
+    if type(tensor) not in ORDINARY:
         return tensor  # a subclass may keep its values elsewhere than in its own storage
     layout = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*layout)

@@ -12,7 +12,7 @@ Forward is two or three inner products, backward one scaled sum of latents: no a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ from fastguard.sde import Transition
 
 # Elements of a sample that are worked on at once: the difference of two velocities, 1 MB in float32, stays in cache.
 CHUNK = 2**18
+# Up to this many elements a sample, all samples are worked on at once.
+SMALL = 2**14
 
 # --- formulas: differentiable by autograd, not fast; in float64 they are the truth that the kernels answer to --------
 
@@ -39,7 +41,8 @@ def mean_over_elements(value: Tensor) -> Tensor:
 
 def transition_mean(latents: Tensor, velocity: Tensor, step: Transition) -> Tensor:
     """`mu = A x + B v`, (B, ...)."""
-    return per_sample(step.latents_coef, latents) * latents + per_sample(step.velocity_coef, latents) * velocity
+    latents_coef, velocity_coef = step.mean_coefs
+    return per_sample(latents_coef, latents) * latents + per_sample(velocity_coef, latents) * velocity
 
 
 def log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def moments_from_means(
 
 def moments(velocity: Tensor, old_velocity: Tensor, noise: Tensor, step: Transition) -> tuple[Tensor, Tensor]:
     """(cross, drift), each (B,), from the velocities and the rollout's noise: `w = B (v_new - v_old) / s`."""
-    whitened = per_sample(step.velocity_coef / step.std, velocity) * (velocity - old_velocity)
+    whitened = per_sample(step.mean_coefs[1] / step.std, velocity) * (velocity - old_velocity)
     return mean_over_elements(noise * whitened), mean_over_elements(whitened**2)
 
 
@@ -130,19 +133,44 @@ def _fake_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None,
 
 @operator(triton=_triton_sums, fake=_fake_sums)
 def transition_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
-    """(2, B), or (3, B) with a reference: `<noise, v - v_old>`, `|v - v_old|^2`, `|v - v_ref|^2`.
+    """`<noise, v - v_old>`, `<v - v_old, v - v_old>` and, with a reference, `<v - v_ref, v - v_ref>`: (2 or 3, B).
 
     With `from_means` the inputs are means and the rolled-out sample, and noise is `sample - mean_old`.
     """
-    dtype = compute_dtype(velocity.dtype)
-    inputs = [velocity, old, noise] if ref is None else [velocity, old, noise, ref]
-    sums: list[list[Tensor]] = [[] for _ in inputs[1:]]
+    return torch.stack(_sums(velocity, old, noise, ref, from_means))
 
-    def rows(block: Tensor) -> Iterable[Tensor]:
+
+def _sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> list[Tensor]:
+    rows = [_as_rows(tensor) for tensor in (velocity, old, noise, ref) if tensor is not None]
+    if rows[0].shape[1] <= SMALL:
+        return _sums_at_once(rows, from_means)
+    return _sums_by_sample(rows, from_means)
+
+
+def _sums_at_once(rows: list[Tensor], from_means: bool) -> list[Tensor]:
+    """Of small samples, where the number of operations counts."""
+    dtype = compute_dtype(rows[0].dtype)
+    v, v_old, eps, *v_ref = rows if rows[0].dtype == rows[2].dtype == dtype else [row.to(dtype) for row in rows]
+    change = v - v_old
+    if from_means:
+        eps = eps - v_old
+    sums = [(eps * change).sum(1), (change * change).sum(1)]
+    if v_ref:
+        change = v - v_ref[0]
+        sums.append((change * change).sum(1))
+    return sums
+
+
+def _sums_by_sample(rows: list[Tensor], from_means: bool) -> list[Tensor]:
+    """Of large samples, where the reads of memory count: each chunk of a sample is worked on while it is in cache."""
+    dtype = compute_dtype(rows[0].dtype)
+    sums: list[list[Tensor]] = [[] for _ in rows[1:]]
+
+    def samples(block: Tensor) -> Iterable[Tensor]:
         return block.unbind() if block.dtype == dtype else (row.to(dtype) for row in block.unbind())
 
-    for blocks in zip(*(_as_rows(tensor).split(CHUNK, dim=1) for tensor in inputs), strict=True):
-        for v, v_old, eps, *v_ref in zip(*map(rows, blocks), strict=True):
+    for blocks in zip(*(tensor.split(CHUNK, dim=1) for tensor in rows), strict=True):
+        for v, v_old, eps, *v_ref in zip(*map(samples, blocks), strict=True):
             change = v - v_old
             # torch.dot, unlike matmul, never goes down to tf32 or bf16.
             sums[0].append(torch.dot(eps - v_old if from_means else eps, change))
@@ -150,14 +178,14 @@ def transition_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | 
             if v_ref:
                 change = v - v_ref[0]
                 sums[2].append(torch.dot(change, change))
-    partials = torch.stack([value for row in sums for value in row]).view(len(sums), -1, len(velocity))
-    return partials.transpose(1, 2).contiguous().sum(-1)
+    partials = torch.stack([value for row in sums for value in row]).view(len(sums), -1, len(rows[0]))
+    return list(partials.transpose(1, 2).contiguous().sum(-1).unbind())
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
     """(B, ...) as (B, D) with contiguous rows: a view where there is one."""
-    rows = tensor.flatten(1)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = tensor if tensor.ndim == 2 else tensor.flatten(1)
+    return rows if rows.is_contiguous() or rows.stride(1) == 1 else rows.contiguous()
 
 
 class TransitionSumsFunction(torch.autograd.Function):
@@ -208,27 +236,24 @@ class FusedEpilogue(NamedTuple):
 
 def clipped_terms(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, adv_clip: float) -> Terms:
     """PPO's clipped surrogate, `max(-a r, -a clip(r, 1 - low, 1 + high))`, with a in +-adv_clip (arXiv 1707.06347)."""
-    # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
-    limit = _limit(adv_clip, log_ratio)
+    limit, zero = _limit(adv_clip, log_ratio), torch.zeros_like(log_ratio)
     advantages = advantages.clamp(-limit, limit)
+    # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
     within = log_ratio.clamp(_log1p(-1, clip_low, log_ratio), _log1p(1, clip_high, log_ratio))
-    clipped = advantages * (log_ratio - within) > 0
-    loss = -advantages * torch.where(clipped, torch.exp(within), torch.exp(log_ratio))
-    return _terms(loss, log_ratio, advantages, clipped)
+    beyond = advantages * (log_ratio - within)
+    clipped = torch.gt(beyond, zero)
+    # Without an advantage the clipped ratio too: a ratio that overflows would make 0 * inf.
+    loss = -advantages * torch.exp(torch.where(torch.lt(beyond, zero), log_ratio, within))
+    return Terms(loss, loss.masked_fill(clipped, 0.0), zero, clipped)
 
 
 def masked_terms(log_ratio: Tensor, drift: Tensor, advantages: Tensor, kl_threshold: float) -> Terms:
     """`-a r`, or 0 where KL(new || old) = drift / 2 has reached the threshold and the transition moves away."""
-    away = ((log_ratio > 0) & (advantages > 0)) | ((log_ratio < 0) & (advantages < 0))
-    clipped = away & (drift / 2 >= kl_threshold)
-    return _terms(-advantages * torch.where(clipped, 0.0, torch.exp(log_ratio)), log_ratio, advantages, clipped)
-
-
-def _terms(loss: Tensor, log_ratio: Tensor, advantages: Tensor, clipped: Tensor) -> Terms:
-    """The terms of a loss that is proportional to the ratio where it is not clipped."""
+    clipped = (advantages * log_ratio.sign() > 0) & (drift / 2 >= kl_threshold)
+    loss = -advantages * torch.where(clipped, 0.0, torch.exp(log_ratio))
     # No advantage, no loss, even where the ratio overflows (0 * inf is NaN); a NaN in log_ratio stays.
-    loss = torch.where(advantages == 0, 0 * log_ratio, loss)
-    return Terms(loss, torch.where(clipped, 0.0, loss), torch.zeros_like(loss), clipped)
+    loss = torch.where(advantages.bool(), loss, log_ratio - log_ratio)
+    return Terms(loss, loss.masked_fill(clipped, 0.0), torch.zeros_like(loss), clipped)
 
 
 def _limit(value: float, like: Tensor) -> Any:
@@ -247,7 +272,7 @@ def _log1p(sign: int, value: float, like: Tensor) -> Any:
 
 
 def epilogue(
-    sums: Tensor,
+    sums: Sequence[Tensor] | Tensor,
     terms: Callable[[Tensor, Tensor], Terms],
     velocity_coef: Tensor | None,
     std: Tensor,
@@ -263,7 +288,9 @@ def epilogue(
     invert_weight: bool,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From sums (2 or 3, B) to loss () or (B,), stats (5, B), coefs (3, B) and clipped (B,), as `guard_loss` has them.
+    """From sums (2 or 3, B) to loss () or (B,), stats (5, B), coefs and clipped (B,), as `guard_loss` has them.
+
+    What is of the step or a factor may have one entry for all samples, (1,).
 
     Args:
         terms: (log_ratio, drift) -> Terms, the objective with its advantages.
@@ -272,8 +299,9 @@ def epilogue(
     """
     # On the host each operation on these few numbers costs more than its arithmetic, so they are kept few.
     whiten = 1 / std if from_means or velocity_coef is None else velocity_coef / std
-    drift_scale = whiten * whiten / n_elements
-    cross_scale = drift_scale if from_means else whiten / n_elements
+    per_element = whiten / n_elements
+    drift_scale = per_element * whiten
+    cross_scale = drift_scale if from_means else per_element
     cross = cross_scale * sums[0]
     drift = drift_scale * sums[1]
 
@@ -282,37 +310,40 @@ def epilogue(
     else:
         log_ratio, noise_slope = cross - drift / 2, cross_scale
     # A sum that is not finite must not end in a clipped, plausible loss: 0 * inf is NaN.
-    log_ratio = log_ratio + 0 * (cross + drift)
+    log_ratio = torch.add(log_ratio, cross + drift, alpha=0)
     loss, slope, by_drift, clipped = terms(log_ratio, drift)
     if weight is not None:
-        factor = 1 / weight.abs() if invert_weight else weight
+        factor = weight.abs().reciprocal() if invert_weight else weight
         loss, slope = loss * factor, slope * factor
         by_drift = by_drift * factor if moves_drift else by_drift
 
     zero = torch.zeros_like(log_ratio)
-    kl, beta, gamma = zero, zero, zero
-    if not normalized:  # the drift is in the log-ratio
-        beta = -slope * drift_scale
-    if moves_drift:
-        beta = beta + 2 * by_drift * drift_scale
+    share = 1 / len(loss) if reduction == "mean" else 1.0
+    kl, coefs = zero, [torch.addcmul(zero, slope, noise_slope, value=share)]
+    if not normalized or moves_drift or len(sums) == 3:
+        beta = zero if normalized else -slope  # the drift is in the log-ratio
+        beta = beta + 2 * by_drift if moves_drift else beta
+        coefs += [torch.addcmul(zero, beta, drift_scale, value=share), zero]
     if len(sums) == 3:
         kl_scale = drift_scale / 2
-        if velocity_kl:  # the means differ by B (v - v_ref)
-            by_mean = from_means and velocity_coef is not None
-            kl_scale = (1 / velocity_coef**2 if by_mean else torch.ones_like(log_ratio)) / n_elements
+        if velocity_kl:
+            kl_scale = torch.ones_like(std) / n_elements
+            if from_means and velocity_coef is not None:  # the means differ by B (v - v_ref)
+                kl_scale = kl_scale / velocity_coef**2
         kl = kl_scale * sums[2]
         if kl_weights is not None:
             loss = loss + torch.where(kl_weights == 0, 0.0, kl_weights * kl)  # a KL that is only reported may be NaN
-            gamma = 2 * kl_weights * kl_scale
+            coefs[2] = torch.addcmul(zero, kl_weights, kl_scale, value=2 * share)
         elif kl_weight != 0:
             loss = loss + kl_weight * kl
-            gamma = 2 * kl_weight * kl_scale
+            coefs[2] = zero + 2 * share * kl_weight * kl_scale
 
     stats = torch.stack([log_ratio, torch.exp(log_ratio), cross, drift, kl])
-    coefs = torch.stack([slope * noise_slope, beta, gamma])
     if reduction == "mean":
-        return loss.mean(), stats, coefs / loss.shape[0], clipped
-    return loss.sum() if reduction == "sum" else loss, stats, coefs, clipped
+        loss = loss.mean()
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss, stats, torch.stack(coefs), clipped
 
 
 def _triton_loss(
@@ -345,7 +376,7 @@ def _triton_loss(
         std,
         weight,
         kl_weights,
-        velocity[0].numel(),
+        velocity.numel() // velocity.shape[0],
         from_means=from_means,
         invert_weight=invert_weight,
         objective=code,
@@ -358,7 +389,20 @@ def _triton_loss(
     )
 
 
-@operator(triton=_triton_loss)
+def n_coefs(code: int, ref: Tensor | None) -> int:
+    """Rows of the gradient's coefficients: RatioNorm without a reference moves along the noise alone."""
+    return 1 if code == 0 and ref is None else 3
+
+
+def _fake_loss(velocity: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_samples, dtype = velocity.shape[0], compute_dtype(velocity.dtype)
+    loss = velocity.new_empty((n_samples,) if args[-1] == "none" else (), dtype=dtype)
+    ref, code = args[2], args[8]
+    stats, coefs = (velocity.new_empty((count, n_samples), dtype=dtype) for count in (5, n_coefs(code, ref)))
+    return loss, stats, coefs, velocity.new_empty((n_samples,), dtype=torch.bool)
+
+
+@operator(triton=_triton_loss, fake=_fake_loss)
 def guard_loss(
     velocity: Tensor,
     old: Tensor,
@@ -381,7 +425,7 @@ def guard_loss(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss () or (B,); stats (5, B) rows log_ratio, ratio, cross, drift, kl; coefs (3, B) rows alpha, beta, gamma of
-    the gradient; clipped (B,) bool.
+    the gradient, or (1, B) where it has alpha alone; clipped (B,) bool.
 
     Per-sample inputs are (B,). velocity_coef may be None from means, for which only the velocity KL needs it.
     kl_weights, if there, takes the place of kl_weight. `code` and the limits are those of `FusedEpilogue`.
@@ -393,13 +437,13 @@ def guard_loss(
         return clipped_terms(log_ratio, advantages, clip_low, clip_high, adv_clip)
 
     return epilogue(
-        transition_sums(velocity, old, noise, ref, from_means, "torch"),
+        _sums(velocity, old, noise, ref, from_means),
         terms,
         velocity_coef,
         std,
         weight,
         kl_weights,
-        velocity[0].numel(),
+        velocity.numel() // velocity.shape[0],
         normalized=code == 0,
         moves_drift=False,
         from_means=from_means,
@@ -432,11 +476,18 @@ def transition_bwd(
     from_means: bool,
     has_drift: bool,
 ) -> Tensor:
-    """`g (alpha noise + beta (v - v_old) + gamma (v - v_ref))`, of noise's shape, in `dtype`, contiguous."""
-    scaled = (coefs * grad_loss).view(3, -1, *([1] * (noise.ndim - 1)))
-    grad = torch.empty(noise.shape, dtype=dtype, device=noise.device)
+    """`g (alpha noise + beta (v - v_old) + gamma (v - v_ref))`, of noise's shape, in `dtype`, contiguous.
+
+    coefs: rows alpha, beta, gamma; alpha alone, (1, B), without a drift and a reference.
+    """
+    one = [1] * (noise.ndim - 1)
     if not (from_means or has_drift or ref is not None):
-        return torch.mul(noise, scaled[0], out=grad)
+        alpha = (coefs[0] * grad_loss).view(-1, *one)
+        if noise.dtype == alpha.dtype == dtype and noise.is_contiguous():
+            return noise * alpha
+        return torch.mul(noise, alpha, out=torch.empty(noise.shape, dtype=dtype, device=noise.device))
+    scaled = (coefs * grad_loss).view(len(coefs), -1, *one)
+    grad = torch.empty(noise.shape, dtype=dtype, device=noise.device)
     acc = grad if dtype == scaled.dtype else torch.empty(noise.shape, dtype=scaled.dtype, device=noise.device)
     if from_means:
         assert old is not None
@@ -463,15 +514,13 @@ class TransitionLossFunction(torch.autograd.Function):
         velocity: Tensor,
         loss: Tensor,
         coefs: Tensor,
-        noise: Tensor,
-        old: Tensor,
-        ref: Tensor | None,
-        from_means: bool,
-        has_drift: bool,
-        backend: str,
+        constants: tuple[Tensor, Tensor, Tensor | None],
+        options: tuple[bool, bool, str],
     ) -> Tensor:
-        ctx.from_means, ctx.has_drift = from_means, has_drift
-        ctx.dtype, ctx.backend = velocity.dtype, backend
+        """constants: noise, old velocity, reference. options: from_means, has_drift, backend."""
+        noise, old, ref = constants
+        from_means, has_drift, _ = options
+        ctx.dtype, ctx.options = velocity.dtype, options
         velocity_or_none = velocity if has_drift or ref is not None else None
         old_or_none = old if has_drift or from_means else None
         ctx.save_for_backward(*savable(coefs, noise, velocity_or_none, old_or_none, ref))
@@ -481,7 +530,5 @@ class TransitionLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("the loss")
         coefs, noise, velocity, old, ref = ctx.saved_tensors
-        grad = transition_bwd(
-            grad_loss, coefs, noise, velocity, old, ref, ctx.dtype, ctx.from_means, ctx.has_drift, ctx.backend
-        )
-        return grad, None, None, None, None, None, None, None, None
+        grad = transition_bwd(grad_loss, coefs, noise, velocity, old, ref, ctx.dtype, *ctx.options)
+        return grad, None, None, None, None

@@ -799,7 +799,9 @@ def test_a_std_that_is_not_the_draw_s_is_found() -> None:
 
     assert loss(step.std).loss.item() == pytest.approx(float(-(1 / step.dt.abs()).mean()))
     root = step.dt.abs().sqrt()
-    with pytest.raises(ValueError, match=r"mean square of 0.2\d* at sample 0, and 1 was expected.* std lacks sqrt"):
+    with pytest.raises(
+        ValueError, match=r"mean square of (0.2|0.19)\d* at sample 0, and 1 was expected.* std lacks sqrt"
+    ):
         loss(step.std / root)
     with pytest.raises(ValueError, match=r"at sample 1, .* std has sqrt\(\|dt\|\) twice: divide it by it"):
         loss(torch.stack([step.std[0], step.std[1] * root[1]]))

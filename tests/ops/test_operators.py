@@ -28,7 +28,7 @@ def test_no_operator_is_left_out() -> None:
 def test_operators_keep_the_rules_of_torch_library(dtype: torch.dtype, kernel_device: str) -> None:
     backend = "torch" if dtype == torch.float64 else "triton"
     for call in calls(dtype, kernel_device, backend=backend):
-        torch.library.opcheck(call.op, call.args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(call.op.overload, call.args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("size", [SMALL, ODD], ids=["small", "odd"])

@@ -1,0 +1,104 @@
+"""Complete pipelines of a few thousand random weights: everything but their size is real.
+
+Weights are drawn from torch's global generator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def make_tiny_sd3() -> Any:
+    """Stable Diffusion 3."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    from fastguard.backbones.flux.tiny import _clip_tokenizer, _t5_tokenizer
+
+    def clip() -> Any:
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=258,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=77,
+                bos_token_id=256,
+                eos_token_id=257,
+                projection_dim=16,
+            )
+        )
+
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip(),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=clip(),
+        tokenizer_2=_clip_tokenizer(),
+        text_encoder_3=T5EncoderModel(
+            T5Config(vocab_size=258, d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2)
+        ),
+        tokenizer_3=_t5_tokenizer(),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        transformer=SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=32,
+        ),
+    )
+
+
+def make_tiny_wan() -> Any:
+    """Wan, for video."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import T5Config, T5EncoderModel
+
+    from fastguard.backbones.flux.tiny import _t5_tokenizer
+
+    return WanPipeline(
+        tokenizer=_t5_tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(vocab_size=258, d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2)),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        ),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=16,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=1,
+        ),
+    )
