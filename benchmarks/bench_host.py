@@ -17,32 +17,23 @@ import rows
 import torch
 from bench_loss import assert_correct, both, loss_forms
 from launches import without_launches
-from naive import Inputs
 from operator_calls import FP32
 from rows import Measured
 from timing import call_times
 
-import fastguard as fg
 
 BATCHES, ELEMENTS = (1, 8, 64), (16, 4096, 65_536)
-
-
-def host_loss(inputs: Inputs) -> Any:
-    """The package's loss on the Triton backend."""
-    with_options = {"clip_range": naive.CLIP_RANGE, "backend": "triton"}
-    return fg.guard_loss(
-        inputs.velocity, inputs.old_velocity, inputs.noise, inputs.advantages, inputs.step, **with_options
-    ).loss
 
 
 def measure(batch: int, elements: int, backend: str = "inductor") -> Measured:
     inputs, losses = naive.make_inputs((batch, elements), FP32), loss_forms(backend)
     assert_correct(inputs, losses)
-    phases: dict[str, Callable[..., Any]] = {"forward": lambda loss, inputs: loss(inputs), "both": both}
-    runs = {(name, phase): partial(run, loss, inputs) for name, loss in losses.items() for phase, run in phases.items()}
+    losses["host"] = partial(naive.fused_guard_loss, backend="triton")
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, loss in losses.items():
+        runs |= {(name, "forward"): partial(loss, inputs), (name, "both"): partial(both, loss, inputs)}
     with without_launches():
-        host = {("host", phase): partial(run, host_loss, inputs) for phase, run in phases.items()}
-        for (name, phase), times in call_times(runs | host, False).items():
+        for (name, phase), times in call_times(runs, False).items():
             yield name, f"{phase} from Python", times
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastguard as fg
+from fastguard.ops.registry import Backend
 
 CLIP_RANGE = 2e-6
 
@@ -97,11 +98,12 @@ def sde_step(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return sample, mean, log_prob(sample, mean, std)
 
 
-def fused_guard_loss(inputs: Inputs) -> Tensor:
+def fused_guard_loss(inputs: Inputs, backend: Backend = "auto") -> Tensor:
     """The same loss through the package."""
     return fg.guard_loss(
-        inputs.velocity, inputs.old_velocity, inputs.noise, inputs.advantages, inputs.step, clip_range=CLIP_RANGE
-    ).loss
+        inputs.velocity, inputs.old_velocity, inputs.noise, inputs.advantages, inputs.step, clip_range=CLIP_RANGE,
+        backend=backend,
+    ).loss  # fmt: skip
 
 
 def kept_bytes(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> int:

@@ -60,7 +60,7 @@ def graph_times(runs: Sequence[Callable[[], Any]], cuda: bool) -> dict[str, floa
     return percentiles([1e3 * before.elapsed_time(after) / len(runs) for before, after in events])
 
 
-def call_times(runs: dict[Any, Callable[[], Any]], cuda: bool) -> dict[Any, dict[str, float]]:
+def call_times(runs: Mapping[Any, Callable[[], Any]], cuda: bool) -> dict[Any, dict[str, float]]:
     """Time of a plain call from Python, launches included, in microseconds.
 
     In blocks by turns, so that a drift of the machine meets all alike.

@@ -329,11 +329,12 @@ def guard_epilogue(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss () or (B,), stats (5, B), coefs (1 or 3, B), clipped (B,) from the sums; inputs (B,) or (1,) float32."""
     sums, n_samples, n_partials = partials.shape
-    device = partials.device
-    loss = torch.empty((n_samples,) if reduction == "none" else (), device=device, dtype=torch.float32)
-    stats = torch.empty((5, n_samples), device=device, dtype=torch.float32)
-    coefs = torch.empty((1 if objective == 0 and sums == 2 else 3, n_samples), device=device, dtype=torch.float32)
-    clipped = torch.empty((n_samples,), device=device, dtype=torch.bool)
+    loss = partials.new_empty((n_samples,) if reduction == "none" else ())
+    stats, coefs = (
+        partials.new_empty(5, n_samples),
+        partials.new_empty(1 if objective == 0 and sums == 2 else 3, n_samples),
+    )
+    clipped = partials.new_empty(n_samples, dtype=torch.bool)
     block = EPILOGUE_PARTIALS[n_partials <= EPILOGUE_PARTIALS[1]]
     _guard_epilogue_kernel[(1,)](
         partials, advantages, velocity_coef, std, weight, kl_weights, loss, stats, coefs, clipped,

@@ -179,8 +179,7 @@ def fused_loss(loss: Loss, config: Any, model_output: Any, data: Any) -> Any:
     model_output["log_probs"] = model_output["log_probs"].detach()
     metrics = loss.metrics(result, advantages, config)
     values = torch.stack(list(metrics.values())).tolist()  # one wait for the GPU
-    # A clone, because verl-omni adds the KL to it in place, which autograd refuses for a view from a Function.
-    return DiffusionLossResult(result.loss.clone(), dict(zip(metrics, values, strict=True)))
+    return DiffusionLossResult(result.loss, dict(zip(metrics, values, strict=True)))
 
 
 def transition(sde_type: str, std_dev_t: Tensor, sqrt_dt: Tensor) -> Transition:

@@ -81,14 +81,16 @@ def check_advantages(advantages: Tensor, velocity: Tensor) -> Tensor:
         came = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
         raise TypeError(f"advantages must be a floating point tensor; got {came}")
     n_samples = velocity.shape[0]
-    if advantages.shape not in ((n_samples,), (n_samples, 1)):
+    if advantages.ndim == 2 and advantages.shape[1] == 1:
+        advantages = advantages[:, 0]
+    if advantages.ndim != 1 or advantages.shape[0] != n_samples:
         raise ValueError(
             f"advantages must have shape ({n_samples},) or ({n_samples}, 1), one per sample; "
             f"got {tuple(advantages.shape)}"
         )
     if advantages.device != velocity.device:
         raise ValueError(f"advantages are on {advantages.device}, the latents on {velocity.device}")
-    return advantages.reshape(-1)
+    return advantages
 
 
 def per_sample(name: str, value: Tensor | float, latents: Tensor) -> Tensor:

@@ -297,27 +297,30 @@ def epilogue(
         normalized: whether the log-ratio is RatioNorm's, `s cross`, rather than `cross - drift / 2`.
         moves_drift: whether `terms.by_drift` can differ from 0.
     """
-    # On the host each operation on these few numbers costs more than its arithmetic, so they are kept few.
-    whiten = 1 / std if from_means or velocity_coef is None else velocity_coef / std
-    per_element = whiten / n_elements
-    drift_scale = per_element * whiten
-    cross_scale = drift_scale if from_means else per_element
+    # On the host each operation on these few numbers costs more than its arithmetic, and one with a Python number more
+    # than one with a tensor. So they are kept few: addcmul and addcdiv take the number along.
+    zero = torch.zeros_like(sums[0])
+    if from_means or velocity_coef is None:
+        cross_scale = drift_scale = (std * std).reciprocal() / n_elements
+    else:
+        cross_scale = torch.addcdiv(zero, velocity_coef, std, value=1 / n_elements)
+        drift_scale = torch.addcmul(zero, cross_scale, cross_scale, value=n_elements)
     cross = cross_scale * sums[0]
     drift = drift_scale * sums[1]
 
     if normalized:
         log_ratio, noise_slope = std * cross, std * cross_scale
     else:
-        log_ratio, noise_slope = cross - drift / 2, cross_scale
+        log_ratio, noise_slope = torch.sub(cross, drift, alpha=0.5), cross_scale
     # A sum that is not finite must not end in a clipped, plausible loss: 0 * inf is NaN.
-    log_ratio = torch.add(log_ratio, cross + drift, alpha=0)
+    log_ratio = torch.addcmul(log_ratio, cross, drift, value=0)
     loss, slope, by_drift, clipped = terms(log_ratio, drift)
     if weight is not None:
-        factor = weight.abs().reciprocal() if invert_weight else weight
-        loss, slope = loss * factor, slope * factor
-        by_drift = by_drift * factor if moves_drift else by_drift
+        scaled = torch.div if invert_weight else torch.mul
+        factor = weight.abs() if invert_weight else weight
+        loss, slope = scaled(loss, factor), scaled(slope, factor)
+        by_drift = scaled(by_drift, factor) if moves_drift else by_drift
 
-    zero = torch.zeros_like(log_ratio)
     share = 1 / len(loss) if reduction == "mean" else 1.0
     kl, coefs = zero, [torch.addcmul(zero, slope, noise_slope, value=share)]
     if not normalized or moves_drift or len(sums) == 3:
