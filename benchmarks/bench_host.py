@@ -21,7 +21,6 @@ from operator_calls import FP32
 from rows import Measured
 from timing import call_times
 
-
 BATCHES, ELEMENTS = (1, 8, 64), (16, 4096, 65_536)
 
 

@@ -20,7 +20,9 @@ KINDS = {**NAMES, torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
 # float32 beside bf16: latents, or a drawn sample beside its means; weights beside activations. First float32, the dtype
 # of those kernels that know no other.
 DTYPES = ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32))
-LATENTS = {"velocity_ptr", "old_ptr", "noise_ptr", "ref_ptr", "grad_ptr", "latents_ptr", "next_ptr"}
+LATENTS = {
+    "velocity_ptr", "old_ptr", "noise_ptr", "ref_ptr", "grad_ptr", "latents_ptr", "next_ptr", "given_ptr",
+}  # fmt: skip
 # Of the kernels of blocks: what is not an activation.
 WEIGHTS = {
     "scale_ptr", "shift_ptr", "gate_ptr", "bias_ptr",

@@ -215,8 +215,11 @@ def _loss(n: Numbers, shape: tuple[int, ...]) -> Iterator[Call]:
         usual = {(0, True, True), (1, True, False), (2, False, False)}
         weights = ((None, False), (dt, False), (dt, True))
         for code, reduction, (weight, invert) in itertools.product(CODES, REDUCTIONS, weights):
-            for velocity_kl, kl_weights in itertools.product((False, True), (None, one)) if kl else ((False, None),):
-                tested = (code, weight is not None, invert) in usual and reduction == "mean"
+            mean = reduction == "mean"
+            kinds = [(False, None)] + [(True, None)] * (kl and (mean or not from_means))
+            # A weight of the KL per sample is one load more: with the mean alone.
+            for velocity_kl, kl_weights in kinds + [(velocity_kl, one) for velocity_kl, _ in kinds] * (kl and mean):
+                tested = (code, weight is not None, invert) in usual and mean
                 tested &= velocity_kl == (code == 1 and kl) and (kl_weights is not None) == (code == 2 and kl)
                 options = _loss_options(code, reduction, 0.1 * kl, velocity_kl, invert, from_means)
                 args = (*tensors, advantages, coef, std, weight, kl_weights, *options)
