@@ -49,8 +49,7 @@ def names_of_a_trainer() -> dict[str, Any]:
         "prev_sample": randn(4, 8, 16),
         "prev_sample_mean": randn(4, 8, 16).requires_grad_(),
         "old_prev_sample_mean": randn(4, 8, 16),
-        "std": torch.full((4,), 0.3),
-        "dt": torch.full((4,), -0.2),
+        "ref_velocity": randn(4, 8, 16),
         "transformer": make_transformer(),
         "weight": weight,
     }
