@@ -485,7 +485,7 @@ def transition_bwd(
     """
     one = [1] * (noise.ndim - 1)
     if not (from_means or has_drift or ref is not None):
-        alpha = (coefs[0] * grad_loss).view(-1, *one)
+        alpha = ((coefs if len(coefs) == 1 else coefs[0]) * grad_loss).view(-1, *one)
         if noise.dtype == alpha.dtype == dtype and noise.is_contiguous():
             return noise * alpha
         return torch.mul(noise, alpha, out=torch.empty(noise.shape, dtype=dtype, device=noise.device))
