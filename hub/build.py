@@ -11,9 +11,9 @@ import ast
 import base64
 import hashlib
 import json
+import re
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +128,14 @@ def check(name: str, text: str) -> None:
 
 def metadata(files: dict[str, str], backend: str) -> dict[str, Any]:
     """What `kernels` asks of a variant. The id is the name that it is loaded by: equal files have equal ids."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (version,) = re.findall(r'^__version__ = "(\d+)\.', (ROOT / PACKAGE / "__init__.py").read_text("utf-8"), re.M)
     digests = {name: hashlib.sha256(text.encode()).digest() for name, text in files.items()}
     build_id = hashlib.sha256(b"".join(name.encode() + digest for name, digest in digests.items())).hexdigest()[:10]
     return {
         "id": f"_{PACKAGE}_{backend}_{build_id}",
         "name": PACKAGE,
-        "version": int(project["version"].partition(".")[0]),  # the hub counts incompatible versions
-        "license": project["license"],
+        "version": int(version),  # the hub counts incompatible versions
+        "license": "Apache-2.0",
         "python-depends": [],
         "backend": {"type": backend},
         "digest": {
