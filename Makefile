@@ -7,7 +7,7 @@ READY := .venv/.ready
 # The kernels run in Triton's interpreter where there is no GPU. One thread a process: the processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test style types imports sass unit quick test-all bench docs clean
+.PHONY: demo test style types imports sass unit quick test-all bench docs hub clean
 
 demo: $(READY)
 	$(BIN)/fastguard demo
@@ -50,6 +50,10 @@ bench: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "wrote build/site/index.html"
+
+# The kernel for Hugging Face's hub, as a folder that their package `kernels` loads. Nothing of it is committed.
+hub: $(READY)
+	$(BIN)/python hub/build.py
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

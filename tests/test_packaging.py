@@ -56,8 +56,9 @@ def test_the_editable_install_finds_the_kernels_from_anywhere(tmp_path: Path) ->
         assert result.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
 
 
-def test_a_top_level_import_of_kernels_is_refused_and_libraries_do_not_stumble() -> None:
-    refused = run("import kernels", ROOT)
+def test_a_top_level_import_of_kernels_is_refused_and_libraries_do_not_stumble(tmp_path: Path) -> None:
+    without = "import sys; sys.path = [entry for entry in sys.path if 'site-packages' not in entry]; "
+    refused = run(f"{without}import kernels", ROOT)
     assert refused.returncode == 1
     assert "belongs to Hugging Face's package" in refused.stderr
     assert "pip install -e ." in refused.stderr
@@ -69,7 +70,18 @@ def test_a_top_level_import_of_kernels_is_refused_and_libraries_do_not_stumble()
     )
     libraries = run(code, ROOT)
     assert libraries.returncode == 0, libraries.stderr
-    assert libraries.stdout.strip() == "False False"
+    assert libraries.stdout == run(code, tmp_path).stdout
+
+
+def test_the_folder_kernels_stands_aside_for_the_package_of_its_name(tmp_path: Path) -> None:
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("from kernels.part import name\n")
+    (package / "part.py").write_text("name = 'theirs'\n")
+    code = "import kernels.part; from kernels import name; import fastguard.kernels as ours; print(name, ours.__file__)"
+    result = run(code, ROOT, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"theirs {ROOT / 'kernels' / '__init__.py'}\n"
 
 
 def test_import_has_no_side_effects_and_needs_no_triton() -> None:

@@ -18,6 +18,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+PACKAGE = __name__.removesuffix(".ops.registry")
+NAMESPACE = PACKAGE.replace(".", "_")
+"""of the operators. A copy of the package under another name has its own, so that both can be loaded."""
 Backend = Literal["auto", "triton", "torch"]
 # Looked up without importing triton, which takes a second.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -95,7 +98,7 @@ def _watched(args: tuple[Any, ...]) -> bool:
 def operator(
     triton: str | Callable[..., Any], mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None
 ) -> Callable[[Callable[..., Any]], Operator]:
-    """Register a torch function as `fastguard::<its name>`, with the backend ("auto", "triton", "torch") as a last
+    """Register a torch function as `<NAMESPACE>::<its name>`, with the backend ("auto", "triton", "torch") as a last
     argument.
 
     Args:
@@ -107,7 +110,7 @@ def operator(
     """
 
     def register(function: Callable[..., Any]) -> Operator:
-        name = f"fastguard::{function.__name__}"
+        name = f"{NAMESPACE}::{function.__name__}"
 
         def run(*args: Any) -> Any:
             if resolve_backend(args[-1], args[0]) == "torch":
@@ -121,7 +124,7 @@ def operator(
         torch.library.impl(name, "CompositeExplicitAutograd", run)
         shaped = _once_a_layout(fake or function)
         torch.library.register_fake(name, lambda *args: shaped(*args[:-1]))
-        return Operator(getattr(torch.ops.fastguard, function.__name__).default, run)
+        return Operator(getattr(getattr(torch.ops, NAMESPACE), function.__name__).default, run)
 
     return register
 
@@ -172,7 +175,7 @@ _NOTHING = nullcontext()
 
 @cache
 def _kernel(module: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"fastguard.kernels.{module}"), name)
+    return getattr(importlib.import_module(f"{PACKAGE}.kernels.{module}"), name)
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
