@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
+Recompute = Literal["none", "pointwise", "mlp", "block"]
+"""How much of a fused block its backward pass recomputes, from the fastest to the smallest."""
 # Looked up without importing triton, which takes a second.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -97,6 +99,8 @@ def operator(
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Register a torch function as `fastguard::<its name>`, with the backend ("auto", "triton", "torch") as a last
     argument.
+
+    A list of tensors is annotated `Sequence[Tensor]`: torch 2.6 does not know `list[Tensor]`.
 
     Args:
         triton: module in `fastguard.kernels` with a function of the same name and positional arguments; or the function
