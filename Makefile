@@ -1,13 +1,15 @@
 # `make demo` and `make test` are all that a visitor needs; CONTRIBUTING.md lists the targets for developers.
 # Each makes .venv on first use and reuses it afterwards.
 PYTHON ?= python3
+PYTHON_LOWEST ?= python3.10
+PYTHON_NEWEST ?= python3.13
 BIN := .venv/bin
 READY := .venv/.ready
 
 # The kernels run in Triton's interpreter where there is no GPU. One thread a process: the processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test style types imports sass unit quick test-all bench docs hub clean
+.PHONY: demo test style types imports sass unit quick test-all test-floors floor-lowest floor-newest bench docs hub clean
 
 demo: $(READY)
 	$(BIN)/fastguard demo
@@ -43,6 +45,29 @@ test-all: test
 	@echo "== tests of minutes"
 	$(BIN)/python -m pytest -m slow
 
+# The tests of the core with the lowest and with the newest versions that it takes, and without its extras. numpy is for
+# Triton's interpreter. The two environments take 11 GB, most of it CUDA.
+FLOORS := build/floors
+CORE := tests/loss tests/ops tests/test_sde.py tests/test_step.py
+$(FLOORS)/lowest/.ready: PYTHON_HERE = $(PYTHON_LOWEST)
+$(FLOORS)/lowest/.ready: VERSIONS = torch==2.6.0 triton==3.2.0
+$(FLOORS)/newest/.ready: PYTHON_HERE = $(PYTHON_NEWEST)
+$(FLOORS)/newest/.ready: VERSIONS = --upgrade torch triton
+
+test-floors: floor-lowest floor-newest
+
+floor-lowest floor-newest: floor-%: $(FLOORS)/%/.ready
+	@echo "== tests of the core: $$($(FLOORS)/$*/bin/python --version)" \
+		$$($(FLOORS)/$*/bin/python -m pip freeze | grep -E '^(torch|triton)==')
+	OMP_NUM_THREADS=1 $(FLOORS)/$*/bin/python -m pytest -n logical --maxprocesses 4 $(CORE)
+
+$(FLOORS)/%/.ready: pyproject.toml setup.py
+	@echo "== making $(@D) with $(PYTHON_HERE)"
+	@$(PYTHON_HERE) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet \
+		--editable . hypothesis numpy pytest pytest-xdist $(VERSIONS)
+	@touch $@
+
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/bench_loss.py benchmarks/bench_blocks.py
 
@@ -57,7 +82,7 @@ hub: $(READY)
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "fastguard needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+		echo "the trainer and the tests need Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "== making .venv and installing the pinned versions of constraints.txt (a few minutes, once)"
 	@test -d .venv || $(PYTHON) -m venv .venv || { \
 		rm -rf .venv; echo "python -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -68,7 +69,7 @@ class Call:
     overwrites: bool = False
     """whether it writes its result over its first argument"""
     eager: Callable[..., Any] | None = None
-    """the same from the same arguments, as diffusers writes it"""
+    """the same from the same arguments, as diffusers writes it; None where that takes diffusers, and it is missing"""
     unread_bytes: int = 0
     """of tensors that it is given for their place in its signature, or reads half of"""
 
@@ -264,10 +265,11 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     of_two = (*one[:3], *(part.unflatten(-1, (h, d)) for part in split), rstd, norms)
     of_one = (*one[:2], None, *one[2:], None, None, rstd, norms[:2])
     args: tuple[Any, ...] = (*image, *text, norms, cos, sin, EPS)
-    yield Call("qk_norm_rope_fwd two streams", fwd, args, "timed", eager=_eager_rope, unread_bytes=table)
+    eager_rope = _eager_rope if find_spec("diffusers") else None
+    yield Call("qk_norm_rope_fwd two streams", fwd, args, "timed", eager=eager_rope, unread_bytes=table)
     yield Call("qk_norm_rope_bwd two streams", bwd, (*of_two, cos, sin, True, False), "timed", unread_bytes=table)
     args, unread = (x, y, z, None, None, None, norms[:2], cos, sin, EPS), table + z.nbytes
-    yield Call("qk_norm_rope_fwd one stream", fwd, args, "timed", eager=_eager_rope, unread_bytes=unread)
+    yield Call("qk_norm_rope_fwd one stream", fwd, args, "timed", eager=eager_rope, unread_bytes=unread)
     yield Call("qk_norm_rope_bwd one stream", bwd, (*of_one, cos, sin, True, False), "timed", unread_bytes=table)
     yield Call("qk_norm_rope_bwd one stream, norms", bwd, (*of_one, cos, sin, False, True), "timed", unread_bytes=table)
     yield Call("qk_norm_rope_bwd two streams, norms", bwd, (*of_two, cos, sin, False, True))

@@ -6,6 +6,10 @@ overridden: --section.field VALUE.
 
 from __future__ import annotations
 
+from fastguard.extras import need
+
+need("train")
+
 import signal
 import sys
 import traceback

@@ -7,6 +7,10 @@ denoising step of one image. A *process* is one GPU, or one CPU process.
 
 from __future__ import annotations
 
+from fastguard.extras import need
+
+need("train")
+
 import math
 import re
 from collections import Counter
@@ -23,6 +27,7 @@ from pydantic import Field
 from fastguard.errors import UserError
 from fastguard.loss.checks import KlType, Reweight
 from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective
+from fastguard.ops.registry import Recompute
 
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4e38
@@ -41,7 +46,6 @@ MOST_DRAWS = 100_000_000
 MOST_UPDATES = 100_000
 """Of an epoch, which writes a few hundred bytes about each of them into one line of metrics.jsonl."""
 
-Recompute = Literal["none", "pointwise", "mlp", "block"]
 ModelKind = Literal["flux", "digits"]
 """The names in `backbones.build.FAMILIES`, as types."""
 

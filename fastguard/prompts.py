@@ -5,6 +5,10 @@ Axis: P prompt.
 
 from __future__ import annotations
 
+from fastguard.extras import need
+
+need("train")
+
 import gc
 import hashlib
 import json

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fastguard.extras import need
+
+need("train")
+
 import dataclasses
 import difflib
 import json

@@ -185,19 +185,33 @@ def test_compiled_once_for_all_values(changing: str, count_graphs) -> None:
     assert count_graphs(draw, calls) <= 2
 
 
+GENERATORS = (lambda: torch.Generator().manual_seed(5), lambda: [torch.Generator().manual_seed(i) for i in range(3)])
+"""one for the batch, and one per sample"""
+
+
+def drawn_by(generator: torch.Generator | list[torch.Generator], *shape: int) -> torch.Tensor:
+    if isinstance(generator, torch.Generator):
+        return torch.randn(shape, generator=generator)
+    return torch.stack([torch.randn(shape[1:], generator=one) for one in generator])
+
+
+def test_diffusers_draws_with_generators_as_these_tests_do() -> None:
+    reason = "diffusers is in no environment of the core alone"
+    utils = pytest.importorskip("diffusers.utils.torch_utils", reason=reason)
+    for make in GENERATORS:
+        assert torch.equal(
+            utils.randn_tensor((3, 5, 7), generator=make(), dtype=torch.float32), drawn_by(make(), 3, 5, 7)
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_rollout_that_drew_its_own_noise_is_reproduced(backend: str, dtype: torch.dtype, kernel_device: str) -> None:
     """diffusers draws with one generator for the batch, or with one per sample, in float32."""
-    from diffusers.utils.torch_utils import randn_tensor
-
     latents, velocity = torch.randn(3, 5, 7), torch.randn(3, 5, 7).to(dtype)
     step = fg.flow_sde(0.6, 0.5)
-    for make in (
-        lambda: torch.Generator().manual_seed(5),
-        lambda: [torch.Generator().manual_seed(i) for i in range(3)],
-    ):
-        drawn = randn_tensor(latents.shape, generator=make(), dtype=torch.float32)
+    for make in GENERATORS:
+        drawn = drawn_by(make(), *latents.shape)
         tensors = [value.to(kernel_device) for value in (latents, velocity, step)]
         by_generator = fg.sde_step(*tensors, generator=make(), backend=backend)
         by_noise = fg.sde_step(*tensors, noise=drawn.to(kernel_device), backend=backend)

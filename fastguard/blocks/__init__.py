@@ -1,5 +1,9 @@
 """Transformer blocks with fused kernels: less is saved for backward, with fewer passes over the activations."""
 
+from fastguard.extras import need
+
+need("blocks")
+
 from fastguard.blocks.fuse import FuseReport, fuse, fuse_flux, unfuse, unfuse_flux
 
 __all__ = ["FuseReport", "fuse", "fuse_flux", "unfuse", "unfuse_flux"]

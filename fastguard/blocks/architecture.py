@@ -21,8 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from fastguard.blocks.linear import has_own_forward, is_bare
-from fastguard.config import Recompute
-from fastguard.ops.registry import autocast_to
+from fastguard.ops.registry import Recompute, autocast_to
 
 MAX_WIDTH = 16384
 """channels of a token: a row of them lies in the registers of one program"""

@@ -24,8 +24,7 @@ from fastguard.blocks.architecture import (
     unfuse_block,
 )
 from fastguard.blocks.linear import has_own_forward, linear_weights
-from fastguard.config import Recompute
-from fastguard.ops.registry import Backend
+from fastguard.ops.registry import Backend, Recompute
 
 ARCHITECTURES = {
     "flux": "fastguard.blocks.flux:FLUX",

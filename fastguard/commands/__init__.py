@@ -5,6 +5,10 @@ These files are imported at every start, so what takes seconds to import is impo
 
 from __future__ import annotations
 
+from fastguard.extras import need
+
+need("train")
+
 from typing import Annotated
 
 import tyro

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
-
-from fastguard.utils.terminal import say
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,6 @@ class Demo:
     """a smoke run of half a minute that exercises every stage; its numbers mean nothing"""
 
     def __call__(self) -> int:
-        if find_spec("sklearn") is None:
-            say("the demo's data and metrics need scikit-learn: pip install scikit-learn")
-            return 1
         from fastguard.demo.config import DemoConfig, quick_demo
         from fastguard.demo.run import run_demo
 

@@ -27,6 +27,7 @@ from fastguard.backbones import family_of
 from fastguard.commands import OptionalRecipeFields
 from fastguard.config import Recipe, RewardConfig
 from fastguard.errors import UserError
+from fastguard.extras import DISTRIBUTION
 from fastguard.ops import transition as naive
 from fastguard.ops.registry import Backend
 from fastguard.ops.sde_step import naive_sde_step
@@ -119,9 +120,14 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Versions against the package's own requirements."""
-    required = [Requirement(text) for text in metadata.requires("fastguard") or []]
-    wanted = {r.name: r for r in required if r.marker is None or r.marker.evaluate({"extra": ""})}
+    """Versions against the package's own requirements; those of the extras come last, and are higher."""
+    required = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or []]
+    wanted = {
+        r.name: r
+        for r in required
+        if r.name != DISTRIBUTION
+        and (r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in ("", "blocks", "train")))
+    }
     found = []
     for name in dict.fromkeys((*PACKAGES, *wanted)):
         try:

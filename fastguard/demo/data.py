@@ -5,6 +5,10 @@ Images are (B, 1, 64, 64) float32 in [-1, 1] for real data; samples may leave th
 
 from __future__ import annotations
 
+from fastguard.extras import need
+
+need("demo")
+
 from dataclasses import dataclass
 
 import numpy as np

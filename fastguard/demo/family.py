@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 
 from fastguard.backbones import Backbone, Family
 from fastguard.config import ModelConfig, Recipe, Recompute
+from fastguard.extras import MissingExtraError, need
 from fastguard.prompts import Prompt
 from fastguard.utils.findings import Finding
 
@@ -51,10 +51,11 @@ class Digits(Family):
 
     def examine(self, recipe: Recipe) -> Iterator[Finding]:
         text = "the digit model is made on first use"
-        if find_spec("sklearn") is not None:
+        try:
+            need("demo")
             yield Finding("ok", text)
-        else:
-            yield Finding("FAIL", f"{text}; it needs scikit-learn: pip install scikit-learn")
+        except MissingExtraError as error:
+            yield Finding("FAIL", f"{text}; {error}")
 
     def image_shape(self, model: ModelConfig) -> tuple[int, int, int]:
         from fastguard.demo.data import IMAGE_SIZE

@@ -321,8 +321,10 @@ def _apply(
             invert_weight, reduction, backend,
         )  # fmt: skip
     has_drift = chosen.ratio != "normalized" or chosen.moves_drift
-    constants = (latents[2], latents[1], latents[3] if kl_number != 0 else None)
-    loss = TransitionLossFunction.apply(velocity, loss, coefs, constants, (from_means, has_drift, backend))
+    ref_or_none = latents[3] if kl_number != 0 else None
+    loss = TransitionLossFunction.apply(
+        velocity, loss, coefs, latents[2], latents[1], ref_or_none, (from_means, has_drift, backend)
+    )
     log_ratio, ratio, cross, drift, kl = stats.unbind()
     return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if ref is None else kl)
 
@@ -341,6 +343,8 @@ def _change(limits: Sequence[float]) -> bool:
     """
     if not torch.compiler.is_compiling():
         return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value
+    from torch.fx.experimental import symbolic_shapes
 
-    return not all(has_static_value(limit) for limit in limits)
+    # Older compilers, such as torch 2.6's, cannot be asked. There each float counts as one whose values change.
+    has_static_value = getattr(symbolic_shapes, "has_static_value", None)
+    return has_static_value is None or not all(has_static_value(limit) for limit in limits)

@@ -19,6 +19,7 @@ from fastguard.sde import Transition
 Reweight = Literal["none", "inverse_dt", "equalized"]
 KlType = Literal["gaussian", "velocity"]
 Reduction = Literal["mean", "sum", "none"]
+# Not where they are used, because torch 2.6 cannot compile a call of get_args.
 REWEIGHTS, KL_TYPES, REDUCTIONS = get_args(Reweight), get_args(KlType), get_args(Reduction)
 LATENTS_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 

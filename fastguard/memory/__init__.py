@@ -5,6 +5,10 @@ lists what waits for the backward pass; `update_flops` and `executed_flops` coun
 `rollout_flops` what a step of a rollout does.
 """
 
+from fastguard.extras import need
+
+need("train")
+
 from fastguard.memory.kept import KeptActivations, KeptTensor, compare_kept, kept_activations
 from fastguard.memory.planner import (
     MemoryPlan,

@@ -5,6 +5,7 @@ Axes: B sample, S token, T text token (first in the joined sequence), H head, D 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def qk_norm_rope_fwd(
     text_query: Tensor | None,
     text_key: Tensor | None,
     text_value: Tensor | None,
-    norms: list[Tensor],
+    norms: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
     eps: float,
@@ -96,7 +97,7 @@ def qk_norm_rope_bwd(
     text_query: Tensor | None,
     text_key: Tensor | None,
     rstd: Tensor,
-    norms: list[Tensor],
+    norms: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
     rotated: bool,

@@ -22,6 +22,8 @@ PACKAGE = __name__.removesuffix(".ops.registry")
 NAMESPACE = PACKAGE.replace(".", "_")
 """of the operators. A copy of the package under another name has its own, so that both can be loaded."""
 Backend = Literal["auto", "triton", "torch"]
+Recompute = Literal["none", "pointwise", "mlp", "block"]
+"""How much of a fused block its backward pass recomputes, from the fastest to the smallest."""
 # Looked up without importing triton, which takes a second.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -100,6 +102,8 @@ def operator(
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Register a torch function as `<NAMESPACE>::<its name>`, with the backend ("auto", "triton", "torch") as a last
     argument.
+
+    A list of tensors is annotated `Sequence[Tensor]`: torch 2.6 does not know `list[Tensor]`.
 
     Args:
         triton: module in `fastguard.kernels` with a function of the same name and positional arguments; or the function

@@ -517,11 +517,12 @@ class TransitionLossFunction(torch.autograd.Function):
         velocity: Tensor,
         loss: Tensor,
         coefs: Tensor,
-        constants: tuple[Tensor, Tensor, Tensor | None],
+        noise: Tensor,
+        old: Tensor,
+        ref: Tensor | None,
         options: tuple[bool, bool, str],
     ) -> Tensor:
-        """constants: noise, old velocity, reference. options: from_means, has_drift, backend."""
-        noise, old, ref = constants
+        """options: from_means, has_drift, backend. No tensor is in a tuple, which torch 2.6 could not compile."""
         from_means, has_drift, _ = options
         ctx.dtype, ctx.options = velocity.dtype, options
         velocity_or_none = velocity if has_drift or ref is not None else None
@@ -534,4 +535,4 @@ class TransitionLossFunction(torch.autograd.Function):
         refuse_double_backward("the loss")
         coefs, noise, velocity, old, ref = ctx.saved_tensors
         grad = transition_bwd(grad_loss, coefs, noise, velocity, old, ref, ctx.dtype, *ctx.options)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None, None

@@ -15,6 +15,10 @@ its name and the prompts concerned. `build_reward` makes one from a `RewardConfi
 while the next images are sampled. `fastguard.rewards.server` answers for a reward over HTTP.
 """
 
+from fastguard.extras import need
+
+need("train")
+
 from fastguard.rewards.base import Reward, RewardError
 from fastguard.rewards.build import BUILT_IN, build_reward
 from fastguard.rewards.pool import RewardFailure, RewardPool, Scores

@@ -1,1 +1,5 @@
 """The trainer: rollouts, rewards to advantages, updates, checkpoints."""
+
+from fastguard.extras import need
+
+need("train")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastguard.config import UpdateConfig
 from fastguard.errors import UserError
+from fastguard.extras import DISTRIBUTION
 from fastguard.utils.sharding import copy_into, unpacked
 
 
@@ -78,7 +79,8 @@ class AdamW8bit:
             from torchao.optim import AdamW8bit as TorchaoAdamW8bit
         except ImportError:
             raise UserError(
-                'update.optimizer = "adamw8bit" needs torchao: pip install torchao, or choose "adamw" or "adamw_cpu"'
+                'update.optimizer = "adamw8bit" needs torchao: '
+                f'pip install \'{DISTRIBUTION}[lowbit]\', or choose "adamw" or "adamw_cpu"'
             ) from None
         self._optimizer = TorchaoAdamW8bit(parameters, bf16_stochastic_round=True, **_settings(config))
 

@@ -279,7 +279,7 @@ def test_optimizer_and_trackers_need_their_packages(recipe: Recipe, monkeypatch:
     optimizer, trackers = (dict(doctor.recipe_checks(recipe))[name] for name in ("optimizer", "trackers"))
     (finding,) = doctor._findings(optimizer)
     assert finding.level == "FAIL"
-    assert "pip install torchao" in finding.text
+    assert "pip install 'fastguard-rl[lowbit]'" in finding.text
     assert [(f.level, f.text.split(" ")[0]) for f in trackers()] == [("warn", "tensorboard"), ("FAIL", "wandb")]
 
 
