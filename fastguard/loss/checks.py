@@ -223,23 +223,31 @@ def check_finite(tensors: dict[str, Tensor | None]) -> None:
 MIN_ELEMENTS_OF_DRAW = 1000
 
 
-def check_draw(name: str, draw: Tensor, step: Transition) -> None:
+def check_draw(name: str, draw: Tensor, step: Transition, advice: str | None = None) -> None:
     """Raise ValueError unless the noise (B, ...), standard normal by its definition, has a mean square of about 1.
 
     From means the noise is `(x' - mu_old) / std`, so a std that is not the draw's shows here.
+
+    Args:
+        advice: what to look at, in place of the usual mistakes with std.
     """
     n_elements = math.prod(draw.shape[1:])
     if n_elements < MIN_ELEMENTS_OF_DRAW:
         return
     square = draw.flatten(1).to(torch.float64).square().mean(1).cpu()
     tolerance = 0.02 + 6 * math.sqrt(2 / n_elements)
-    for index in ((square - 1).abs() > tolerance).nonzero()[:, 0].tolist():
+    for index in (~((square - 1).abs() <= tolerance)).nonzero()[:, 0].tolist():
         size, one = float(square[index]), step.expand(len(square))[index : index + 1]
-        dt = abs(float(one.dt))
-        causes = {
-            "std lacks sqrt(|dt|): multiply it by it": dt,
-            "std has sqrt(|dt|) twice: divide it by it": 1 / dt,
-            "this is the noise times std, as in prev_sample - prev_sample_mean": float(one.std) ** 2,
-        }
-        cause = next((f", which is about what it is if {c}" for c, f in causes.items() if abs(size / f - 1) < 0.1), "")
+        cause = f"; {advice}" if advice else _usual_mistake(size, abs(float(one.dt)), float(one.std))
         raise ValueError(f"{name} has a mean square of {size:.4g} at sample {index}, and 1 was expected{cause}")
+
+
+def _usual_mistake(square: float, dt: float, std: float) -> str:
+    """Which mistake makes noise of this mean square, as the end of a sentence."""
+    causes = {
+        "std lacks sqrt(|dt|). Multiply std by sqrt(|dt|)": dt,
+        "std has sqrt(|dt|) twice. Divide std by sqrt(|dt|)": 1 / dt,
+        "this is the noise times std, as in prev_sample - prev_sample_mean": std**2,
+    }
+    like = (cause for cause, factor in causes.items() if factor > 0 and abs(square / factor - 1) < 0.1)
+    return next((f". It looks as if {cause}" for cause in like), "")

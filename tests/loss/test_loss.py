@@ -800,15 +800,15 @@ def test_a_std_that_is_not_the_draw_s_is_found() -> None:
     assert loss(step.std).loss.item() == pytest.approx(float(-(1 / step.dt.abs()).mean()))
     root = step.dt.abs().sqrt()
     with pytest.raises(
-        ValueError, match=r"mean square of (0.2|0.19)\d* at sample 0, and 1 was expected.* std lacks sqrt"
+        ValueError, match=r"mean square of (0.2|0.19)\d* at sample 0, and 1 was expected. It looks as if std lacks sqrt"
     ):
         loss(step.std / root)
-    with pytest.raises(ValueError, match=r"at sample 1, .* std has sqrt\(\|dt\|\) twice: divide it by it"):
+    with pytest.raises(ValueError, match=r"at sample 1, .* std has sqrt\(\|dt\|\) twice. Divide std"):
         loss(torch.stack([step.std[0], step.std[1] * root[1]]))
     with pytest.raises(ValueError, match="mean square of [34][.0-9]* at sample 0, and 1 was expected$"):
         loss(step.std / 2)
     noise = (sample - old).requires_grad_(False)
-    with pytest.raises(ValueError, match="noise has a mean square .* this is the noise times std"):
+    with pytest.raises(ValueError, match="noise has a mean square .* as if this is the noise times std"):
         fg.guard_loss(old, old, noise, torch.ones(2), step, check_values=True)
     small = old[:, :10]  # too few elements to tell
     fg.guard_loss(small, small, small * 3, torch.ones(2), step, check_values=True)
