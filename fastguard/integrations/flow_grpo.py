@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastguard.integrations.kl import kl_weight
 from fastguard.loss import GuardLoss, guard_loss_from_means
-from fastguard.loss.checks import Reweight, check_draw
+from fastguard.loss.checks import Reweight, check_draw_from_means
 from fastguard.loss.objectives import OPTIONS, build_objective
 from fastguard.sde import FIRST_STEP, Transition, cps, flow_sde, wan_sde
 
@@ -89,11 +89,10 @@ def grpo_loss(
     old_mean, prev_sample = _stored(sample, j, prev_sample_mean)
     step = _step(scheduler, sample["timesteps"][:, j], config, sde_type).to(prev_sample_mean.device)
     if check_noise and step.has_density:
-        std = step.std.reshape(-1, *[1] * (old_mean.ndim - 1))
-        noise = (prev_sample.float() - old_mean.float()) / std
-        check_draw(
+        check_draw_from_means(
             f"the rollout's noise, (next_latents - prev_sample_mean) / std with sde_type={sde_type!r},",
-            noise,
+            prev_sample,
+            old_mean,
             step,
             "check sde_type, config.sample.noise_level, the scheduler, and that sample['prev_sample_mean'] is "
             "torch.stack(means, dim=1)",
@@ -214,8 +213,8 @@ def _stored(sample: Mapping[str, Tensor], j: int, prev_sample_mean: Tensor) -> t
         )
     if advantages.ndim != 2 or advantages.shape[0] != means.shape[0] or advantages.shape[1] <= j:
         raise ValueError(
-            f"sample['advantages'] has shape {tuple(advantages.shape)}; expected one per sample and stored step, (B, T), "
-            f"of {means.shape[0]} samples and more than {j} steps"
+            f"sample['advantages'] has shape {tuple(advantages.shape)}; expected one per sample and stored step, "
+            f"(B, T), of {means.shape[0]} samples and more than {j} steps"
         )
     old_mean, prev_sample = means[:, j], sample["next_latents"][:, j]
     if old_mean.shape != prev_sample_mean.shape:

@@ -120,8 +120,10 @@ def operator(
             if resolve_backend(args[-1], args[0]) == "torch":
                 return function(*args[:-1])
             kernel = _kernel(triton, function.__name__) if isinstance(triton, str) else triton
+            # A kernel reads memory, which holds the negative of what a tensor with this bit is.
+            inputs = [arg.resolve_neg() if type(arg) is Tensor and arg.is_neg() else arg for arg in args[:-1]]
             with device_guard(args[0]):
-                return kernel(*args[:-1])
+                return kernel(*inputs)
 
         arguments, results = torch.library.infer_schema(function, mutates_args=mutates).rsplit(") -> ", 1)
         torch.library.define(name, f"{arguments}, str backend) -> {results}", tags=torch.Tag.pt2_compliant_tag)

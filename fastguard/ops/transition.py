@@ -271,6 +271,9 @@ def _log1p(sign: int, value: float, like: Tensor) -> Any:
     return torch.log1p((sign * _limit(value, like)).clamp(min=-1))
 
 
+LossNumbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def epilogue(
     sums: Sequence[Tensor] | Tensor,
     terms: Callable[[Tensor, Tensor], Terms],
@@ -287,8 +290,8 @@ def epilogue(
     velocity_kl: bool,
     invert_weight: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From sums (2 or 3, B) to loss () or (B,), stats (5, B), coefs and clipped (B,), as `guard_loss` has them.
+) -> LossNumbers:
+    """From sums (2 or 3, B) to the numbers of the loss, as `guard_loss` has them.
 
     What is of the step or a factor may have one entry for all samples, (1,).
 
@@ -335,18 +338,17 @@ def epilogue(
                 kl_scale = kl_scale / velocity_coef**2
         kl = kl_scale * sums[2]
         if kl_weights is not None:
-            loss = loss + torch.where(kl_weights == 0, 0.0, kl_weights * kl)  # a KL that is only reported may be NaN
+            loss = loss + kl_weights * kl
             coefs[2] = torch.addcmul(zero, kl_weights, kl_scale, value=2 * share)
-        elif kl_weight != 0:
+        elif kl_weight != 0:  # a KL that is only reported may be NaN
             loss = loss + kl_weight * kl
             coefs[2] = zero + 2 * share * kl_weight * kl_scale
 
-    stats = torch.stack([log_ratio, torch.exp(log_ratio), cross, drift, kl])
     if reduction == "mean":
         loss = loss.mean()
     elif reduction == "sum":
         loss = loss.sum()
-    return loss, stats, torch.stack(coefs), clipped
+    return loss, log_ratio, torch.exp(log_ratio), cross, drift, kl, torch.stack(coefs), clipped
 
 
 def _triton_loss(
@@ -369,7 +371,7 @@ def _triton_loss(
     velocity_kl: bool,
     invert_weight: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> LossNumbers:
     from fastguard.kernels.transition import guard_epilogue, transition_partials
 
     return guard_epilogue(
@@ -397,12 +399,13 @@ def n_coefs(code: int, ref: Tensor | None) -> int:
     return 1 if code == 0 and ref is None else 3
 
 
-def _fake_loss(velocity: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_loss(velocity: Tensor, *args: Any) -> LossNumbers:
     n_samples, dtype = velocity.shape[0], compute_dtype(velocity.dtype)
     loss = velocity.new_empty((n_samples,) if args[-1] == "none" else (), dtype=dtype)
     ref, code = args[2], args[8]
-    stats, coefs = (velocity.new_empty((count, n_samples), dtype=dtype) for count in (5, n_coefs(code, ref)))
-    return loss, stats, coefs, velocity.new_empty((n_samples,), dtype=torch.bool)
+    log_ratio, ratio, cross, drift, kl = (velocity.new_empty((n_samples,), dtype=dtype) for _ in range(5))
+    coefs = velocity.new_empty((n_coefs(code, ref), n_samples), dtype=dtype)
+    return loss, log_ratio, ratio, cross, drift, kl, coefs, velocity.new_empty((n_samples,), dtype=torch.bool)
 
 
 @operator(triton=_triton_loss, fake=_fake_loss)
@@ -426,9 +429,9 @@ def guard_loss(
     velocity_kl: bool,
     invert_weight: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss () or (B,); stats (5, B) rows log_ratio, ratio, cross, drift, kl; coefs (3, B) rows alpha, beta, gamma of
-    the gradient, or (1, B) where it has alpha alone; clipped (B,) bool.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss () or (B,); log_ratio, ratio, cross, drift and kl, (B,) each; coefs (3, B) rows alpha, beta, gamma of the
+    gradient, or (1, B) where it has alpha alone; clipped (B,) bool.
 
     Per-sample inputs are (B,). velocity_coef may be None from means, for which only the velocity KL needs it.
     kl_weights, if there, takes the place of kl_weight. `code` and the limits are those of `FusedEpilogue`.
@@ -535,4 +538,4 @@ class TransitionLossFunction(torch.autograd.Function):
         refuse_double_backward("the loss")
         coefs, noise, velocity, old, ref = ctx.saved_tensors
         grad = transition_bwd(grad_loss, coefs, noise, velocity, old, ref, ctx.dtype, *ctx.options)
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None, None
