@@ -328,9 +328,9 @@ def _apply(
 
 
 def _constant(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The value without its graph, in this dtype."""
-    if value.requires_grad:
-        value = value.detach()
+    """The value without its graph, in this dtype, as it stands in memory."""
+    if value.requires_grad or value.is_neg():
+        value = value.detach().resolve_neg()
     return value if dtype is None or value.dtype == dtype else value.to(dtype)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastguard.ops.registry import compute_dtype, operator, refuse_double_backward, savable
+from fastguard.ops.registry import compute_dtype, kernels, operator, refuse_double_backward, savable
 from fastguard.sde import Transition
 
 # Elements of a sample that are worked on at once: the difference of two velocities, 1 MB in float32, stays in cache.
@@ -122,9 +122,7 @@ def velocity_kl(velocity: Tensor, ref_velocity: Tensor) -> Tensor:
 
 
 def _triton_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
-    from fastguard.kernels.transition import transition_partials
-
-    return transition_partials(velocity, old, noise, ref, from_means=from_means).sum(-1)
+    return kernels("transition").transition_partials(velocity, old, noise, ref, from_means=from_means).sum(-1)
 
 
 def _fake_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
@@ -154,30 +152,33 @@ def _sums_at_once(rows: list[Tensor], from_means: bool) -> list[Tensor]:
     change = v - v_old
     if from_means:
         eps = eps - v_old
-    sums = [(eps * change).sum(1), (change * change).sum(1)]
-    if v_ref:
-        change = v - v_ref[0]
-        sums.append((change * change).sum(1))
-    return sums
+    sums = [(eps * change).sum(1), change.square_().sum(1)]
+    return [*sums, (v - v_ref[0]).square_().sum(1)] if v_ref else sums
 
 
 def _sums_by_sample(rows: list[Tensor], from_means: bool) -> list[Tensor]:
     """Of large samples, where the reads of memory count: each chunk of a sample is worked on while it is in cache."""
     dtype = compute_dtype(rows[0].dtype)
     sums: list[list[Tensor]] = [[] for _ in rows[1:]]
+    room = torch.empty(min(rows[0].shape[1], CHUNK), dtype=dtype, device=rows[0].device)
+
+    def difference(a: Tensor, b: Tensor) -> Tensor:
+        return torch.sub(a, b, out=room if len(a) == len(room) else room[: len(a)])
 
     def samples(block: Tensor) -> Iterable[Tensor]:
         return block.unbind() if block.dtype == dtype else (row.to(dtype) for row in block.unbind())
 
     for blocks in zip(*(tensor.split(CHUNK, dim=1) for tensor in rows), strict=True):
         for v, v_old, eps, *v_ref in zip(*map(samples, blocks), strict=True):
-            change = v - v_old
+            change = difference(v, v_old)
             # torch.dot, unlike matmul, never goes down to tf32 or bf16.
             sums[0].append(torch.dot(eps - v_old if from_means else eps, change))
             sums[1].append(torch.dot(change, change))
             if v_ref:
-                change = v - v_ref[0]
+                change = difference(v, v_ref[0])
                 sums[2].append(torch.dot(change, change))
+    if rows[0].shape[1] <= CHUNK:
+        return [torch.stack(row) for row in sums]
     partials = torch.stack([value for row in sums for value in row]).view(len(sums), -1, len(rows[0]))
     return list(partials.transpose(1, 2).contiguous().sum(-1).unbind())
 
@@ -372,10 +373,9 @@ def _triton_loss(
     invert_weight: bool,
     reduction: str,
 ) -> LossNumbers:
-    from fastguard.kernels.transition import guard_epilogue, transition_partials
-
-    return guard_epilogue(
-        transition_partials(velocity, old, noise, ref, from_means=from_means),
+    launchers = kernels("transition")
+    return launchers.guard_epilogue(
+        launchers.transition_partials(velocity, old, noise, ref, from_means=from_means),
         advantages,
         velocity_coef,
         std,
@@ -464,10 +464,8 @@ def guard_loss(
 
 
 def _triton_bwd(*args: Any) -> Tensor:
-    from fastguard.kernels import transition
-
     *tensors, from_means, has_drift = args
-    return transition.transition_bwd(*tensors, from_means=from_means, has_drift=has_drift)
+    return kernels("transition").transition_bwd(*tensors, from_means=from_means, has_drift=has_drift)
 
 
 @operator(triton=_triton_bwd)
