@@ -35,7 +35,8 @@ OPTIONS: dict[str, Any] = {
 @triton.jit
 def _guard_forward_kernel(
     velocity_ptr, old_ptr, noise_ptr, ref_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, partials_ptr,
-    ticket_ptr, loss_ptr, stats_ptr, coefs_ptr, clipped_ptr, stride_velocity, stride_old, stride_noise, stride_ref,
+    ticket_ptr, loss_ptr, log_ratio_ptr, ratio_ptr, cross_ptr, drift_ptr, kl_ptr, coefs_ptr, clipped_ptr,
+    stride_velocity, stride_old, stride_noise, stride_ref,
     log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
     OBJECTIVE: tl.constexpr, REDUCTION: tl.constexpr, FROM_MEANS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     INVERT_WEIGHT: tl.constexpr, HAS_REF: tl.constexpr, VELOCITY_KL: tl.constexpr, BLOCK: tl.constexpr,
@@ -57,7 +58,7 @@ def _guard_forward_kernel(
         tl.debug_barrier()
         _guard_epilogue_kernel(
             partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, None,
-            loss_ptr, stats_ptr, coefs_ptr, clipped_ptr, 1, 1, 1, 1, 1,
+            loss_ptr, log_ratio_ptr, ratio_ptr, cross_ptr, drift_ptr, kl_ptr, coefs_ptr, clipped_ptr, 1, 1, 1, 1, 1,
             log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
             OBJECTIVE, REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, False, VELOCITY_KL, BLOCK_B, BLOCK_P,
         )  # fmt: skip
@@ -80,8 +81,9 @@ def _early_sums_kernel(
 
 @triton.jit
 def _waiting_epilogue_kernel(
-    partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, kl_weights_ptr, loss_ptr, stats_ptr,
-    coefs_ptr, clipped_ptr, stride_advantages, stride_velocity_coef, stride_std, stride_weight, stride_kl_weights,
+    partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, kl_weights_ptr, loss_ptr,
+    log_ratio_ptr, ratio_ptr, cross_ptr, drift_ptr, kl_ptr, coefs_ptr, clipped_ptr,
+    stride_advantages, stride_velocity_coef, stride_std, stride_weight, stride_kl_weights,
     log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
     OBJECTIVE: tl.constexpr, REDUCTION: tl.constexpr, FROM_MEANS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     INVERT_WEIGHT: tl.constexpr, HAS_REF: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr, VELOCITY_KL: tl.constexpr,
@@ -91,7 +93,7 @@ def _waiting_epilogue_kernel(
     gdc.gdc_wait()
     _guard_epilogue_kernel(
         partials_ptr, advantages_ptr, velocity_coef_ptr, std_ptr, weight_ptr, kl_weights_ptr,
-        loss_ptr, stats_ptr, coefs_ptr, clipped_ptr,
+        loss_ptr, log_ratio_ptr, ratio_ptr, cross_ptr, drift_ptr, kl_ptr, coefs_ptr, clipped_ptr,
         stride_advantages, stride_velocity_coef, stride_std, stride_weight, stride_kl_weights,
         log_clip_low, log_clip_high, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials, OBJECTIVE,
         REDUCTION, FROM_MEANS, HAS_WEIGHT, INVERT_WEIGHT, HAS_REF, HAS_KL_WEIGHTS, VELOCITY_KL, BLOCK_B, BLOCK_P,
@@ -113,8 +115,8 @@ def guard_forward_one_launch(
     velocity_coef: Tensor | None, std: Tensor, weight: Tensor | None, ticket: Tensor | None = None, *,
     invert_weight: bool, objective: int, log_clip: tuple[float, float], adv_clip: float, kl_threshold: float,
     kl_weight: float, velocity_kl: bool, reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `transition_partials` and `guard_epilogue` give together: loss, stats, coefs, clipped.
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `transition_partials` and `guard_epilogue` give together: the loss and its numbers.
 
     ticket: int32 at 0, of nobody else's; None makes one, which costs the launch that fills it.
     """
@@ -128,14 +130,18 @@ def guard_forward_one_launch(
     partials = torch.empty((3, n_samples, n_partials), dtype=torch.float32, device=velocity.device)
     loss = partials.new_empty((n_samples,) if reduction == "none" else ())
     n_coefs = 1 if objective == 0 and ref is None else 3
-    stats, coefs = partials.new_empty((5, n_samples)), partials.new_empty((n_coefs, n_samples))
+    stats, coefs = [partials.new_empty(n_samples) for _ in range(5)], partials.new_empty(n_coefs, n_samples)
     clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
     if ticket is None:
         ticket = torch.zeros((), dtype=torch.int32, device=velocity.device)
+    columns = [
+        None if column is None else column.expand(n_samples).contiguous()
+        for column in (advantages, velocity_coef, std, weight)
+    ]
     block = transition.EPILOGUE_PARTIALS[n_partials <= transition.EPILOGUE_PARTIALS[1]]
     _guard_forward_kernel[(n_samples * n_partials,)](
-        velocity, old, noise, ref_rows, advantages, velocity_coef, std, weight, partials, ticket,
-        loss, stats, coefs, clipped,
+        velocity, old, noise, ref_rows, *columns, partials, ticket,
+        loss, *stats, coefs, clipped,
         stride_velocity, stride_old, stride_noise, stride_ref,
         *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
         OBJECTIVE=objective, REDUCTION=transition.REDUCTIONS[reduction],
@@ -143,12 +149,12 @@ def guard_forward_one_launch(
         HAS_REF=ref is not None, VELOCITY_KL=velocity_kl, BLOCK=LAUNCH.block,
         BLOCK_B=transition.EPILOGUE_TILE // block, BLOCK_P=block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
-    return loss, stats, coefs, clipped
+    return loss, *stats, coefs, clipped
 
 
 def two_launches(
     velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, *per_sample: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The product's forward pass, from the same arguments."""
     partials = transition.transition_partials(velocity, old, noise, ref, from_means=False)
     return transition.guard_epilogue(partials, *per_sample, None, velocity[0].numel(), from_means=False, **options)

@@ -5,6 +5,8 @@ A model's own schedule is that of its diffusers scheduler. These two are compute
 
 from __future__ import annotations
 
+import math
+
 
 def shifted_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:
     """The schedule of models whose pipeline hands equally spaced sigmas to the scheduler: Flux.1, FLUX.2, Qwen-Image.
@@ -59,5 +61,5 @@ def _shifted(t: float, shift: float) -> float:
 def _check(num_steps: int, shift: float) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1; got {num_steps}")
-    if not shift > 0:
-        raise ValueError(f"shift must be positive; got {shift}")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be positive and finite; got {shift}")

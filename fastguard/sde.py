@@ -116,7 +116,7 @@ class Transition:
         if len(self) != 1:
             raise ValueError(
                 f"the transition has {len(self)} entries, the batch {batch_size} samples; "
-                "build it with one sigma per sample, or with a single sigma"
+                "build it with one entry per sample, or with one for all"
             )
         return self._map(lambda coef: coef.expand(batch_size))
 
@@ -262,8 +262,8 @@ def gaussian_step(
         if value is None:
             return None
         if isinstance(value, Tensor):
-            return value.detach().to(device, dtype).reshape(-1).expand(size)
-        return torch.full((size,), float(value), dtype=dtype, device=device)
+            return value.detach().to(device, dtype, copy=True).reshape(-1).expand(size)  # the caller may reuse its own
+        return torch.full((size,), float(value), dtype=torch.float64, device=device).to(dtype)
 
     columns = {name: vector(value) for name, value in given.items()}
     return Transition("gaussian", **columns)  # type: ignore[arg-type]

@@ -55,6 +55,8 @@ def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
     Any stride between samples is taken as it is; a tensor that is strided within a sample is copied once.
     """
+    if tensor.is_neg():  # memory holds its negative
+        tensor = tensor.resolve_neg()
     if tensor.is_contiguous():  # no view of it: that would cost the host a microsecond
         return tensor, tensor.numel() // tensor.shape[0]
     rows = tensor.reshape(tensor.shape[0], -1)

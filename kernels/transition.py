@@ -103,7 +103,11 @@ def _guard_epilogue_kernel(
     weight_ptr,
     kl_weights_ptr,
     loss_ptr,
-    stats_ptr,
+    log_ratio_ptr,
+    ratio_ptr,
+    cross_ptr,
+    drift_ptr,
+    kl_ptr,
     coefs_ptr,
     clipped_ptr,
     stride_advantages,
@@ -134,7 +138,7 @@ def _guard_epilogue_kernel(
 
     With S the sums and `whiten = B / s` (1 / s from means): cross = whiten S_cross / D (once more over s from means,
     whose noise carries it), drift = whiten^2 S_drift / D. GRPO-Guard clips `s cross`, the others `cross - drift / 2`.
-    stats: (5, B) float32 rows log_ratio, ratio, cross, drift, kl. coefs: (3, B) float32 rows alpha, beta, gamma, where
+    log_ratio, ratio, cross, drift, kl: (B,) float32. coefs: (3, B) float32 rows alpha, beta, gamma, where
     the gradient of the loss is `alpha noise + beta (v - v_old) + gamma (v - v_ref)`. GRPO-Guard without a reference has
     alpha alone, (1, B).
     """
@@ -210,18 +214,21 @@ def _guard_epilogue_kernel(
                 kl_factor = tl.load(kl_weights_ptr + samples * stride_kl_weights, mask, other=0.0)
             kl = kl_scale * _sum_partials(partials_ptr + 2 * row, samples, mask, n_partials, BLOCK_B, BLOCK_P)
             # A KL that is only reported may be NaN.
-            loss = tl.where(kl_factor == 0, loss, loss + kl_factor * kl)
+            if HAS_KL_WEIGHTS:
+                loss += kl_factor * kl
+            else:
+                loss = tl.where(kl_weight == 0, loss, loss + kl_weight * kl)
             gamma = 2.0 * kl_factor * kl_scale
 
         alpha = slope * noise_slope
         beta = tl.zeros((BLOCK_B,), tl.float32)
         if OBJECTIVE != 0:
             beta = -slope * drift_scale
-        tl.store(stats_ptr + samples, log_ratio, mask)
-        tl.store(stats_ptr + n_samples + samples, ratio, mask)
-        tl.store(stats_ptr + 2 * n_samples + samples, cross, mask)
-        tl.store(stats_ptr + 3 * n_samples + samples, drift, mask)
-        tl.store(stats_ptr + 4 * n_samples + samples, kl, mask)
+        tl.store(log_ratio_ptr + samples, log_ratio, mask)
+        tl.store(ratio_ptr + samples, ratio, mask)
+        tl.store(cross_ptr + samples, cross, mask)
+        tl.store(drift_ptr + samples, drift, mask)
+        tl.store(kl_ptr + samples, kl, mask)
         tl.store(coefs_ptr + samples, share * alpha, mask)
         if OBJECTIVE != 0 or HAS_REF:
             tl.store(coefs_ptr + n_samples + samples, share * beta, mask)
@@ -326,18 +333,20 @@ def guard_epilogue(
     kl_weight: float,
     velocity_kl: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss () or (B,), stats (5, B), coefs (1 or 3, B), clipped (B,) from the sums; inputs (B,) or (1,) float32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss () or (B,), log_ratio, ratio, cross, drift, kl (B,) each, coefs (1 or 3, B) and clipped (B,) from the sums.
+
+    Per-sample inputs are (B,) or (1,) float32.
+    """
     sums, n_samples, n_partials = partials.shape
     loss = partials.new_empty((n_samples,) if reduction == "none" else ())
-    stats, coefs = (
-        partials.new_empty(5, n_samples),
-        partials.new_empty(1 if objective == 0 and sums == 2 else 3, n_samples),
-    )
+    log_ratio, ratio, cross, drift, kl = [partials.new_empty(n_samples) for _ in range(5)]
+    coefs = partials.new_empty(1 if objective == 0 and sums == 2 else 3, n_samples)
     clipped = partials.new_empty(n_samples, dtype=torch.bool)
     block = EPILOGUE_PARTIALS[n_partials <= EPILOGUE_PARTIALS[1]]
     _guard_epilogue_kernel[(1,)](
-        partials, advantages, velocity_coef, std, weight, kl_weights, loss, stats, coefs, clipped,
+        partials, advantages, velocity_coef, std, weight, kl_weights,
+        loss, log_ratio, ratio, cross, drift, kl, coefs, clipped,
         entry_stride(advantages), entry_stride(velocity_coef), entry_stride(std), entry_stride(weight),
         entry_stride(kl_weights), *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
         OBJECTIVE=objective, REDUCTION=REDUCTIONS[reduction], FROM_MEANS=from_means,
@@ -345,7 +354,7 @@ def guard_epilogue(
         HAS_KL_WEIGHTS=kl_weights is not None, VELOCITY_KL=velocity_kl,
         BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, num_warps=EPILOGUE_WARPS,
     )  # fmt: skip
-    return loss, stats, coefs, clipped
+    return loss, log_ratio, ratio, cross, drift, kl, coefs, clipped
 
 
 def transition_bwd(

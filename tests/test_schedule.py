@@ -37,7 +37,7 @@ def test_bad_schedules_are_refused() -> None:
     for schedule in (fg.shifted_sigmas, fg.sd3_sigmas):
         with pytest.raises(ValueError, match="num_steps must be at least 1; got 0"):
             schedule(0, 3.0)
-        with pytest.raises(ValueError, match="shift must be positive; got 0"):
+        with pytest.raises(ValueError, match="shift must be positive and finite; got 0"):
             schedule(4, 0)
     with pytest.raises(ValueError, match="num_train_timesteps must be at least 1; got 0"):
         fg.sd3_sigmas(4, num_train_timesteps=0)

@@ -119,7 +119,7 @@ def step_loss(trainer: Any, batch: dict[str, Any], index: int) -> tuple[Tensor, 
         if args.kl_type == "x-based":
             beta = kl_weight("flow_factory", beta, step)
 
-    advantages = batch["advantage"].clamp(*args.adv_clip_range)
+    advantages = batch["advantage"].flatten().clamp(*args.adv_clip_range)
     low, high = args.clip_range
     result = guard_loss_from_means(
         next_latents, mean, old_mean, advantages, step, objective=trainer.objective, reweight=args.reweight,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastguard.integrations.kl import kl_weight
 from fastguard.loss import GuardLoss, guard_loss_from_means
-from fastguard.loss.checks import Reweight, check_draw
+from fastguard.loss.checks import Reweight, check_draw_from_means
 from fastguard.loss.objectives import OPTIONS, build_objective
 from fastguard.sde import FIRST_STEP, Transition, cps, flow_sde, wan_sde
 
@@ -88,11 +88,14 @@ def grpo_loss(
     """
     old_mean, prev_sample = _stored(sample, j, prev_sample_mean)
     step = _step(scheduler, sample["timesteps"][:, j], config, sde_type).to(prev_sample_mean.device)
-    if check_noise:
-        std = step.std.reshape(-1, *[1] * (old_mean.ndim - 1))
-        noise = (prev_sample.float() - old_mean.float()) / std
-        check_draw(
-            f"the rollout's noise, (next_latents - prev_sample_mean) / std with sde_type={sde_type!r},", noise, step
+    if check_noise and step.has_density:
+        check_draw_from_means(
+            f"the rollout's noise, (next_latents - prev_sample_mean) / std with sde_type={sde_type!r},",
+            prev_sample,
+            old_mean,
+            step,
+            "check sde_type, config.sample.noise_level, the scheduler, and that sample['prev_sample_mean'] is "
+            "torch.stack(means, dim=1)",
         )
 
     name = objective or ("grpo_guard" if getattr(config, "rationorm", False) else "flow_grpo")
@@ -112,7 +115,10 @@ def grpo_loss(
 
     beta = float(config.train.beta)
     if beta > 0 and prev_sample_mean_ref is None:
-        raise ValueError(f"config.train.beta = {beta:g} needs the reference's mean; pass prev_sample_mean_ref")
+        raise ValueError(
+            f"config.train.beta = {beta:g} needs the reference's mean; pass prev_sample_mean_ref, which the script's "
+            "compute_log_prob gives under disable_adapter"
+        )
     details = guard_loss_from_means(
         prev_sample,
         prev_sample_mean,
@@ -160,7 +166,8 @@ def recorded_means(pipeline_with_logprob: Callable[..., Any]) -> Iterator[list[T
     """
     function = inspect.unwrap(pipeline_with_logprob) if callable(pipeline_with_logprob) else pipeline_with_logprob
     if not inspect.isfunction(function):
-        raise TypeError(f"pipeline_with_logprob must be a function of flow_grpo's; got {pipeline_with_logprob!r}")
+        came = type(pipeline_with_logprob).__name__
+        raise TypeError(f"pipeline_with_logprob must be a function of flow_grpo's; got an object of type {came}")
     names = function.__globals__
     if SAMPLER not in names:
         raise ValueError(
@@ -186,7 +193,10 @@ def recorded_means(pipeline_with_logprob: Callable[..., Any]) -> Iterator[list[T
     finally:
         names[SAMPLER] = original
     if not means:
-        raise ValueError(f"no step was drawn inside recorded_means: call {function.__name__} inside its `with`")
+        raise ValueError(
+            f"no step with noise was drawn inside recorded_means: call {function.__name__} of {function.__module__} "
+            "inside its `with`, with a noise_level above 0"
+        )
 
 
 def _stored(sample: Mapping[str, Tensor], j: int, prev_sample_mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +206,17 @@ def _stored(sample: Mapping[str, Tensor], j: int, prev_sample_mean: Tensor) -> t
             f"sample holds no 'prev_sample_mean', but {', '.join(map(repr, sample))}; record the means of the rollout "
             "with recorded_means, and store them beside 'log_probs'"
         )
-    old_mean, prev_sample = sample["prev_sample_mean"][:, j], sample["next_latents"][:, j]
+    means, advantages = sample["prev_sample_mean"], sample["advantages"]
+    if not isinstance(means, Tensor):
+        raise TypeError(
+            f"sample['prev_sample_mean'] must be a tensor, torch.stack(means, dim=1); got {type(means).__name__}"
+        )
+    if advantages.ndim != 2 or advantages.shape[0] != means.shape[0] or advantages.shape[1] <= j:
+        raise ValueError(
+            f"sample['advantages'] has shape {tuple(advantages.shape)}; expected one per sample and stored step, "
+            f"(B, T), of {means.shape[0]} samples and more than {j} steps"
+        )
+    old_mean, prev_sample = means[:, j], sample["next_latents"][:, j]
     if old_mean.shape != prev_sample_mean.shape:
         raise ValueError(
             f"sample['prev_sample_mean'][:, {j}] has shape {tuple(old_mean.shape)}, prev_sample_mean "

@@ -10,9 +10,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastguard.loss.objectives.base import check_at_least_0
 from fastguard.sde import Transition
 
 Trainer = Literal["flow_grpo", "verl_omni", "flow_factory"]
+SAMPLERS = ("flow_sde", "dance_sde", "wan_sde", "cps")
 
 
 def kl_weight(trainer: Trainer, beta: float, step: Transition) -> Tensor:
@@ -32,10 +34,17 @@ def kl_weight(trainer: Trainer, beta: float, step: Transition) -> Tensor:
         (B,), or (1,) for a step of length 1, of the step's dtype and device.
 
     Raises:
-        ValueError: the trainer is unknown.
+        ValueError: the trainer is unknown; or its factor depends on the sampler, and the step does not tell it.
+        TypeError: beta is not a number.
     """
     if trainer not in get_args(Trainer):
         raise ValueError(f"trainer must be one of {', '.join(get_args(Trainer))}; got {trainer!r}")
+    check_at_least_0("beta", beta)
     if trainer == "flow_factory":
         return 2 * beta * step.std**2
+    if step.kind not in SAMPLERS:
+        raise ValueError(
+            f"the KL of {trainer} depends on the sampler, which a {step.kind} step does not tell; build the step with "
+            f"{', '.join(SAMPLERS)}"
+        )
     return beta * (step.dt.abs() if step.kind == "flow_sde" else torch.ones_like(step.dt))

@@ -162,7 +162,7 @@ def find_obstacle(name: str, config: Any, model_output: Any, data: Any) -> str |
 def fused_loss(loss: Loss, config: Any, model_output: Any, data: Any) -> Any:
     from verl_omni.trainer.diffusion.diffusion_algos import DiffusionLossResult
 
-    mean, advantages = model_output["prev_sample_mean"], data["advantages"]
+    mean, advantages = model_output["prev_sample_mean"], data["advantages"].flatten()
     draw: Draw = getattr(mean, DRAW)
     result = guard_loss_from_means(
         draw.prev_sample,

@@ -19,6 +19,7 @@ from fastguard.loss.checks import (
     Reweight,
     check_advantages,
     check_draw,
+    check_draw_from_means,
     check_finite,
     check_kl,
     check_latents,
@@ -114,13 +115,13 @@ def guard_loss(
             correction. A mean over the samples still divides by B.
         ref_velocity: as velocity, from the reference policy. `kl_weight` needs it, and `.kl` reports its KL.
         kl_weight: factor on the KL divergence from the reference, one for all, or a tensor with one per sample. The
-            KL is not reweighted.
+            KL is not reweighted. With the number 0 it is only reported.
         kl_type: "gaussian" (per element), or "velocity" (mean squared velocity difference).
         reduction: "mean" or "sum" over the samples, or "none".
         backend: "auto" (Triton on CUDA, else torch), "triton" or "torch".
         check_values: raise an error if an input holds NaN or Inf, or if the noise is not a standard normal draw: with
-            1,000 elements or more its mean square must be near 1. This waits for the GPU. Without it, a sample that is
-            not finite gives NaN in its own outputs and in the mean.
+            1,000 elements or more its mean square must be near 1. This waits for the GPU. Without it, a sample whose
+            latents are not finite gives NaN in its own outputs and in the mean. An infinite advantage is clipped.
         options: options of the objective, if it is given by name. `clip_range` (about 2e-6 for RatioNorm at
             D = 65,536) and `adv_clip` belong to those that clip. The objective's class documents its options.
 
@@ -198,9 +199,7 @@ def guard_loss_from_means(
     step = check_step(step, "prev_sample_mean", prev_sample_mean, needs_coefs=False)
     if check_values:
         check_finite({**tensors})
-        std = step.std.reshape(-1, *[1] * (prev_sample.ndim - 1))
-        draw = (prev_sample.double() - old_prev_sample_mean.double()) / std
-        check_draw("(prev_sample - old_prev_sample_mean) / std", draw, step)
+        check_draw_from_means("(prev_sample - old_prev_sample_mean) / std", prev_sample, old_prev_sample_mean, step)
     return _apply(
         prev_sample_mean, old_prev_sample_mean, prev_sample, ref_prev_sample_mean, advantages, step, objective,
         options, reweight, sample_weight, kl_weight, kl_type, reduction, backend, check_values, from_means=True,
@@ -299,7 +298,7 @@ def _apply(
     velocity_kl = kl_type == "velocity"
     if fused is None or _change((*fused, kl_number)):
         n_elements = math.prod(velocity.shape[1:])
-        loss, stats, coefs, clipped = epilogue(
+        loss, log_ratio, ratio, cross, drift, kl, coefs, clipped = epilogue(
             transition_sums(*latents, from_means, backend),
             lambda log_ratio, drift: chosen.terms(log_ratio, drift, advantages, n_elements=n_elements),
             coef,
@@ -316,7 +315,7 @@ def _apply(
             reduction=reduction,
         )
     else:
-        loss, stats, coefs, clipped = fused_loss(
+        loss, log_ratio, ratio, cross, drift, kl, coefs, clipped = fused_loss(
             *latents, advantages, coef, std, weight, kl_weights, *fused, from_means, kl_number, velocity_kl,
             invert_weight, reduction, backend,
         )  # fmt: skip
@@ -325,14 +324,13 @@ def _apply(
     loss = TransitionLossFunction.apply(
         velocity, loss, coefs, latents[2], latents[1], ref_or_none, (from_means, has_drift, backend)
     )
-    log_ratio, ratio, cross, drift, kl = stats.unbind()
-    return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if ref is None else kl)
+    return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if latents[3] is None else kl)
 
 
 def _constant(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The value without its graph, in this dtype."""
-    if value.requires_grad:
-        value = value.detach()
+    """The value without its graph, in this dtype, as it stands in memory."""
+    if value.requires_grad or value.is_neg():
+        value = value.detach().resolve_neg()
     return value if dtype is None or value.dtype == dtype else value.to(dtype)
 
 

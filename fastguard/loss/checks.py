@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastguard.loss.objectives import Objective, build_objective
+from fastguard.loss.objectives import OBJECTIVES, Objective, build_objective
 from fastguard.loss.objectives.base import FusedEpilogue, is_number
 from fastguard.ops.registry import compute_dtype
 from fastguard.sde import Transition
@@ -120,10 +120,11 @@ def policy_weight(
     weight, invert = _reweight(reweight, latents, step)
     if sample_weight is None:
         return weight, invert
-    factor = per_sample("sample_weight", sample_weight, latents)
+    dtype = compute_dtype(latents.dtype)
+    factor = per_sample("sample_weight", sample_weight, latents).to(dtype)
     if weight is None:
         return factor, False
-    return (factor / weight.abs() if invert else factor * weight), False
+    return (factor / weight.to(dtype).abs() if invert else factor * weight.to(dtype)), False
 
 
 def _reweight(reweight: str | float | Tensor, latents: Tensor, step: Transition) -> tuple[Tensor | None, bool]:
@@ -157,14 +158,14 @@ def check_objective(objective: str | Objective, options: dict[str, Any]) -> tupl
         return _built(objective, options)
     # Built once for all calls with these options. Types count: True is not 1, which it equals.
     values = tuple(options.values())
-    types = tuple([type(value) if type(value) is not tuple else tuple(map(type, value)) for value in values])
-    kind = (objective, tuple(options), values, types)
+    types = tuple([(type(value), *map(type, value if isinstance(value, tuple) else ())) for value in values])
+    kind = (OBJECTIVES.get(objective), objective, tuple(options), values, types)
     try:
         known = _OBJECTIVES.get(kind)
     except TypeError:  # not hashable
         return _built(objective, options)
     if known is None:
-        if len(_OBJECTIVES) == MAX_OBJECTIVES:  # a limit that changes from call to call
+        if len(_OBJECTIVES) >= MAX_OBJECTIVES:  # a limit that changes from call to call
             _OBJECTIVES.clear()
         known = _OBJECTIVES[kind] = _built(objective, options)
     return known
@@ -223,23 +224,44 @@ def check_finite(tensors: dict[str, Tensor | None]) -> None:
 MIN_ELEMENTS_OF_DRAW = 1000
 
 
-def check_draw(name: str, draw: Tensor, step: Transition) -> None:
+def check_draw(
+    name: str, draw: Tensor, step: Transition, *, rounding: Tensor | float = 0.0, advice: str | None = None
+) -> None:
     """Raise ValueError unless the noise (B, ...), standard normal by its definition, has a mean square of about 1.
 
-    From means the noise is `(x' - mu_old) / std`, so a std that is not the draw's shows here.
+    Args:
+        rounding: (B,) what the rounding of what was stored may add to the mean square.
+        advice: what to look at, in place of the usual mistakes with std.
     """
     n_elements = math.prod(draw.shape[1:])
     if n_elements < MIN_ELEMENTS_OF_DRAW:
         return
-    square = draw.flatten(1).to(torch.float64).square().mean(1).cpu()
-    tolerance = 0.02 + 6 * math.sqrt(2 / n_elements)
-    for index in ((square - 1).abs() > tolerance).nonzero()[:, 0].tolist():
+    square = draw.flatten(1).to(torch.float64).square().mean(1)
+    tolerance = 0.02 + 6 * math.sqrt(2 / n_elements) + rounding
+    wrong, square = (~((square - 1).abs() <= tolerance)).cpu(), square.cpu()
+    for index in wrong.nonzero()[:, 0].tolist():
         size, one = float(square[index]), step.expand(len(square))[index : index + 1]
-        dt = abs(float(one.dt))
-        causes = {
-            "std lacks sqrt(|dt|): multiply it by it": dt,
-            "std has sqrt(|dt|) twice: divide it by it": 1 / dt,
-            "this is the noise times std, as in prev_sample - prev_sample_mean": float(one.std) ** 2,
-        }
-        cause = next((f", which is about what it is if {c}" for c, f in causes.items() if abs(size / f - 1) < 0.1), "")
+        cause = f"; {advice}" if advice else _usual_mistake(size, abs(float(one.dt)), float(one.std))
         raise ValueError(f"{name} has a mean square of {size:.4g} at sample {index}, and 1 was expected{cause}")
+
+
+def check_draw_from_means(
+    name: str, sample: Tensor, old_mean: Tensor, step: Transition, advice: str | None = None
+) -> None:
+    """The same of `(x' - mu_old) / std`, where a std that is not the draw's shows. x' may have been stored in bf16."""
+    std = step.std.to(torch.float64).reshape(-1, *[1] * (sample.ndim - 1))
+    sample, old_mean = sample.to(torch.float64), old_mean.to(torch.float64)
+    # bf16 rounds to 8 bits: an error of variance x^2 2^-18 at most. Twice that, for the mean has one too.
+    rounding = 2**-17 * (sample / std).square().flatten(1).mean(1)
+    check_draw(name, (sample - old_mean) / std, step, rounding=rounding, advice=advice)
+
+
+def _usual_mistake(square: float, dt: float, std: float) -> str:
+    """Which mistake makes noise of this mean square, as the end of a sentence."""
+    causes = {
+        "std lacks sqrt(|dt|). Multiply std by sqrt(|dt|)": dt,
+        "std has sqrt(|dt|) twice. Divide std by sqrt(|dt|)": 1 / dt,
+        "this is the noise times std, as in prev_sample - prev_sample_mean": std**2,
+    }
+    like = (cause for cause, factor in causes.items() if factor > 0 and abs(square / factor - 1) < 0.1)
+    return next((f". It looks as if {cause}" for cause in like), "")

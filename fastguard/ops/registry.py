@@ -59,14 +59,11 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
         raise ValueError(
             f"backend='triton' takes bfloat16, float16 and float32; got {tensor.dtype}; use backend='torch'"
         )
-    if tensor.device.type == "cpu":
-        from fastguard.kernels.common import interpreted
-
-        if not interpreted():
-            raise ValueError(
-                "backend='triton' needs CUDA tensors; got CPU tensors. Use backend='torch', or set "
-                "TRITON_INTERPRET=1 before triton is first imported to run the kernels in its interpreter"
-            )
+    if tensor.device.type == "cpu" and not kernels("common").interpreted():
+        raise ValueError(
+            "backend='triton' needs CUDA tensors; got CPU tensors. Use backend='torch', or set "
+            "TRITON_INTERPRET=1 before triton is first imported to run the kernels in its interpreter"
+        )
     return "triton"
 
 
@@ -119,7 +116,7 @@ def operator(
         def run(*args: Any) -> Any:
             if resolve_backend(args[-1], args[0]) == "torch":
                 return function(*args[:-1])
-            kernel = _kernel(triton, function.__name__) if isinstance(triton, str) else triton
+            kernel = getattr(kernels(triton), function.__name__) if isinstance(triton, str) else triton
             with device_guard(args[0]):
                 return kernel(*args[:-1])
 
@@ -178,8 +175,9 @@ _NOTHING = nullcontext()
 
 
 @cache
-def _kernel(module: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"{PACKAGE}.kernels.{module}"), name)
+def kernels(module: str) -> Any:
+    """A module of `fastguard.kernels`, imported when it is first asked for. An import statement costs a call 1 us."""
+    return importlib.import_module(f"{PACKAGE}.kernels.{module}")
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastguard.ops.registry import compute_dtype, operator, refuse_double_backward, savable
+from fastguard.ops.registry import compute_dtype, kernels, operator, refuse_double_backward, savable
 from fastguard.sde import Transition
 
 # Elements of a sample that are worked on at once: the difference of two velocities, 1 MB in float32, stays in cache.
@@ -122,9 +122,7 @@ def velocity_kl(velocity: Tensor, ref_velocity: Tensor) -> Tensor:
 
 
 def _triton_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
-    from fastguard.kernels.transition import transition_partials
-
-    return transition_partials(velocity, old, noise, ref, from_means=from_means).sum(-1)
+    return kernels("transition").transition_partials(velocity, old, noise, ref, from_means=from_means).sum(-1)
 
 
 def _fake_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
@@ -154,30 +152,33 @@ def _sums_at_once(rows: list[Tensor], from_means: bool) -> list[Tensor]:
     change = v - v_old
     if from_means:
         eps = eps - v_old
-    sums = [(eps * change).sum(1), (change * change).sum(1)]
-    if v_ref:
-        change = v - v_ref[0]
-        sums.append((change * change).sum(1))
-    return sums
+    sums = [(eps * change).sum(1), change.square_().sum(1)]
+    return [*sums, (v - v_ref[0]).square_().sum(1)] if v_ref else sums
 
 
 def _sums_by_sample(rows: list[Tensor], from_means: bool) -> list[Tensor]:
     """Of large samples, where the reads of memory count: each chunk of a sample is worked on while it is in cache."""
     dtype = compute_dtype(rows[0].dtype)
     sums: list[list[Tensor]] = [[] for _ in rows[1:]]
+    room = torch.empty(min(rows[0].shape[1], CHUNK), dtype=dtype, device=rows[0].device)
+
+    def difference(a: Tensor, b: Tensor) -> Tensor:
+        return torch.sub(a, b, out=room if len(a) == len(room) else room[: len(a)])
 
     def samples(block: Tensor) -> Iterable[Tensor]:
         return block.unbind() if block.dtype == dtype else (row.to(dtype) for row in block.unbind())
 
     for blocks in zip(*(tensor.split(CHUNK, dim=1) for tensor in rows), strict=True):
         for v, v_old, eps, *v_ref in zip(*map(samples, blocks), strict=True):
-            change = v - v_old
+            change = difference(v, v_old)
             # torch.dot, unlike matmul, never goes down to tf32 or bf16.
             sums[0].append(torch.dot(eps - v_old if from_means else eps, change))
             sums[1].append(torch.dot(change, change))
             if v_ref:
-                change = v - v_ref[0]
+                change = difference(v, v_ref[0])
                 sums[2].append(torch.dot(change, change))
+    if rows[0].shape[1] <= CHUNK:
+        return [torch.stack(row) for row in sums]
     partials = torch.stack([value for row in sums for value in row]).view(len(sums), -1, len(rows[0]))
     return list(partials.transpose(1, 2).contiguous().sum(-1).unbind())
 
@@ -271,6 +272,9 @@ def _log1p(sign: int, value: float, like: Tensor) -> Any:
     return torch.log1p((sign * _limit(value, like)).clamp(min=-1))
 
 
+LossNumbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def epilogue(
     sums: Sequence[Tensor] | Tensor,
     terms: Callable[[Tensor, Tensor], Terms],
@@ -287,8 +291,8 @@ def epilogue(
     velocity_kl: bool,
     invert_weight: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From sums (2 or 3, B) to loss () or (B,), stats (5, B), coefs and clipped (B,), as `guard_loss` has them.
+) -> LossNumbers:
+    """From sums (2 or 3, B) to the numbers of the loss, as `guard_loss` has them.
 
     What is of the step or a factor may have one entry for all samples, (1,).
 
@@ -335,18 +339,17 @@ def epilogue(
                 kl_scale = kl_scale / velocity_coef**2
         kl = kl_scale * sums[2]
         if kl_weights is not None:
-            loss = loss + torch.where(kl_weights == 0, 0.0, kl_weights * kl)  # a KL that is only reported may be NaN
+            loss = loss + kl_weights * kl
             coefs[2] = torch.addcmul(zero, kl_weights, kl_scale, value=2 * share)
-        elif kl_weight != 0:
+        elif kl_weight != 0:  # a KL that is only reported may be NaN
             loss = loss + kl_weight * kl
             coefs[2] = zero + 2 * share * kl_weight * kl_scale
 
-    stats = torch.stack([log_ratio, torch.exp(log_ratio), cross, drift, kl])
     if reduction == "mean":
         loss = loss.mean()
     elif reduction == "sum":
         loss = loss.sum()
-    return loss, stats, torch.stack(coefs), clipped
+    return loss, log_ratio, torch.exp(log_ratio), cross, drift, kl, torch.stack(coefs), clipped
 
 
 def _triton_loss(
@@ -369,11 +372,10 @@ def _triton_loss(
     velocity_kl: bool,
     invert_weight: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastguard.kernels.transition import guard_epilogue, transition_partials
-
-    return guard_epilogue(
-        transition_partials(velocity, old, noise, ref, from_means=from_means),
+) -> LossNumbers:
+    launchers = kernels("transition")
+    return launchers.guard_epilogue(
+        launchers.transition_partials(velocity, old, noise, ref, from_means=from_means),
         advantages,
         velocity_coef,
         std,
@@ -397,12 +399,13 @@ def n_coefs(code: int, ref: Tensor | None) -> int:
     return 1 if code == 0 and ref is None else 3
 
 
-def _fake_loss(velocity: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_loss(velocity: Tensor, *args: Any) -> LossNumbers:
     n_samples, dtype = velocity.shape[0], compute_dtype(velocity.dtype)
     loss = velocity.new_empty((n_samples,) if args[-1] == "none" else (), dtype=dtype)
     ref, code = args[2], args[8]
-    stats, coefs = (velocity.new_empty((count, n_samples), dtype=dtype) for count in (5, n_coefs(code, ref)))
-    return loss, stats, coefs, velocity.new_empty((n_samples,), dtype=torch.bool)
+    log_ratio, ratio, cross, drift, kl = (velocity.new_empty((n_samples,), dtype=dtype) for _ in range(5))
+    coefs = velocity.new_empty((n_coefs(code, ref), n_samples), dtype=dtype)
+    return loss, log_ratio, ratio, cross, drift, kl, coefs, velocity.new_empty((n_samples,), dtype=torch.bool)
 
 
 @operator(triton=_triton_loss, fake=_fake_loss)
@@ -426,9 +429,9 @@ def guard_loss(
     velocity_kl: bool,
     invert_weight: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss () or (B,); stats (5, B) rows log_ratio, ratio, cross, drift, kl; coefs (3, B) rows alpha, beta, gamma of
-    the gradient, or (1, B) where it has alpha alone; clipped (B,) bool.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss () or (B,); log_ratio, ratio, cross, drift and kl, (B,) each; coefs (3, B) rows alpha, beta, gamma of the
+    gradient, or (1, B) where it has alpha alone; clipped (B,) bool.
 
     Per-sample inputs are (B,). velocity_coef may be None from means, for which only the velocity KL needs it.
     kl_weights, if there, takes the place of kl_weight. `code` and the limits are those of `FusedEpilogue`.
@@ -461,10 +464,8 @@ def guard_loss(
 
 
 def _triton_bwd(*args: Any) -> Tensor:
-    from fastguard.kernels import transition
-
     *tensors, from_means, has_drift = args
-    return transition.transition_bwd(*tensors, from_means=from_means, has_drift=has_drift)
+    return kernels("transition").transition_bwd(*tensors, from_means=from_means, has_drift=has_drift)
 
 
 @operator(triton=_triton_bwd)
@@ -535,4 +536,4 @@ class TransitionLossFunction(torch.autograd.Function):
         refuse_double_backward("the loss")
         coefs, noise, velocity, old, ref = ctx.saved_tensors
         grad = transition_bwd(grad_loss, coefs, noise, velocity, old, ref, ctx.dtype, *ctx.options)
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None, None

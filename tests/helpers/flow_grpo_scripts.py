@@ -108,8 +108,10 @@ def adapted(source: str, blocks: dict[str, str], *, rollout: bool = True, more: 
 
     body, first, last = loss_block(source)
     start, end = body[first].lineno - 1, body[last].end_lineno
-    assert blocks["update"].count("config)") == 1
-    lines[start:end] = indent(lines[start], blocks["update"].replace("config)", f"config, {more})"))
+    last_argument = "    config,\n"
+    assert blocks["update"].count(last_argument) == 1
+    update = blocks["update"].replace(last_argument, f"{last_argument}    {more},\n" if more else last_argument)
+    lines[start:end] = indent(lines[start], update)
     if rollout:
         (entry,) = (i for i, line in enumerate(lines) if line.strip().startswith('"log_probs": log_probs,'))
         lines[entry + 1 : entry + 1] = indent(lines[entry], blocks["sample"])

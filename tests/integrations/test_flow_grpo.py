@@ -454,7 +454,7 @@ def test_the_sampler_is_put_back() -> None:
 
 
 def test_the_recorder_refuses_what_it_cannot_record() -> None:
-    with pytest.raises(ValueError, match="no step was drawn inside recorded_means"), \
+    with pytest.raises(ValueError, match="no step with noise was drawn inside recorded_means"), \
             recorded_means(pipeline_module(sde_step_with_logprob=stand_in_sampler)):  # fmt: skip
         pass
     with pytest.raises(ValueError, match="has no sde_step_with_logprob"), recorded_means(pipeline_module()):
@@ -504,6 +504,16 @@ def test_mistakes_get_an_error(wrong: str, message: str) -> None:
         grpo_loss(mean, batch.sample, 0, batch.scheduler, **call)
 
 
+def test_advantages_are_per_sample_and_step() -> None:
+    batch = Batch("stand-in", "sd3", "sde")
+    for wrong in (batch.sample["advantages"][:, 0], batch.sample["advantages"][:1]):
+        sample = {**batch.sample, "advantages": wrong}
+        with pytest.raises(
+            ValueError, match=r"sample\['advantages'\] has shape .*; expected one per sample and stored"
+        ):
+            grpo_loss(batch.sample["prev_sample_mean"][:, 0], sample, 0, batch.scheduler, make_config())
+
+
 def test_the_check_of_the_noise_can_be_skipped() -> None:
     batch, _ = broken("shuffled", Batch("stand-in", "sd3", "sde"))
     assert batch.ours(make_config(), check_noise=False)[0].loss.isfinite()
@@ -530,10 +540,10 @@ def test_the_blocks_of_the_page_run_in_one_session() -> None:
     velocity = made["velocities"][1].clone().requires_grad_()
     mean = stand_in_sampler(pipeline.scheduler, velocity, sample["timesteps"][:, 1], sample["latents"][:, 1])[2]
     names |= {"sample": sample, "prev_sample_mean": mean, "prev_sample_mean_ref": mean.detach(), "log_prob": None}
-    exec(BLOCKS["kl"], names)
+    exec(BLOCKS["update"], names)
     assert names["result"].metrics["kl_loss"] == 0
-    names["config"] = make_config()
-    names["log_prob"] = None
+    del names["prev_sample_mean_ref"]
+    names |= {"config": make_config(), "log_prob": None}
     exec(BLOCKS["update"], names)
     assert names["result"].metrics["approx_kl"] == 0  # the first ratio is 1
     assert "log_prob" not in names
@@ -553,9 +563,9 @@ RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
         "sde_type=config.sample.sde_type, bare_cps=True",
     ),
     "sd3-guard": ("train_sd3_GRPO_Guard.py", {"rationorm": True}, ""),
-    "flux-kl": ("train_flux.py", {"train__beta": 0.04}, "prev_sample_mean_ref=prev_sample_mean_ref"),
+    "flux-kl": ("train_flux.py", {"train__beta": 0.04}, ""),
     "flux-fast": ("train_flux_fast.py", {}, "sde_type=config.sample.sde_type"),
-    "wan-kl": ("train_wan2_1.py", {"train__beta": 0.04}, 'sde_type="wan", prev_sample_mean_ref=prev_sample_mean_ref'),
+    "wan-kl": ("train_wan2_1.py", {"train__beta": 0.04}, 'sde_type="wan"'),
 }
 
 
@@ -618,7 +628,7 @@ def test_their_pipelines_draw_with_a_function_of_the_expected_name(name: str) ->
 
     with importable(PEER):
         call = importlib.import_module(f"flow_grpo.diffusers_patch.{name}").pipeline_with_logprob
-        with pytest.raises(ValueError, match="no step was drawn"), recorded_means(call):
+        with pytest.raises(ValueError, match="no step with noise was drawn"), recorded_means(call):
             pass
 
 

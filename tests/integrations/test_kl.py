@@ -57,3 +57,13 @@ def test_the_kl_term_of_another_trainer(trainer: Any, kind: str) -> None:
 def test_an_unknown_trainer_is_named() -> None:
     with pytest.raises(ValueError, match="one of flow_grpo, verl_omni, flow_factory; got 'trl'"):
         kl_weight("trl", BETA, STEPS["cps"])  # type: ignore[arg-type]
+
+
+def test_a_step_whose_sampler_is_unknown_is_refused() -> None:
+    """The factor of flow_sde differs from that of the others, and std and dt do not tell which it is."""
+    step = fg.gaussian_step(0.3, -0.1)
+    with pytest.raises(ValueError, match="depends on the sampler, which a gaussian step does not tell"):
+        kl_weight("flow_grpo", BETA, step)
+    assert kl_weight("flow_factory", BETA, step).item() == pytest.approx(2 * BETA * 0.09)
+    with pytest.raises(ValueError, match="beta must be >= 0; got -1"):
+        kl_weight("flow_factory", -1, step)

@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastguard as fg
+from fastguard.loss.checks import _OBJECTIVES, MAX_OBJECTIVES
+from fastguard.loss.objectives import OBJECTIVES, Terms
 from fastguard.loss.objectives.flow_dppo import FlowDppo
+from fastguard.loss.objectives.grpo_guard import GrpoGuard
 from fastguard.ops import registry
 from fastguard.ops import transition as naive
 
@@ -800,15 +803,15 @@ def test_a_std_that_is_not_the_draw_s_is_found() -> None:
     assert loss(step.std).loss.item() == pytest.approx(float(-(1 / step.dt.abs()).mean()))
     root = step.dt.abs().sqrt()
     with pytest.raises(
-        ValueError, match=r"mean square of (0.2|0.19)\d* at sample 0, and 1 was expected.* std lacks sqrt"
+        ValueError, match=r"mean square of (0.2|0.19)\d* at sample 0, and 1 was expected. It looks as if std lacks sqrt"
     ):
         loss(step.std / root)
-    with pytest.raises(ValueError, match=r"at sample 1, .* std has sqrt\(\|dt\|\) twice: divide it by it"):
+    with pytest.raises(ValueError, match=r"at sample 1, .* std has sqrt\(\|dt\|\) twice. Divide std"):
         loss(torch.stack([step.std[0], step.std[1] * root[1]]))
     with pytest.raises(ValueError, match="mean square of [34][.0-9]* at sample 0, and 1 was expected$"):
         loss(step.std / 2)
     noise = (sample - old).requires_grad_(False)
-    with pytest.raises(ValueError, match="noise has a mean square .* this is the noise times std"):
+    with pytest.raises(ValueError, match="noise has a mean square .* as if this is the noise times std"):
         fg.guard_loss(old, old, noise, torch.ones(2), step, check_values=True)
     small = old[:, :10]  # too few elements to tell
     fg.guard_loss(small, small, small * 3, torch.ones(2), step, check_values=True)
@@ -847,3 +850,84 @@ def test_a_rounded_sample_leaves_the_first_ratio_at_one(objective: str) -> None:
             sample, mean.clone(), mean, torch.ones(2), fg.gaussian_step(0.2, -0.1), **options
         )
         assert not result.log_ratio.any()
+
+
+def test_objectives_of_equal_options_are_told_apart_by_type() -> None:
+    """They are built once for all calls with the same options, and True equals 1."""
+    batch = make_batch()
+    assert fg.guard_loss(*batch, clip_range=(1, 2.0)).loss.isfinite()
+    for wrong in ((True, 2.0), (1, "2.0"), np.array([1.0, 2.0])):
+        with pytest.raises(ValueError, match="clip_range must be a positive, finite number"):
+            fg.guard_loss(*batch, clip_range=wrong)
+    assert fg.guard_loss(*batch, adv_clip=1).loss.isfinite()
+    with pytest.raises(TypeError, match="adv_clip must be a number; got True"):
+        fg.guard_loss(*batch, adv_clip=True)
+
+
+def test_limits_that_change_from_call_to_call_do_not_fill_the_memory() -> None:
+    batch = make_batch()
+    for i in range(2 * MAX_OBJECTIVES + 5):
+        fg.guard_loss(*batch, clip_range=1e-6 * (i + 1))
+    assert len(_OBJECTIVES) <= MAX_OBJECTIVES
+
+
+def test_a_name_that_is_given_to_another_objective_means_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch()
+    plain = fg.guard_loss(*batch, clip_range=10.0).loss
+
+    class Doubled(GrpoGuard):
+        def terms(self, *args: Any, **kwargs: Any) -> Terms:
+            terms = super().terms(*args, **kwargs)
+            return terms._replace(loss=2 * terms.loss)
+
+    monkeypatch.setitem(OBJECTIVES, "grpo_guard", Doubled)
+    torch.testing.assert_close(fg.guard_loss(*batch, clip_range=10.0).loss, 2 * plain)
+
+
+def test_a_loss_may_be_changed_in_place() -> None:
+    """As `loss += kl` does."""
+    batch = make_batch()
+    loss = fg.guard_loss(*batch).loss
+    loss += batch[0].square().sum()
+    (grad,) = torch.autograd.grad(loss, batch[0])
+    torch.testing.assert_close(
+        grad, torch.autograd.grad(fg.guard_loss(*batch).loss + batch[0].square().sum(), batch[0])[0]
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_negative_view_counts_with_its_sign(backend: str, kernel_device: str) -> None:
+    velocity, old, noise, advantages, step = (value.to(kernel_device) for value in make_batch())
+    plain = fg.guard_loss(velocity, old, noise, -advantages, step, backend=backend).loss
+    view = fg.guard_loss(velocity, old, noise, torch._neg_view(advantages), step, backend=backend).loss
+    assert torch.equal(view, plain)
+
+
+def test_a_traced_loss_keeps_no_example() -> None:
+    (velocity, old, noise, advantages, step), other = make_batch(), make_batch()
+    other[1:4] = [value.flip(0) for value in other[1:4]]
+
+    def loss(v: Tensor, o: Tensor, n: Tensor, a: Tensor) -> Tensor:
+        return fg.guard_loss(v, o, n, a, step, clip_range=10.0).loss
+
+    traced = torch.jit.trace(loss, (velocity, old, noise, advantages))
+    (want,) = torch.autograd.grad(loss(*other[:4]), other[0])
+    torch.testing.assert_close(torch.autograd.grad(traced(*other[:4]), other[0])[0], want)
+
+
+def test_factors_of_small_dtypes_are_multiplied_in_float32() -> None:
+    batch = make_batch()
+    weight = torch.full((4,), 300.0)
+    want = fg.guard_loss(*batch, reweight=weight, sample_weight=weight, reduction="none").loss
+    half = weight.half()
+    torch.testing.assert_close(fg.guard_loss(*batch, reweight=half, sample_weight=half, reduction="none").loss, want)
+
+
+def test_a_sample_stored_in_bf16_passes_for_its_draw() -> None:
+    """At a small std the rounding alone adds to the mean square of the noise."""
+    sigmas = fg.sd3_sigmas(10)
+    step = fg.flow_sde(sigmas[-2], sigmas[-1], noise_level=0.7)
+    mean = torch.randn(2, 65536)
+    sample = (mean + step.std * torch.randn_like(mean)).bfloat16()
+    assert ((sample.double() - mean) / step.std).square().mean() > 1.05
+    fg.guard_loss_from_means(sample, mean, mean, torch.ones(2), step, check_values=True)
