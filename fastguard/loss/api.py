@@ -329,7 +329,7 @@ def _apply(
 
 def _constant(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The value without its graph, in this dtype, as it stands in memory."""
-    if value.requires_grad or value.is_neg():
+    if value.requires_grad or torch.compiler.is_compiling() or value.is_neg():  # dynamo cannot ask the last
         value = value.detach().resolve_neg()
     return value if dtype is None or value.dtype == dtype else value.to(dtype)
 

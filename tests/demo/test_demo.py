@@ -22,8 +22,7 @@ import torch
 from helpers.deadline import DEADLINE_S
 
 from fastguard import cli
-from fastguard.commands import demo as command
-from fastguard.demo import backbone, cache, data, experiment, run, text, workers
+from fastguard.demo import backbone, cache, config, data, experiment, run, text, workers
 from fastguard.demo.analysis import at_crossing, common_proxy, compare, crossing, spread
 from fastguard.demo.backbone import Models
 from fastguard.demo.config import ClassifierConfig, DemoConfig, PretrainConfig, quick_demo
@@ -187,10 +186,10 @@ def test_nothing_stale_stands_beside_a_new_report(tmp_path: Path) -> None:
 
 
 def test_interrupt_while_starting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(name: str) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "find_spec", interrupt)
+    monkeypatch.setattr(config, "quick_demo", interrupt)
     assert cli.main(["demo", "--quick"]) == 130
     assert capsys.readouterr().err == "fastguard: interrupted\n"
 
