@@ -17,7 +17,6 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from fastguard.integrations.kl import kl_weight
 from fastguard.loss import guard_loss_from_means
@@ -71,6 +70,7 @@ def optimize(trainer: Any, samples: list[Any]) -> None:
     """The update of an epoch: per inner epoch one pass over the samples in random order, at every trained step."""
     from flow_factory.samples import BaseSample
     from flow_factory.utils.base import create_generator
+    from tqdm import tqdm
 
     args, accelerator, adapter = trainer.training_args, trainer.accelerator, trainer.adapter
     for inner_epoch in range(args.num_inner_epochs):
