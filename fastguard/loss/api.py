@@ -135,7 +135,7 @@ def guard_loss(
     check_latents(tensors, ("velocity", "old_velocity", "ref_velocity"))
     step = check_step(step, "velocity", velocity)
     if check_values:
-        check_finite({**tensors})
+        check_finite(tensors)
         check_draw("noise", noise, step)
     return _apply(
         velocity, old_velocity, noise, ref_velocity, advantages, step, objective, options, reweight, sample_weight,
@@ -198,7 +198,7 @@ def guard_loss_from_means(
     check_latents(tensors, means)
     step = check_step(step, "prev_sample_mean", prev_sample_mean, needs_coefs=False)
     if check_values:
-        check_finite({**tensors})
+        check_finite(tensors)
         check_draw_from_means("(prev_sample - old_prev_sample_mean) / std", prev_sample, old_prev_sample_mean, step)
     return _apply(
         prev_sample_mean, old_prev_sample_mean, prev_sample, ref_prev_sample_mean, advantages, step, objective,

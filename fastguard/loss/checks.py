@@ -6,6 +6,7 @@ Values on a GPU are not looked at unless asked for: a check must not synchronize
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -209,7 +210,7 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
 
-def check_finite(tensors: dict[str, Tensor | None]) -> None:
+def check_finite(tensors: Mapping[str, Tensor | None]) -> None:
     if torch.compiler.is_compiling():
         raise ValueError("check_values=True reads values on the host and cannot be compiled; call it in eager mode")
     for name, tensor in tensors.items():
