@@ -26,7 +26,7 @@ from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows
 _transition_sums_kernel = transition._transition_sums_kernel
 _guard_epilogue_kernel = transition._guard_epilogue_kernel
 OPTIONS: dict[str, Any] = {
-    "invert_weight": True, "objective": 0, "log_clip": (-2e-6, 2e-6), "adv_clip": 5.0, "kl_threshold": 0.0,
+    "invert_weight": True, "objective": 0, "clip_low": 2e-6, "clip_high": 2e-6, "adv_clip": 5.0, "kl_threshold": 0.0,
     "kl_weight": 0.0, "velocity_kl": False, "reduction": "mean",
 }  # fmt: skip
 """of the usual loss"""
@@ -112,9 +112,8 @@ class _Early:
 
 def guard_forward_one_launch(
     velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, advantages: Tensor,
-    velocity_coef: Tensor | None, std: Tensor, weight: Tensor | None, ticket: Tensor | None = None, *,
-    invert_weight: bool, objective: int, log_clip: tuple[float, float], adv_clip: float, kl_threshold: float,
-    kl_weight: float, velocity_kl: bool, reduction: str,
+    velocity_coef: Tensor | None, std: Tensor, weight: Tensor | None, ticket: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What `transition_partials` and `guard_epilogue` give together: the loss and its numbers.
 
@@ -128,8 +127,9 @@ def guard_forward_one_launch(
     n_elements = velocity.numel() // n_samples
     n_partials = min(triton.cdiv(n_elements, LAUNCH.block), MAX_PARTIALS)
     partials = torch.empty((3, n_samples, n_partials), dtype=torch.float32, device=velocity.device)
-    loss = partials.new_empty((n_samples,) if reduction == "none" else ())
-    n_coefs = 1 if objective == 0 and ref is None else 3
+    epilogue = transition.Epilogue(from_means=velocity_coef is None, **options)
+    loss = partials.new_empty(() if epilogue.reduced else n_samples)
+    n_coefs = 1 if epilogue.follows_noise and ref is None else 3
     stats, coefs = [partials.new_empty(n_samples) for _ in range(5)], partials.new_empty(n_coefs, n_samples)
     clipped = torch.empty((n_samples,), dtype=torch.bool, device=partials.device)
     if ticket is None:
@@ -143,11 +143,9 @@ def guard_forward_one_launch(
         velocity, old, noise, ref_rows, *columns, partials, ticket,
         loss, *stats, coefs, clipped,
         stride_velocity, stride_old, stride_noise, stride_ref,
-        *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
-        OBJECTIVE=objective, REDUCTION=transition.REDUCTIONS[reduction],
-        FROM_MEANS=velocity_coef is None, HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight,
-        HAS_REF=ref is not None, VELOCITY_KL=velocity_kl, BLOCK=LAUNCH.block,
-        BLOCK_B=transition.EPILOGUE_TILE // block, BLOCK_P=block, num_warps=LAUNCH.num_warps,
+        *epilogue.limits, n_samples, n_elements, n_partials, HAS_WEIGHT=weight is not None, HAS_REF=ref is not None,
+        BLOCK=LAUNCH.block, BLOCK_B=transition.EPILOGUE_TILE // block, BLOCK_P=block,
+        **(epilogue.flags | {"num_warps": LAUNCH.num_warps}),
     )  # fmt: skip
     return loss, *stats, coefs, clipped
 
@@ -156,8 +154,9 @@ def two_launches(
     velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, *per_sample: Tensor | None, **options: Any
 ) -> tuple[Tensor, ...]:
     """The product's forward pass, from the same arguments."""
-    partials = transition.transition_partials(velocity, old, noise, ref, from_means=False)
-    return transition.guard_epilogue(partials, *per_sample, None, velocity[0].numel(), from_means=False, **options)
+    partials = transition.transition_partials(velocity, old, noise, ref, False)
+    epilogue = transition.Epilogue(from_means=False, **options)
+    return transition.guard_epilogue(partials, *per_sample, None, velocity[0].numel(), epilogue)
 
 
 def early_epilogue() -> AbstractContextManager[Any]:

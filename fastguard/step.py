@@ -70,7 +70,7 @@ def sde_step(
         TypeError: the same for a type or a dtype.
     """
     check_latents({"latents": latents, "velocity": velocity}, same_dtype=("latents",))
-    step = check_step(step, "latents", latents, needs_density=False)
+    check_step(step, "latents", latents, needs_density=False)
     noise_dtype = noise_dtype or velocity.dtype
     if not (isinstance(noise_dtype, torch.dtype) and noise_dtype.is_floating_point):
         raise TypeError(f"noise_dtype must be a floating point torch.dtype; got {noise_dtype!r}")

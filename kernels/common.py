@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -65,9 +66,13 @@ def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def entry_stride(column: Tensor | None) -> int:
-    """Stride of a number per sample, (B,) or one for all, (1,)."""
-    return 0 if column is None or column.numel() == 1 else column.stride(0)
+def as_entries(column: Tensor | None) -> tuple[Any, int]:
+    """Where a kernel finds a number per sample, (B,) or one for all, (1,), and the stride from one to the next."""
+    if column is None:
+        return None, 0
+    if column.is_neg():
+        column = column.resolve_neg()
+    return column, 0 if column.numel() == 1 else column.stride(0)
 
 
 def tokens_per_program(n_tokens: int) -> int:

@@ -10,12 +10,14 @@ Inputs come in one of two forms, told apart by FROM_MEANS:
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows, entry_stride
+from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_entries, as_rows
 
 # The epilogue's tile of samples x partial sums: 8 x 64 (Flux 1024^2 has 64 partial sums a sample), or 32 x 16 where a
 # sample has 16 or fewer (512^2). Larger tiles, and longer columns of samples, spill registers.
@@ -294,9 +296,7 @@ def _transition_bwd_kernel(
     tl.store(grad_ptr + start + lanes, grad.to(grad_ptr.dtype.element_ty), mask)
 
 
-def transition_partials(
-    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, *, from_means: bool
-) -> Tensor:
+def transition_partials(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
     """Launch the one pass over the latents: (2 or 3, B, P) float32 partial sums. Inputs (B, ...) bf16/fp16/fp32."""
     velocity, stride_velocity = as_rows(velocity)
     old, stride_old = as_rows(old)
@@ -305,14 +305,31 @@ def transition_partials(
     n_samples = velocity.shape[0]
     n_elements = velocity.numel() // n_samples
     n_partials = min(-(-n_elements // LAUNCH.block), MAX_PARTIALS)  # triton.cdiv costs the host 4 us
-    sums = 2 if ref is None else 3
-    partials = torch.empty((sums, n_samples, n_partials), dtype=torch.float32, device=velocity.device)
+    partials = velocity.new_empty(2 if ref is None else 3, n_samples, n_partials, dtype=torch.float32)
     _transition_sums_kernel[(n_samples * n_partials,)](
         velocity, old, noise, ref_rows, partials,
         stride_velocity, stride_old, stride_noise, stride_ref, n_samples, n_elements, n_partials,
         FROM_MEANS=from_means, HAS_REF=ref is not None, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return partials
+
+
+class Epilogue:
+    """The options of `guard_epilogue`, in the form that its kernel takes. Made once for a kind of call."""
+
+    def __init__(
+        self, objective: int, clip_low: float, clip_high: float, adv_clip: float, kl_threshold: float,
+        from_means: bool, kl_weight: float, velocity_kl: bool, invert_weight: bool, reduction: str,
+    ) -> None:  # fmt: skip
+        log_clip_low = math.log1p(-clip_low) if clip_low < 1 else -math.inf
+        self.limits = log_clip_low, math.log1p(clip_high), adv_clip, kl_threshold, kl_weight
+        self.flags = {
+            "OBJECTIVE": objective, "REDUCTION": REDUCTIONS[reduction], "FROM_MEANS": from_means,
+            "INVERT_WEIGHT": invert_weight, "VELOCITY_KL": velocity_kl, "num_warps": EPILOGUE_WARPS,
+        }  # fmt: skip
+        self.reduced = reduction != "none"
+        self.follows_noise = objective == 0
+        """whether the policy's gradient is a multiple of the noise"""
 
 
 def guard_epilogue(
@@ -323,36 +340,31 @@ def guard_epilogue(
     weight: Tensor | None,
     kl_weights: Tensor | None,
     n_elements: int,
-    *,
-    from_means: bool,
-    invert_weight: bool,
-    objective: int,
-    log_clip: tuple[float, float],
-    adv_clip: float,
-    kl_threshold: float,
-    kl_weight: float,
-    velocity_kl: bool,
-    reduction: str,
+    options: Epilogue,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss () or (B,), log_ratio, ratio, cross, drift, kl (B,) each, coefs (1 or 3, B) and clipped (B,) from the sums.
 
     Per-sample inputs are (B,) or (1,) float32.
     """
     sums, n_samples, n_partials = partials.shape
-    loss = partials.new_empty((n_samples,) if reduction == "none" else ())
-    log_ratio, ratio, cross, drift, kl = [partials.new_empty(n_samples) for _ in range(5)]
-    coefs = partials.new_empty(1 if objective == 0 and sums == 2 else 3, n_samples)
-    clipped = partials.new_empty(n_samples, dtype=torch.bool)
+    new = partials.new_empty
+    loss = new(()) if options.reduced else new(n_samples)
+    log_ratio, ratio, cross, drift, kl = new(n_samples), new(n_samples), new(n_samples), new(n_samples), new(n_samples)
+    coefs = new(1 if options.follows_noise and sums == 2 else 3, n_samples)
+    clipped = new(n_samples, dtype=torch.bool)
     block = EPILOGUE_PARTIALS[n_partials <= EPILOGUE_PARTIALS[1]]
+    advantages, stride_advantages = as_entries(advantages)
+    velocity_coef, stride_velocity_coef = as_entries(velocity_coef)
+    std, stride_std = as_entries(std)
+    weight, stride_weight = as_entries(weight)
+    kl_weights, stride_kl_weights = as_entries(kl_weights)
     _guard_epilogue_kernel[(1,)](
         partials, advantages, velocity_coef, std, weight, kl_weights,
         loss, log_ratio, ratio, cross, drift, kl, coefs, clipped,
-        entry_stride(advantages), entry_stride(velocity_coef), entry_stride(std), entry_stride(weight),
-        entry_stride(kl_weights), *log_clip, adv_clip, kl_threshold, kl_weight, n_samples, n_elements, n_partials,
-        OBJECTIVE=objective, REDUCTION=REDUCTIONS[reduction], FROM_MEANS=from_means,
-        HAS_WEIGHT=weight is not None, INVERT_WEIGHT=invert_weight, HAS_REF=sums == 3,
-        HAS_KL_WEIGHTS=kl_weights is not None, VELOCITY_KL=velocity_kl,
-        BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, num_warps=EPILOGUE_WARPS,
+        stride_advantages, stride_velocity_coef, stride_std, stride_weight, stride_kl_weights,
+        *options.limits, n_samples, n_elements, n_partials,
+        HAS_WEIGHT=weight is not None, HAS_REF=sums == 3, HAS_KL_WEIGHTS=kl_weights is not None,
+        BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, **options.flags,
     )  # fmt: skip
     return loss, log_ratio, ratio, cross, drift, kl, coefs, clipped
 
@@ -365,7 +377,6 @@ def transition_bwd(
     old: Tensor | None,
     ref: Tensor | None,
     dtype: torch.dtype,
-    *,
     from_means: bool,
     has_drift: bool,
 ) -> Tensor:
@@ -374,7 +385,7 @@ def transition_bwd(
     grad_loss: () or (B,) float32. coefs: (3, B) float32, or (1, B) without the drift and the reference. velocity is
     needed for the drift and the reference, old for the drift and for means.
     """
-    grad = torch.empty(noise.shape, dtype=dtype, device=noise.device)
+    grad = noise.new_empty(noise.shape, dtype=dtype)
     noise, stride_noise = as_rows(noise)
     velocity, stride_velocity = (None, 0) if velocity is None else as_rows(velocity)
     old, stride_old = (None, 0) if old is None else as_rows(old)

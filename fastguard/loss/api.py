@@ -7,36 +7,28 @@ over the elements, as in every public trainer; a clip range belongs to that redu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastguard.loss.calls import LATENTS, Call, checked
 from fastguard.loss.checks import (
     KlType,
     Reduction,
     Reweight,
-    check_advantages,
     check_draw,
     check_draw_from_means,
     check_finite,
-    check_kl,
     check_latents,
-    check_objective,
-    check_reduction,
     check_step,
-    policy_weight,
 )
 from fastguard.loss.objectives import DEFAULT_OBJECTIVE, Objective
 from fastguard.ops.registry import Backend, compute_dtype, refuse_transforms, resolve_backend
 from fastguard.ops.transition import (
     TransitionLossFunction,
     TransitionSumsFunction,
-    epilogue,
-    transition_sums,
 )
-from fastguard.ops.transition import guard_loss as fused_loss
 from fastguard.sde import Transition
 
 
@@ -129,18 +121,11 @@ def guard_loss(
         ValueError: a shape, device or option does not fit; the message says what came and what was expected.
         TypeError: the same for a type or a dtype.
     """
-    tensors = {"velocity": velocity, "old_velocity": old_velocity, "noise": noise}
-    if ref_velocity is not None:
-        tensors["ref_velocity"] = ref_velocity
-    check_latents(tensors, ("velocity", "old_velocity", "ref_velocity"))
-    step = check_step(step, "velocity", velocity)
-    if check_values:
-        check_finite(tensors)
-        check_draw("noise", noise, step)
-    return _apply(
-        velocity, old_velocity, noise, ref_velocity, advantages, step, objective, options, reweight, sample_weight,
-        kl_weight, kl_type, reduction, backend, check_values, from_means=False, ref_name="ref_velocity",
+    call = Call(
+        False, velocity, old_velocity, noise, ref_velocity, advantages, step, objective, options, reweight,
+        sample_weight, kl_weight, kl_type, reduction, backend,
     )  # fmt: skip
+    return _loss(call, check_values)
 
 
 def guard_loss_from_means(
@@ -187,24 +172,11 @@ def guard_loss_from_means(
         ValueError: a shape, device or option does not fit; the message says what came and what was expected.
         TypeError: the same for a type or a dtype.
     """
-    tensors = {
-        "prev_sample": prev_sample,
-        "prev_sample_mean": prev_sample_mean,
-        "old_prev_sample_mean": old_prev_sample_mean,
-    }
-    if ref_prev_sample_mean is not None:
-        tensors["ref_prev_sample_mean"] = ref_prev_sample_mean
-    means = ("prev_sample_mean", "old_prev_sample_mean", "ref_prev_sample_mean")
-    check_latents(tensors, means)
-    step = check_step(step, "prev_sample_mean", prev_sample_mean, needs_coefs=False)
-    if check_values:
-        check_finite(tensors)
-        check_draw_from_means("(prev_sample - old_prev_sample_mean) / std", prev_sample, old_prev_sample_mean, step)
-    return _apply(
-        prev_sample_mean, old_prev_sample_mean, prev_sample, ref_prev_sample_mean, advantages, step, objective,
-        options, reweight, sample_weight, kl_weight, kl_type, reduction, backend, check_values, from_means=True,
-        ref_name="ref_prev_sample_mean",
+    call = Call(
+        True, prev_sample_mean, old_prev_sample_mean, prev_sample, ref_prev_sample_mean, advantages, step, objective,
+        options, reweight, sample_weight, kl_weight, kl_type, reduction, backend,
     )  # fmt: skip
+    return _loss(call, check_values)
 
 
 def transition_moments(
@@ -237,7 +209,7 @@ def transition_moments(
     if ref_velocity is not None:
         tensors["ref_velocity"] = ref_velocity
     check_latents(tensors, ("velocity", "old_velocity", "ref_velocity"))
-    step = check_step(step, "velocity", velocity)
+    check_step(step, "velocity", velocity)
     refuse_transforms("transition_moments")
     resolved = resolve_backend(backend, velocity)
     dtype = compute_dtype(velocity.dtype)
@@ -253,96 +225,76 @@ def transition_moments(
     return Moments(whiten / n_elements * sums[0], drift_scale * sums[1], ref_drift)
 
 
-def _apply(
-    velocity: Tensor,
-    old: Tensor,
-    noise: Tensor,
-    ref: Tensor | None,
-    advantages: Tensor,
-    step: Transition,
-    objective: str | Objective,
-    options: dict[str, Any],
-    reweight: str | float | Tensor,
-    sample_weight: float | Tensor | None,
-    kl_weight: float | Tensor,
-    kl_type: str,
-    reduction: str,
-    backend: str,
-    check_values: bool,
-    *,
-    from_means: bool,
-    ref_name: str,
-) -> GuardLoss:
+def _loss(call: Call, check_values: bool) -> GuardLoss:
     """The numbers of the forward pass without a graph, then the loss with its gradient attached."""
-    weight, invert_weight = policy_weight(reweight, sample_weight, velocity, step)
-    chosen, fused = check_objective(objective, options)
-    kl_number, kl_weights = check_kl(kl_weight, kl_type, step, velocity, ref, ref_name)
-    check_reduction(reduction)
-    advantages = check_advantages(advantages, velocity)
+    found = checked(call)
     if check_values:
-        factors = {"advantages": advantages, "reweight or sample_weight": weight, "kl_weight": kl_weights}
-        check_finite({"the step's velocity_coef": step.velocity_coef, "the step's std": step.std, **factors})
-    refuse_transforms("the loss")
-    backend = resolve_backend(backend, velocity)
-    dtype = compute_dtype(velocity.dtype)
-    if velocity.shape[0] == 0:
-        empty = advantages.detach().to(dtype)
-        loss = (velocity.sum() if reduction != "none" else velocity.flatten(1).sum(1)).to(dtype)
+        _check_values(call)
+    _, velocity, old, noise, ref, advantages, step, *_ = call
+    if velocity.numel() == 0:
+        empty = advantages.detach().flatten().to(found.dtype)
+        loss = (velocity.sum() if call.reduction != "none" else velocity.flatten(1).sum(1)).to(found.dtype)
         return GuardLoss(loss, empty, empty, empty, empty, empty.bool(), None if ref is None else empty)
 
-    latents = (velocity.detach(), _constant(old), _constant(noise), None if ref is None else _constant(ref))
-    advantages, std = _constant(advantages, dtype), _constant(step.std, dtype)
-    coef = None if step.velocity_coef is None else _constant(step.velocity_coef, dtype)
-    weight = None if weight is None else _constant(weight, dtype)
-    kl_weights = None if kl_weights is None else _constant(kl_weights, dtype)
-    velocity_kl = kl_type == "velocity"
-    if fused is None or _change((*fused, kl_number)):
-        n_elements = math.prod(velocity.shape[1:])
-        loss, log_ratio, ratio, cross, drift, kl, coefs, clipped = epilogue(
-            transition_sums(*latents, from_means, backend),
-            lambda log_ratio, drift: chosen.terms(log_ratio, drift, advantages, n_elements=n_elements),
-            coef,
-            std,
-            weight,
-            kl_weights,
-            n_elements,
-            normalized=chosen.ratio == "normalized",
-            moves_drift=chosen.moves_drift,
-            from_means=from_means,
-            kl_weight=kl_number,
-            velocity_kl=velocity_kl,
-            invert_weight=invert_weight,
-            reduction=reduction,
-        )
-    else:
-        loss, log_ratio, ratio, cross, drift, kl, coefs, clipped = fused_loss(
-            *latents, advantages, coef, std, weight, kl_weights, *fused, from_means, kl_number, velocity_kl,
-            invert_weight, reduction, backend,
-        )  # fmt: skip
-    has_drift = chosen.ratio != "normalized" or chosen.moves_drift
-    ref_or_none = latents[3] if kl_number != 0 else None
-    loss = TransitionLossFunction.apply(
-        velocity, loss, coefs, latents[2], latents[1], ref_or_none, (from_means, has_drift, backend)
+    advantages = advantages if advantages.ndim == 1 else advantages[:, 0]
+    weight = _policy_weight(call, found.dtype)
+    kl_weights = call.kl_weight.reshape(-1) if isinstance(call.kl_weight, Tensor) else None
+    coef, std = step.velocity_coef, step.std
+    if not found.as_given:
+        old, noise, ref = _constant(old), _constant(noise), _constant(ref)
+        advantages, coef, std, weight, kl_weights = [
+            _constant(value, found.dtype) for value in (advantages, coef, std, weight, kl_weights)
+        ]
+    loss, log_ratio, ratio, cross, drift, kl, coefs, clipped = found.loss(
+        velocity.detach(), old, noise, ref, advantages, coef, std, weight, kl_weights
     )
-    return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if latents[3] is None else kl)
+    ref_or_none = ref if found.kl_weight != 0 else None
+    loss = TransitionLossFunction.apply(
+        velocity, loss, coefs, noise, old, ref_or_none, (call.from_means, found.has_drift, found.backend)
+    )
+    return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if ref is None else kl)
 
 
-def _constant(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _policy_weight(call: Call, dtype: torch.dtype) -> Tensor | None:
+    """What the factor on the policy loss is made of, (B,) or (1,): itself, or for `invert_weight` 1 / |itself|."""
+    reweight, sample_weight = call.reweight, call.sample_weight
+    if not isinstance(reweight, str):
+        weight = _column(reweight, call.velocity, dtype)
+        return weight if sample_weight is None else weight * _column(sample_weight, call.velocity, dtype)
+    inverse = {"none": None, "inverse_dt": call.step.dt, "equalized": call.step.velocity_coef}[reweight]
+    if sample_weight is None:
+        return inverse
+    weight = _column(sample_weight, call.velocity, dtype)
+    return weight if inverse is None else weight / inverse.to(dtype).abs()
+
+
+def _column(value: Tensor | float, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor as (B,) or (1,)."""
+    if isinstance(value, Tensor):
+        return value.reshape(-1).to(dtype)
+    # torch.compile makes one graph for all factors of a product, but one for each value that fills a tensor.
+    return torch.ones(1, dtype=dtype, device=latents.device) * float(value)
+
+
+def _check_values(call: Call) -> None:
+    name, old_name, noise_name, ref_name = LATENTS[call.from_means]
+    latents = {name: call.velocity, old_name: call.old, noise_name: call.noise, ref_name: call.ref}
+    step = {f"the step's {field}": getattr(call.step, field) for field in ("velocity_coef", "std", "dt")}
+    factors = {
+        "advantages": call.advantages, "reweight": call.reweight, "sample_weight": call.sample_weight,
+        "kl_weight": call.kl_weight,
+    }  # fmt: skip
+    check_finite({**latents, **step, **factors})
+    if call.from_means:
+        check_draw_from_means(f"({noise_name} - {old_name}) / std", call.noise, call.old, call.step)
+    else:
+        check_draw(noise_name, call.noise, call.step)
+
+
+def _constant(value: Tensor | None, dtype: torch.dtype | None = None) -> Any:
     """The value without its graph, in this dtype, as it stands in memory."""
+    if value is None:
+        return None
     if value.requires_grad or torch.compiler.is_compiling() or value.is_neg():  # dynamo cannot ask the last
         value = value.detach().resolve_neg()
     return value if dtype is None or value.dtype == dtype else value.to(dtype)
-
-
-def _change(limits: Sequence[float]) -> bool:
-    """Whether torch.compile has made a symbol of one of the floats, because its values change between calls.
-
-    An operator's float makes a new graph for each value, so then the compiler gets the objective's own terms.
-    """
-    if not torch.compiler.is_compiling():
-        return False
-    from torch.fx.experimental import symbolic_shapes
-
-    # Older compilers, such as torch 2.6's, cannot be asked. There each float counts as one whose values change.
-    has_static_value = getattr(symbolic_shapes, "has_static_value", None)
-    return has_static_value is None or not all(has_static_value(limit) for limit in limits)

@@ -12,9 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastguard.loss.objectives import OBJECTIVES, Objective, build_objective
-from fastguard.loss.objectives.base import FusedEpilogue, is_number
-from fastguard.ops.registry import compute_dtype
+from fastguard.loss.objectives import Objective, build_objective
+from fastguard.loss.objectives.base import is_number
 from fastguard.sde import Transition
 
 Reweight = Literal["none", "inverse_dt", "equalized"]
@@ -57,7 +56,7 @@ def check_latents(tensors: dict[str, Tensor], same_dtype: tuple[str, ...]) -> No
 
 def check_step(
     step: Transition, name: str, latents: Tensor, *, needs_density: bool = True, needs_coefs: bool = True
-) -> Transition:
+) -> None:
     """A Transition on the device of the latents called `name`, with one entry for all samples or one per sample."""
     if not isinstance(step, Transition):
         raise TypeError(
@@ -74,117 +73,69 @@ def check_step(
         )
     if step.std.device != latents.device:
         raise ValueError(f"step is on {step.std.device}, {name} on {latents.device}; pass step.to({name}.device)")
-    return step if len(step) == 1 else step.expand(latents.shape[0])
+    if len(step) != 1:
+        step.expand(latents.shape[0])
 
 
-def check_advantages(advantages: Tensor, velocity: Tensor) -> Tensor:
-    """Advantages as (B,)."""
+def check_advantages(advantages: Tensor, velocity: Tensor) -> None:
     if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
         came = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
         raise TypeError(f"advantages must be a floating point tensor; got {came}")
     n_samples = velocity.shape[0]
-    if advantages.ndim == 2 and advantages.shape[1] == 1:
-        advantages = advantages[:, 0]
-    if advantages.ndim != 1 or advantages.shape[0] != n_samples:
+    if advantages.shape not in ((n_samples,), (n_samples, 1)):
         raise ValueError(
             f"advantages must have shape ({n_samples},) or ({n_samples}, 1), one per sample; "
             f"got {tuple(advantages.shape)}"
         )
     if advantages.device != velocity.device:
         raise ValueError(f"advantages are on {advantages.device}, the latents on {velocity.device}")
-    return advantages
 
 
-def per_sample(name: str, value: Tensor | float, latents: Tensor) -> Tensor:
-    """A factor as (B,) or (1,): from a number, or from a tensor () or with one entry per sample and axes of size 1."""
-    n_samples = latents.shape[0]
+def check_factor(name: str, value: float | Tensor, latents: Tensor) -> None:
+    """A number, or a tensor () or with one entry per sample and axes of size 1."""
     if is_number(value):
-        # torch.compile makes one graph for all factors of a product, but one for each value that fills a tensor.
-        return torch.ones(1, dtype=compute_dtype(latents.dtype), device=latents.device) * float(value)
+        return
     if not isinstance(value, Tensor) or not value.is_floating_point():
         came = value.dtype if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} must be a number or a floating point tensor; got {came}")
     if value.device != latents.device:
         raise ValueError(f"{name} is on {value.device}, the latents on {latents.device}; move it there")
+    n_samples = latents.shape[0]
     if value.numel() != 1 and (value.numel() != n_samples or value.shape[0] != n_samples):
         raise ValueError(
             f"{name} must be a number, or have one entry per sample, ({n_samples},) or ({n_samples}, 1, 1); "
             f"got shape {tuple(value.shape)}"
         )
-    return value.reshape(-1)
 
 
-def policy_weight(
-    reweight: str | float | Tensor, sample_weight: float | Tensor | None, latents: Tensor, step: Transition
-) -> tuple[Tensor | None, bool]:
-    """The tensor behind the factor on the policy loss, and whether the factor is 1 / |tensor|."""
-    weight, invert = _reweight(reweight, latents, step)
-    if sample_weight is None:
-        return weight, invert
-    dtype = compute_dtype(latents.dtype)
-    factor = per_sample("sample_weight", sample_weight, latents).to(dtype)
-    if weight is None:
-        return factor, False
-    return (factor / weight.to(dtype).abs() if invert else factor * weight.to(dtype)), False
-
-
-def _reweight(reweight: str | float | Tensor, latents: Tensor, step: Transition) -> tuple[Tensor | None, bool]:
+def check_reweight(reweight: str | float | Tensor, latents: Tensor, step: Transition) -> None:
     if not isinstance(reweight, str):
-        return per_sample("reweight", reweight, latents), False
+        return check_factor("reweight", reweight, latents)
     if reweight not in REWEIGHTS:
         raise ValueError(f"reweight must be one of {', '.join(REWEIGHTS)}, or a factor per sample; got {reweight!r}")
-    if reweight == "none":
-        return None, False
-    if reweight == "inverse_dt":
-        return step.dt, True
-    if step.velocity_coef is None:
+    if reweight == "equalized" and step.velocity_coef is None:
         raise ValueError(
             f"reweight='equalized' is 1 / |velocity_coef|, which the {step.kind} step does not have; build the step "
             "with flow_sde or another sampler, or pass the factor as a tensor (B,)"
         )
-    return step.velocity_coef, True
 
 
-def check_objective(objective: str | Objective, options: dict[str, Any]) -> tuple[Objective, FusedEpilogue | None]:
-    """The objective itself, or the one of this name with these options; and what the fused kernel needs of it."""
+def check_objective(objective: str | Objective, options: dict[str, Any]) -> Objective:
+    """The objective itself, or the one of this name with these options."""
     if isinstance(objective, Objective):
         if options:
             raise TypeError(
                 f"{', '.join(options)}: options belong to a name; this objective is an instance, which has its own"
             )
-        return objective, objective.fused()
+        return objective
     if not isinstance(objective, str):
         raise TypeError(f"objective must be a name or an Objective; got {type(objective).__name__}")
-    if torch.compiler.is_compiling():
-        return _built(objective, options)
-    # Built once for all calls with these options. Types count: True is not 1, which it equals.
-    values = tuple(options.values())
-    types = tuple([(type(value), *map(type, value if isinstance(value, tuple) else ())) for value in values])
-    kind = (OBJECTIVES.get(objective), objective, tuple(options), values, types)
-    try:
-        known = _OBJECTIVES.get(kind)
-    except TypeError:  # not hashable
-        return _built(objective, options)
-    if known is None:
-        if len(_OBJECTIVES) >= MAX_OBJECTIVES:  # a limit that changes from call to call
-            _OBJECTIVES.clear()
-        known = _OBJECTIVES[kind] = _built(objective, options)
-    return known
-
-
-MAX_OBJECTIVES = 256
-_OBJECTIVES: dict[Any, tuple[Objective, FusedEpilogue | None]] = {}
-
-
-def _built(name: str, options: dict[str, Any]) -> tuple[Objective, FusedEpilogue | None]:
-    objective = build_objective(name, **options)
-    return objective, objective.fused()
+    return build_objective(objective, **options)
 
 
 def check_kl(
     kl_weight: float | Tensor, kl_type: str, step: Transition, latents: Tensor, ref: Tensor | None, ref_name: str
-) -> tuple[float, Tensor | None]:
-    """The factor on the KL as a number, and as (B,) if it was given as a tensor: the number is then 1."""
+) -> None:
     if kl_type not in KL_TYPES:
         raise ValueError(f"kl_type must be one of {', '.join(KL_TYPES)}; got {kl_type!r}")
     if kl_type == "velocity" and step.velocity_coef is None:
@@ -195,14 +146,13 @@ def check_kl(
     if isinstance(kl_weight, Tensor):
         if ref is None:
             raise ValueError(f"kl_weight as a tensor needs a reference; pass {ref_name}, or kl_weight=0")
-        return 1.0, per_sample("kl_weight", kl_weight, latents)
+        return check_factor("kl_weight", kl_weight, latents)
     if not is_number(kl_weight):
         raise TypeError(f"kl_weight must be a number, or a tensor with one entry per sample; got {kl_weight!r}")
     if not 0 <= kl_weight < math.inf:
         raise ValueError(f"kl_weight must be finite and >= 0; got {kl_weight}")
     if kl_weight > 0 and ref is None:
         raise ValueError(f"kl_weight = {kl_weight} needs a reference; pass {ref_name}, or kl_weight=0")
-    return float(kl_weight), None
 
 
 def check_reduction(reduction: str) -> None:
@@ -210,13 +160,17 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
 
-def check_finite(tensors: Mapping[str, Tensor | None]) -> None:
+def check_finite(values: Mapping[str, Any]) -> None:
+    """Every tensor and number among the values."""
     if torch.compiler.is_compiling():
         raise ValueError("check_values=True reads values on the host and cannot be compiled; call it in eager mode")
-    for name, tensor in tensors.items():
-        if tensor is None:
+    for name, value in values.items():
+        if is_number(value) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite; got {value}")
+        if not isinstance(value, Tensor):
             continue
-        bad = ~torch.isfinite(tensor).flatten(1).all(1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
+        finite = torch.isfinite(value)
+        bad = ~(finite.flatten(1).all(1) if value.ndim > 1 else finite.reshape(-1))
         if bool(bad.any()):
             raise ValueError(f"{name} holds NaN or Inf at samples {bad.nonzero()[:, 0].tolist()}")
 

@@ -70,19 +70,23 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
 class Operator:
     """A registered operator: called through PyTorch's dispatcher where something watches, else directly."""
 
-    def __init__(self, overload: torch._ops.OpOverload, run: Callable[..., Any]) -> None:
+    def __init__(
+        self, overload: torch._ops.OpOverload, run: Callable[..., Any], torch_version: Callable[..., Any]
+    ) -> None:
         self.overload = overload
+        self.torch = torch_version
         self._run = run
 
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args) if _watched(args) else self._run(*args)
+        watched = modes_watch() or not ORDINARY.issuperset(map(type, args))
+        return self.overload(*args) if watched else self._run(*args)
 
     def name(self) -> str:
         return self.overload.name()
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether a compiler, a mode, a transform, a profiler or a tensor subclass wants to see operators."""
+def modes_watch() -> bool:
+    """Whether a compiler, a mode, a transform or a profiler wants to see operators. A tensor subclass may, too."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -90,7 +94,6 @@ def _watched(args: tuple[Any, ...]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or not ORDINARY.issuperset(map(type, args))
     )
 
 
@@ -113,19 +116,23 @@ def operator(
     def register(function: Callable[..., Any]) -> Operator:
         name = f"{NAMESPACE}::{function.__name__}"
 
+        @cache
+        def launcher() -> Callable[..., Any]:
+            return getattr(kernels(triton), function.__name__) if isinstance(triton, str) else triton
+
         def run(*args: Any) -> Any:
-            if resolve_backend(args[-1], args[0]) == "torch":
-                return function(*args[:-1])
-            kernel = getattr(kernels(triton), function.__name__) if isinstance(triton, str) else triton
-            with device_guard(args[0]):
-                return kernel(*args[:-1])
+            *inputs, backend = args
+            if resolve_backend(backend, inputs[0]) == "torch":
+                return function(*inputs)
+            with device_guard(inputs[0]):
+                return launcher()(*inputs)
 
         arguments, results = torch.library.infer_schema(function, mutates_args=mutates).rsplit(") -> ", 1)
         torch.library.define(name, f"{arguments}, str backend) -> {results}", tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(name, "CompositeExplicitAutograd", run)
         shaped = _once_a_layout(fake or function)
         torch.library.register_fake(name, lambda *args: shaped(*args[:-1]))
-        return Operator(getattr(getattr(torch.ops, NAMESPACE), function.__name__).default, run)
+        return Operator(getattr(getattr(torch.ops, NAMESPACE), function.__name__).default, run, function)
 
     return register
 
@@ -219,6 +226,8 @@ def savable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def _ordinary(tensor: Tensor) -> Tensor:
     if type(tensor) not in ORDINARY:
         return tensor  # a subclass may keep its values elsewhere than in its own storage
+    if tensor.is_neg():  # memory holds its negative
+        return tensor.resolve_neg()
     layout = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*layout)
 

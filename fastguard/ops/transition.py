@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastguard.ops.registry import compute_dtype, kernels, operator, refuse_double_backward, savable
+from fastguard.ops.registry import compute_dtype, device_guard, kernels, operator, refuse_double_backward, savable
 from fastguard.sde import Transition
 
 # Elements of a sample that are worked on at once: the difference of two velocities, 1 MB in float32, stays in cache.
@@ -122,7 +122,7 @@ def velocity_kl(velocity: Tensor, ref_velocity: Tensor) -> Tensor:
 
 
 def _triton_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
-    return kernels("transition").transition_partials(velocity, old, noise, ref, from_means=from_means).sum(-1)
+    return kernels("transition").transition_partials(velocity, old, noise, ref, from_means).sum(-1)
 
 
 def _fake_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
@@ -352,59 +352,33 @@ def epilogue(
     return loss, log_ratio, torch.exp(log_ratio), cross, drift, kl, torch.stack(coefs), clipped
 
 
-def _triton_loss(
-    velocity: Tensor,
-    old: Tensor,
-    noise: Tensor,
-    ref: Tensor | None,
-    advantages: Tensor,
-    velocity_coef: Tensor | None,
-    std: Tensor,
-    weight: Tensor | None,
-    kl_weights: Tensor | None,
-    code: int,
-    clip_low: float,
-    clip_high: float,
-    adv_clip: float,
-    kl_threshold: float,
-    from_means: bool,
-    kl_weight: float,
-    velocity_kl: bool,
-    invert_weight: bool,
-    reduction: str,
-) -> LossNumbers:
+def _triton_loss(*args: Any) -> LossNumbers:
+    tensors, options = args[:N_TENSORS], args[N_TENSORS:]
+    return _launches(*options)(*tensors)
+
+
+def _launches(*options: Any) -> Callable[..., LossNumbers]:
+    """The loss on Triton, as a function of its tensors."""
     launchers = kernels("transition")
-    return launchers.guard_epilogue(
-        launchers.transition_partials(velocity, old, noise, ref, from_means=from_means),
-        advantages,
-        velocity_coef,
-        std,
-        weight,
-        kl_weights,
-        velocity.numel() // velocity.shape[0],
-        from_means=from_means,
-        invert_weight=invert_weight,
-        objective=code,
-        log_clip=(math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)),
-        adv_clip=adv_clip,
-        kl_threshold=kl_threshold,
-        kl_weight=kl_weight,
-        velocity_kl=velocity_kl,
-        reduction=reduction,
-    )
+    epilogue, from_means = launchers.Epilogue(*options), options[5]
 
+    def launch(
+        velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, *per_sample: Tensor | None
+    ) -> LossNumbers:
+        with device_guard(velocity):
+            partials = launchers.transition_partials(velocity, old, noise, ref, from_means)
+            return launchers.guard_epilogue(partials, *per_sample, velocity.numel() // velocity.shape[0], epilogue)
 
-def n_coefs(code: int, ref: Tensor | None) -> int:
-    """Rows of the gradient's coefficients: RatioNorm without a reference moves along the noise alone."""
-    return 1 if code == 0 and ref is None else 3
+    return launch
 
 
 def _fake_loss(velocity: Tensor, *args: Any) -> LossNumbers:
     n_samples, dtype = velocity.shape[0], compute_dtype(velocity.dtype)
     loss = velocity.new_empty((n_samples,) if args[-1] == "none" else (), dtype=dtype)
-    ref, code = args[2], args[8]
+    ref, code = args[2], args[N_TENSORS - 1]
     log_ratio, ratio, cross, drift, kl = (velocity.new_empty((n_samples,), dtype=dtype) for _ in range(5))
-    coefs = velocity.new_empty((n_coefs(code, ref), n_samples), dtype=dtype)
+    # RatioNorm without a reference moves along the noise alone.
+    coefs = velocity.new_empty((1 if code == 0 and ref is None else 3, n_samples), dtype=dtype)
     return loss, log_ratio, ratio, cross, drift, kl, coefs, velocity.new_empty((n_samples,), dtype=torch.bool)
 
 
@@ -460,15 +434,26 @@ def guard_loss(
     )
 
 
+N_TENSORS = 9
+"""The arguments of `guard_loss` begin with so many tensors; the rest are its options."""
+
+
+def prepared_loss(*options: Any, backend: str, direct: bool) -> Callable[..., LossNumbers]:
+    """`guard_loss` with these options, as a function of its tensors.
+
+    direct: past PyTorch's dispatcher, for a caller who knows that nothing watches.
+    """
+    if not direct:
+        return lambda *tensors: guard_loss(*tensors, *options, backend)
+    if backend == "triton":
+        return _launches(*options)
+    return lambda *tensors: guard_loss.torch(*tensors, *options)
+
+
 # --- its gradient ---------------------------------------------------------------------------------------------------
 
 
-def _triton_bwd(*args: Any) -> Tensor:
-    *tensors, from_means, has_drift = args
-    return kernels("transition").transition_bwd(*tensors, from_means=from_means, has_drift=has_drift)
-
-
-@operator(triton=_triton_bwd)
+@operator(triton="transition")
 def transition_bwd(
     grad_loss: Tensor,
     coefs: Tensor,

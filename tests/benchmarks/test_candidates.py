@@ -12,7 +12,7 @@ from fastguard.kernels.common import LAUNCH
 
 # One program; several; more partial sums than a tile of the epilogue, and more samples.
 SHAPES = [(1, 5), (3, 9000), (21, 40), (1, 300_000)]
-OPTIONS = {**candidates.OPTIONS, "log_clip": (-1e-3, 1e-3), "kl_threshold": 1e-4}
+OPTIONS = {**candidates.OPTIONS, "clip_low": 1e-3, "clip_high": 1e-3, "kl_threshold": 1e-4}
 
 
 def arguments(shape: tuple[int, int], dtype: torch.dtype, device: str, reference: bool) -> list[Tensor | None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastguard as fg
-from fastguard.loss.checks import _OBJECTIVES, MAX_OBJECTIVES
+from fastguard.loss.calls import _CHECKED, MAX_KINDS
 from fastguard.loss.objectives import OBJECTIVES, Terms
 from fastguard.loss.objectives.flow_dppo import FlowDppo
 from fastguard.loss.objectives.grpo_guard import GrpoGuard
@@ -853,7 +853,7 @@ def test_a_rounded_sample_leaves_the_first_ratio_at_one(objective: str) -> None:
 
 
 def test_objectives_of_equal_options_are_told_apart_by_type() -> None:
-    """They are built once for all calls with the same options, and True equals 1."""
+    """They are checked once for all calls with the same options, and True equals 1."""
     batch = make_batch()
     assert fg.guard_loss(*batch, clip_range=(1, 2.0)).loss.isfinite()
     for wrong in ((True, 2.0), (1, "2.0"), np.array([1.0, 2.0])):
@@ -866,9 +866,9 @@ def test_objectives_of_equal_options_are_told_apart_by_type() -> None:
 
 def test_limits_that_change_from_call_to_call_do_not_fill_the_memory() -> None:
     batch = make_batch()
-    for i in range(2 * MAX_OBJECTIVES + 5):
+    for i in range(2 * MAX_KINDS + 5):
         fg.guard_loss(*batch, clip_range=1e-6 * (i + 1))
-    assert len(_OBJECTIVES) <= MAX_OBJECTIVES
+    assert len(_CHECKED) <= MAX_KINDS
 
 
 def test_a_name_that_is_given_to_another_objective_means_that_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,215 @@
+"""A call of a loss: its arguments, checked once for each kind of call.
+
+The checks ask for types, shapes, dtypes, devices and options. Calls in which all of these are the same are of one kind,
+so what was found for the first holds for the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastguard.loss.checks import (
+    check_advantages,
+    check_factor,
+    check_kl,
+    check_latents,
+    check_objective,
+    check_reduction,
+    check_reweight,
+    check_step,
+)
+from fastguard.loss.objectives import OBJECTIVES, Objective
+from fastguard.ops.registry import compute_dtype, modes_watch, refuse_transforms, resolve_backend
+from fastguard.ops.transition import LossNumbers, epilogue, prepared_loss, transition_sums
+from fastguard.sde import Transition
+
+LATENTS = {
+    False: ("velocity", "old_velocity", "noise", "ref_velocity"),
+    True: ("prev_sample_mean", "old_prev_sample_mean", "prev_sample", "ref_prev_sample_mean"),
+}
+"""What the public functions call the latents of a `Call`, by `from_means`."""
+MAX_KINDS = 256
+
+
+class Call(NamedTuple):
+    """The arguments of a loss as `guard_loss` documents them. From means, the latents are those of `LATENTS[True]`."""
+
+    from_means: bool
+    velocity: Tensor
+    old: Tensor
+    noise: Tensor
+    ref: Tensor | None
+    advantages: Tensor
+    step: Transition
+    objective: str | Objective
+    options: dict[str, Any]
+    reweight: str | float | Tensor
+    sample_weight: float | Tensor | None
+    kl_weight: float | Tensor
+    kl_type: str
+    reduction: str
+    backend: str
+
+
+class Checked(NamedTuple):
+    """What was found of a kind of call, and worked out for all calls of it."""
+
+    objective: Objective
+    dtype: torch.dtype
+    """of the arithmetic"""
+    backend: str
+    """triton or torch"""
+    has_drift: bool
+    """whether the policy's gradient has a part along the drift"""
+    invert_weight: bool
+    """whether the factor on the policy loss is 1 / |what it is made of|"""
+    kl_weight: float
+    """1 where the factors on the KL are a tensor"""
+    as_given: bool
+    """whether the operators take all tensors as they stand, but for the velocity's graph"""
+    loss: Callable[..., LossNumbers]
+    """from velocity, old, noise, ref, advantages, velocity_coef, std, weight and kl_weights to the loss's numbers"""
+
+
+def checked(call: Call) -> Checked:
+    """Check the arguments. Raises ValueError or TypeError, with what came and what was expected."""
+    kind = None if modes_watch() else _kind(call)
+    if kind is None:
+        return _check(call)
+    found = _CHECKED.get(kind)
+    if found is None:
+        if len(_CHECKED) >= MAX_KINDS:  # a number that changes from call to call
+            _CHECKED.clear()
+        found = _CHECKED[kind] = _check(call, direct=True)
+    return found
+
+
+_CHECKED: dict[tuple[Any, ...], Checked] = {}
+_NUMBERS_AND_NAMES = frozenset({str, float, int, bool, type(None)})
+
+
+def _kind(call: Call) -> tuple[Any, ...] | None:
+    """What the checks ask for, or None where an argument is of a type that is not known here.
+
+    The type of a value is a part: True is not 1, which it equals.
+    """
+    objective, velocity = call.objective, call.velocity
+    kind: list[Any] = [OBJECTIVES.get(objective)] if type(objective) is str else [id(objective)]
+    if isinstance(velocity, Tensor):
+        kind.append(resolve_backend(call.backend, velocity))
+    for value in (*call, *call.options, *call.options.values()):
+        form = type(value)
+        if form is Tensor or form is Parameter:
+            kind += (form, value.shape, value.dtype, value.device, value.requires_grad)
+        elif form in _NUMBERS_AND_NAMES:
+            kind += (form, value)
+        elif form is Transition:
+            kind.append(value.has_density)
+            for coef in (value.velocity_coef, value.std, value.dt):
+                if type(coef) is Tensor:
+                    kind += (form, coef.shape, coef.dtype, coef.device, coef.requires_grad)
+                elif coef is None:
+                    kind.append(None)
+                else:
+                    return None
+        elif form is tuple or form is list:
+            if not _NUMBERS_AND_NAMES.issuperset(map(type, value)):
+                return None
+            kind += (form, tuple(value), *map(type, value))
+        elif form is not dict and value is not objective:  # its id stays its own: `Checked` keeps the objective
+            return None
+    return tuple(kind)
+
+
+def _check(call: Call, direct: bool = False) -> Checked:
+    velocity, old, noise, ref, step = call.velocity, call.old, call.noise, call.ref, call.step
+    name, old_name, noise_name, ref_name = LATENTS[call.from_means]
+    latents = {name: velocity, old_name: old, noise_name: noise}
+    if ref is not None:
+        latents[ref_name] = ref
+    check_latents(latents, same_dtype=(name, old_name, ref_name))
+    check_step(step, name, velocity, needs_coefs=not call.from_means)
+    check_reweight(call.reweight, velocity, step)
+    if call.sample_weight is not None:
+        check_factor("sample_weight", call.sample_weight, velocity)
+    objective = check_objective(call.objective, call.options)
+    check_kl(call.kl_weight, call.kl_type, step, velocity, ref, ref_name)
+    check_reduction(call.reduction)
+    check_advantages(call.advantages, velocity)
+    refuse_transforms("the loss")
+
+    backend, dtype = resolve_backend(call.backend, velocity), compute_dtype(velocity.dtype)
+    invert_weight = isinstance(call.reweight, str) and call.reweight != "none" and call.sample_weight is None
+    kl_weight = 1.0 if isinstance(call.kl_weight, Tensor) else float(call.kl_weight)
+    options = (call.from_means, kl_weight, call.kl_type == "velocity", invert_weight, call.reduction)
+    fused = objective.fused()
+    if fused is None or _change((*fused, kl_weight)):
+        loss = _general_loss(objective, *options, backend)
+    else:
+        loss = prepared_loss(*fused, *options, backend=backend, direct=direct)
+    factors = (step.velocity_coef, step.std, step.dt, call.reweight, call.sample_weight, call.kl_weight)
+    per_sample = [call.advantages, *(factor for factor in factors if isinstance(factor, Tensor))]
+    constants = [*per_sample, old, noise, *([] if ref is None else [ref])]
+    return Checked(
+        objective,
+        dtype,
+        backend,
+        has_drift=objective.ratio != "normalized" or objective.moves_drift,
+        invert_weight=invert_weight,
+        kl_weight=kl_weight,
+        as_given=direct
+        and not any(tensor.requires_grad for tensor in constants)
+        and all(tensor.dtype == dtype for tensor in per_sample),
+        loss=loss,
+    )
+
+
+def _general_loss(
+    objective: Objective, from_means: bool, kl_weight: float, velocity_kl: bool, invert_weight: bool, reduction: str,
+    backend: str,
+) -> Callable[..., LossNumbers]:  # fmt: skip
+    """The loss of any objective, as a function of the tensors: its `terms` in PyTorch, between the fused passes."""
+
+    def loss(
+        velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, advantages: Tensor,
+        velocity_coef: Tensor | None, std: Tensor, weight: Tensor | None, kl_weights: Tensor | None,
+    ) -> LossNumbers:  # fmt: skip
+        n_elements = math.prod(velocity.shape[1:])
+        return epilogue(
+            transition_sums(velocity, old, noise, ref, from_means, backend),
+            lambda log_ratio, drift: objective.terms(log_ratio, drift, advantages, n_elements=n_elements),
+            velocity_coef,
+            std,
+            weight,
+            kl_weights,
+            n_elements,
+            normalized=objective.ratio == "normalized",
+            moves_drift=objective.moves_drift,
+            from_means=from_means,
+            kl_weight=kl_weight,
+            velocity_kl=velocity_kl,
+            invert_weight=invert_weight,
+            reduction=reduction,
+        )
+
+    return loss
+
+
+def _change(limits: Sequence[float]) -> bool:
+    """Whether torch.compile has made a symbol of one of the floats, because its values change between calls.
+
+    An operator's float makes a new graph for each value, so then the compiler gets the objective's own terms.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental import symbolic_shapes
+
+    # Older compilers, such as torch 2.6's, cannot be asked. There each float counts as one whose values change.
+    has_static_value = getattr(symbolic_shapes, "has_static_value", None)
+    return has_static_value is None or not all(has_static_value(limit) for limit in limits)
