@@ -2,8 +2,9 @@
 
     python benchmarks/bench_host.py
 
-"host" is the Triton backend with launches that do nothing: what Python costs beside a GPU's kernels, except for
-Triton's own launcher. The other contenders are CPU backends, in the same run and by turns.
+"python" is the Triton backend with launches that do nothing. "launched" has Triton's own part of each launch too, up to
+the driver. On a GPU, a call costs the host that much and the driver's launches. The other contenders are CPU backends,
+in the same run and by turns.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from bench_loss import assert_correct, both, loss_forms
 from launches import without_launches
 from operator_calls import FP32
 from rows import Measured
+from stub_driver import stub_driver
 from timing import call_times
+from torch import Tensor
+
+from fastguard.kernels.common import interpreted
 
 BATCHES, ELEMENTS = (1, 8, 64), (16, 4096, 65_536)
 
@@ -27,13 +32,20 @@ BATCHES, ELEMENTS = (1, 8, 64), (16, 4096, 65_536)
 def measure(batch: int, elements: int, backend: str = "inductor") -> Measured:
     inputs, losses = naive.make_inputs((batch, elements), FP32), loss_forms(backend)
     assert_correct(inputs, losses)
-    losses["host"] = partial(naive.fused_guard_loss, backend="triton")
+    on_triton = partial(naive.fused_guard_loss, backend="triton")
+    with without_launches():
+        yield from _times({**losses, "python": on_triton}, inputs)
+    if not interpreted():
+        with stub_driver():
+            yield from _times({"launched": on_triton}, inputs)
+
+
+def _times(losses: dict[str, Callable[[naive.Inputs], Tensor]], inputs: naive.Inputs) -> Measured:
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, loss in losses.items():
         runs |= {(name, "forward"): partial(loss, inputs), (name, "both"): partial(both, loss, inputs)}
-    with without_launches():
-        for (name, phase), times in call_times(runs, False).items():
-            yield name, f"{phase} from Python", times
+    for (name, phase), times in call_times(runs, False).items():
+        yield name, f"{phase} from Python", times
 
 
 def cases(toy: bool) -> rows.Cases:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastguard.kernels import adaln, common, gated_residual, gelu, qk_norm_rope, sde_step, transition
 
 BLOCK_MODULES = (adaln, gated_residual, gelu, qk_norm_rope)
+KERNEL_MODULES = (transition, sde_step, *BLOCK_MODULES)
 
 
 @dataclass(frozen=True)
@@ -39,39 +40,27 @@ class _Recorder:
         self.launches.append(Launched(self.kernel, named, num_warps))
 
 
-class _Nothing:
-    """Launches nothing."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return self
-
-    def __call__(self, *args: Any, **options: Any) -> None:
-        pass
-
-
-@contextmanager
-def _replaced(launcher: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside, kernels are not run: their outputs hold whatever the memory held. Tensors may be on the CPU."""
-    with ExitStack() as replaced:
-        for module in (transition, sde_step, *BLOCK_MODULES, candidates):
-            for name, kernel in list(vars(module).items()):
-                if name.endswith("_kernel"):
-                    replaced.enter_context(patch.object(module, name, launcher(kernel)))
-        replaced.enter_context(patch.object(common, "interpreted", lambda: True))
-        yield
-
-
 @contextmanager
 def recorded() -> Iterator[list[Launched]]:
-    """Inside, launches are listed."""
+    """Inside, launches are listed, and not run: outputs hold whatever the memory held. Tensors may be on the CPU."""
     launches: list[Launched] = []
-    with _replaced(lambda kernel: _Recorder(kernel, launches)):
+    with ExitStack() as replaced:
+        for module in (*KERNEL_MODULES, candidates):
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel"):
+                    replaced.enter_context(patch.object(module, name, _Recorder(kernel, launches)))
+        replaced.enter_context(patch.object(common, "interpreted", lambda: True))
         yield launches
 
 
-def without_launches() -> AbstractContextManager[None]:
-    """Inside, launches do nothing and cost nothing."""
-    return _replaced(lambda kernel: _Nothing())
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """Inside, launches do nothing and cost nothing. Tensors may be on the CPU."""
+    with ExitStack() as replaced:
+        for module in KERNEL_MODULES:
+            replaced.enter_context(patch.object(module, "launch", lambda *args, **flags: None))
+        replaced.enter_context(patch.object(common, "interpreted", lambda: True))
+        yield
 
 
 class _TorchBytes(TorchDispatchMode):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import unit_stride
+from fastguard.kernels.common import launch, unit_stride
 
 # Programs per sample, at most. They depend on the number of rows alone, so a sample's results are bitwise the same in
 # every batch and on every device. Without sums: up to four blocks of 8 warps on each of an H100's 132 multiprocessors.
@@ -241,10 +241,14 @@ def _launch_fwd(
     n_samples, n_rows, n_channels = normed.shape
     rows_per_program = triton.cdiv(n_rows, PROGRAMS)
     n_programs = triton.cdiv(n_rows, rows_per_program)
-    _adaln_fwd_kernel[(n_samples * n_programs,)](
-        x, residual, gate, scale, shift, mean, rstd, normed, summed,
-        *stride_x, *stride_residual, stride_gate[0], stride_scale[0], stride_shift[0],
-        eps, n_rows, n_channels, n_programs, rows_per_program,
+    launch(
+        _adaln_fwd_kernel,
+        n_samples * n_programs,
+        (x, residual, gate, scale, shift, mean, rstd, normed, summed),
+        (
+            *stride_x, *stride_residual, stride_gate[0], stride_scale[0], stride_shift[0],
+            eps, n_rows, n_channels, n_programs, rows_per_program,
+        ),
         HAS_RESIDUAL=residual is not None, HAS_STATS=has_stats, **_tile(n_channels, [x, residual]),
     )  # fmt: skip
     return normed
@@ -280,11 +284,17 @@ def adaln_bwd(
         grad_summed, stride_grad_summed = _strided(grad_summed)
         residual, stride_residual = _strided(residual)
         gate, stride_gate = _strided(gate)
-        _adaln_bwd_kernel[(n_samples * n_programs,)](
-            grad, x, mean.contiguous(), rstd.contiguous(), scale, grad_summed, residual, gate,
-            grad_x, grad_residual, partials,
-            *stride_grad, *stride_x, stride_scale[0], *stride_grad_summed, *stride_residual, stride_gate[0],
-            n_rows, n_channels, n_programs, rows_per_program,
+        launch(
+            _adaln_bwd_kernel,
+            n_samples * n_programs,
+            (
+                grad, x, mean.contiguous(), rstd.contiguous(), scale, grad_summed, residual, gate,
+                grad_x, grad_residual, partials,
+            ),
+            (
+                *stride_grad, *stride_x, stride_scale[0], *stride_grad_summed, *stride_residual, stride_gate[0],
+                n_rows, n_channels, n_programs, rows_per_program,
+            ),
             HAS_GRAD_SUMMED=grad_summed is not None, HAS_GATE=gate is not None, HAS_RESIDUAL=residual is not None,
             NEED_MODULATION=need_modulation, **_tile(n_channels, [grad, x, grad_summed, residual], n_sums > 0),
         )  # fmt: skip

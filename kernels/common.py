@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
 
@@ -48,6 +51,45 @@ def interpreted() -> bool:
 @triton.jit
 def _probe():
     pass
+
+
+def launch(kernel: Any, n_programs: int, tensors: Sequence[Any], numbers: Sequence[float], **flags: Any) -> None:
+    """`kernel[(n_programs,)](*tensors, *numbers, **flags)`, for less of the host's time.
+
+    Before each launch Triton works out which compiled kernel fits the arguments, which takes longer than the kernel of
+    a small loss. It asks for the dtypes and the alignment of the tensors and for the values of the rest. So launches in
+    which these are the same take the compiled kernel of the last one.
+    """
+    if not REMEMBERS_LAUNCHES or not isinstance(kernel, JITFunction):
+        kernel[(n_programs,)](*tensors, *numbers, **flags)
+        return
+    dtypes: list[torch.dtype | None] = []
+    addresses = 0
+    for tensor in tensors:
+        if tensor is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+    key = (id(kernel), tensors[0].device, *dtypes, *numbers, *map(type, numbers), *flags.values())
+    aligned = addresses % 16 == 0
+    known = _LAUNCHES.get(key) if aligned else None
+    if known is not None:
+        _, compiled, constants = known
+        compiled[n_programs, 1, 1](*tensors, *numbers, *constants)
+        return
+    compiled = kernel[(n_programs,)](*tensors, *numbers, **flags)
+    if aligned:
+        if len(_LAUNCHES) >= MAX_LAUNCHES:  # shapes that change from call to call
+            _LAUNCHES.clear()
+        constants = tuple([flags[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]])
+        _LAUNCHES[key] = kernel, compiled, constants  # the kernel, so that its id stays its own
+
+
+# A kernel that was compiled by Triton before 3.3, or for AMD, asks for other things.
+REMEMBERS_LAUNCHES = torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+MAX_LAUNCHES = 4096
+_LAUNCHES: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 
 
 def as_rows(tensor: Tensor) -> tuple[Tensor, int]:

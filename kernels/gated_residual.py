@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import BLOCK_C, BLOCK_S, LAUNCH, tile_of_program, tokens_per_program, unit_stride
+from fastguard.kernels.common import BLOCK_C, BLOCK_S, LAUNCH, launch, tile_of_program, tokens_per_program, unit_stride
 
 
 @triton.jit
@@ -110,9 +110,11 @@ def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     n_samples, n_tokens, n_channels = x.shape
     tokens = tokens_per_program(n_tokens)
     n_chunks = triton.cdiv(n_tokens, tokens)
-    _gated_residual_fwd_kernel[(n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),)](
-        x, y, gate, out,
-        x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), n_tokens, n_chunks, n_channels, tokens,
+    launch(
+        _gated_residual_fwd_kernel,
+        n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),
+        (x, y, gate, out),
+        (x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), n_tokens, n_chunks, n_channels, tokens),
         BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return out
@@ -133,9 +135,11 @@ def gated_residual_bwd(grad: Tensor, y: Tensor | None, gate: Tensor) -> tuple[Te
         grad, gate = unit_stride(grad), unit_stride(gate)
         y = None if y is None else unit_stride(y)
         stride_y = (0, 0) if y is None else y.stride()[:2]
-        _gated_residual_bwd_kernel[(n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),)](
-            grad, y, gate, grad_y, partials,
-            grad.stride(0), grad.stride(1), *stride_y, gate.stride(0), n_tokens, n_chunks, n_channels, tokens,
+        launch(
+            _gated_residual_bwd_kernel,
+            n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),
+            (grad, y, gate, grad_y, partials),
+            (grad.stride(0), grad.stride(1), *stride_y, gate.stride(0), n_tokens, n_chunks, n_channels, tokens),
             HAS_Y=y is not None, BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=LAUNCH.num_warps,
         )  # fmt: skip
     return grad_y, partials if y is None else partials.sum(1)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import BLOCK_C, BLOCK_S, LAUNCH, tile_of_program, tokens_per_program, unit_stride
+from fastguard.kernels.common import BLOCK_C, BLOCK_S, LAUNCH, launch, tile_of_program, tokens_per_program, unit_stride
 
 
 @triton.jit
@@ -144,9 +144,11 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, prefix: Tensor | None) -> Tens
     tokens = tokens_per_program(n_tokens)
     n_chunks = triton.cdiv(n_tokens, tokens)
     n_tiles = triton.cdiv(n_channels, BLOCK_C) + triton.cdiv(n_prefix, BLOCK_C)
-    _bias_gelu_fwd_kernel[(n_samples * n_chunks * n_tiles,)](
-        x, bias, prefix, out,
-        x.stride(0), x.stride(1), *stride_prefix, n_tokens, n_chunks, n_channels, n_prefix, tokens,
+    launch(
+        _bias_gelu_fwd_kernel,
+        n_samples * n_chunks * n_tiles,
+        (x, bias, prefix, out),
+        (x.stride(0), x.stride(1), *stride_prefix, n_tokens, n_chunks, n_channels, n_prefix, tokens),
         HAS_BIAS=bias is not None, HAS_PREFIX=prefix is not None,
         BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
@@ -166,9 +168,11 @@ def bias_gelu_bwd_(grad: Tensor, x: Tensor, bias: Tensor | None, need_output: bo
     n_samples, n_tokens, n_channels = x.shape
     tokens = tokens_per_program(n_tokens)
     n_chunks = triton.cdiv(n_tokens, tokens)
-    _bias_gelu_bwd_kernel[(n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),)](
-        grad, x, bias, output,
-        x.stride(0), x.stride(1), n_tokens, n_chunks, n_channels, tokens,
+    launch(
+        _bias_gelu_bwd_kernel,
+        n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),
+        (grad, x, bias, output),
+        (x.stride(0), x.stride(1), n_tokens, n_chunks, n_channels, tokens),
         HAS_BIAS=bias is not None, NEED_OUTPUT=need_output,
         BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=LAUNCH.num_warps,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import Launch, unit_stride
+from fastguard.kernels.common import Launch, launch, unit_stride
 
 # 4 warps x 32 threads x 8 elements of each tensor: at D = 128 a tile of 4 tokens x 2 heads, one 16-byte access of bf16
 # each. A program keeps its tokens' cos and sin, and the norm weights, in registers over up to 8 heads.
@@ -415,9 +415,11 @@ def qk_norm_rope_fwd(
     image, text = _parts((query, key, value), (text_query, text_key, text_value))
     n_blocks = triton.cdiv(n_text, tile["BLOCK_S"]) + triton.cdiv(n_image, tile["BLOCK_S"])
     if q.numel() > 0:
-        _qk_norm_rope_fwd_kernel[(n_samples * n_blocks * n_groups,)](
-            *image, *text, *_weights(norms), cos.contiguous(), sin.contiguous(), q, k, v, rstd,
-            *_strides(2, *image, *text), eps, n_samples, n_text, n_image, n_groups, heads_per_group,
+        launch(
+            _qk_norm_rope_fwd_kernel,
+            n_samples * n_blocks * n_groups,
+            (*image, *text, *_weights(norms), cos.contiguous(), sin.contiguous(), q, k, v, rstd),
+            (*_strides(2, *image, *text), eps, n_samples, n_text, n_image, n_groups, heads_per_group),
             HAS_TEXT=text_query is not None, HEAD_SIZE=head_size, **tile, num_warps=LAUNCH.num_warps,
         )  # fmt: skip
     return q, k, v, rstd
@@ -462,10 +464,14 @@ def qk_norm_rope_bwd(
     partials = torch.empty(shape, dtype=torch.float32, device=query.device)
     outer = [None if grad is None else unit_stride(grad) for grad in (grad_q, grad_k, grad_v)]
     if grad_q.numel() > 0:
-        _qk_norm_rope_bwd_kernel[(n_samples * n_blocks * n_groups,)](
-            *outer, *image, *text, rstd, *_weights(norms), cos.contiguous(), sin.contiguous(), *grads, partials,
-            *_strides(3, *outer), *_strides(2, *image, *text),
-            n_samples, n_text, n_image, n_groups, heads_per_group,
+        launch(
+            _qk_norm_rope_bwd_kernel,
+            n_samples * n_blocks * n_groups,
+            (*outer, *image, *text, rstd, *_weights(norms), cos.contiguous(), sin.contiguous(), *grads, partials),
+            (
+                *_strides(3, *outer), *_strides(2, *image, *text),
+                n_samples, n_text, n_image, n_groups, heads_per_group,
+            ),
             HAS_TEXT=has_text, ROTATED=rotated, NEED_NORMS=need_norms, HEAD_SIZE=head_size, **tile,
             num_warps=LAUNCH.num_warps,
         )  # fmt: skip

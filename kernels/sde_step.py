@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, as_entries, as_rows
+from fastguard.kernels.common import LAUNCH, as_entries, as_rows, launch
 
 
 @triton.jit
@@ -115,9 +115,11 @@ def sde_step(
     n_samples = latents.shape[0]
     n_elements = latents.numel() // n_samples
     n_blocks = -(-n_elements // LAUNCH.block)
-    _sde_step_kernel[(n_samples * n_blocks,)](
-        latents, velocity, seeds, given, latents_coef, velocity_coef, std, next_latents, noise,
-        stride_latents, stride_velocity, stride_given, stride_step, n_elements, n_blocks,
+    launch(
+        _sde_step_kernel,
+        n_samples * n_blocks,
+        (latents, velocity, seeds, given, latents_coef, velocity_coef, std, next_latents, noise),
+        (stride_latents, stride_velocity, stride_given, stride_step, n_elements, n_blocks),
         HAS_NOISE=has_noise, IS_GIVEN=given is not None, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return next_latents, noise

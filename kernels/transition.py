@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_entries, as_rows
+from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_entries, as_rows, launch
 
 # The epilogue's tile of samples x partial sums: 8 x 64 (Flux 1024^2 has 64 partial sums a sample), or 32 x 16 where a
 # sample has 16 or fewer (512^2). Larger tiles, and longer columns of samples, spill registers.
@@ -306,9 +306,11 @@ def transition_partials(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tenso
     n_elements = velocity.numel() // n_samples
     n_partials = min(-(-n_elements // LAUNCH.block), MAX_PARTIALS)  # triton.cdiv costs the host 4 us
     partials = velocity.new_empty(2 if ref is None else 3, n_samples, n_partials, dtype=torch.float32)
-    _transition_sums_kernel[(n_samples * n_partials,)](
-        velocity, old, noise, ref_rows, partials,
-        stride_velocity, stride_old, stride_noise, stride_ref, n_samples, n_elements, n_partials,
+    launch(
+        _transition_sums_kernel,
+        n_samples * n_partials,
+        (velocity, old, noise, ref_rows, partials),
+        (stride_velocity, stride_old, stride_noise, stride_ref, n_samples, n_elements, n_partials),
         FROM_MEANS=from_means, HAS_REF=ref is not None, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return partials
@@ -358,15 +360,20 @@ def guard_epilogue(
     std, stride_std = as_entries(std)
     weight, stride_weight = as_entries(weight)
     kl_weights, stride_kl_weights = as_entries(kl_weights)
-    _guard_epilogue_kernel[(1,)](
-        partials, advantages, velocity_coef, std, weight, kl_weights,
-        loss, log_ratio, ratio, cross, drift, kl, coefs, clipped,
-        stride_advantages, stride_velocity_coef, stride_std, stride_weight, stride_kl_weights,
-        *options.limits, n_samples, n_elements, n_partials,
+    inputs = (partials, advantages, velocity_coef, std, weight, kl_weights)
+    outputs = (loss, log_ratio, ratio, cross, drift, kl, coefs, clipped)
+    launch(
+        _guard_epilogue_kernel,
+        1,
+        (*inputs, *outputs),
+        (
+            stride_advantages, stride_velocity_coef, stride_std, stride_weight, stride_kl_weights,
+            *options.limits, n_samples, n_elements, n_partials,
+        ),
         HAS_WEIGHT=weight is not None, HAS_REF=sums == 3, HAS_KL_WEIGHTS=kl_weights is not None,
         BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, **options.flags,
     )  # fmt: skip
-    return loss, log_ratio, ratio, cross, drift, kl, coefs, clipped
+    return outputs
 
 
 def transition_bwd(
@@ -393,10 +400,15 @@ def transition_bwd(
     n_samples = noise.shape[0]
     n_elements = noise.numel() // n_samples
     n_blocks = -(-n_elements // LAUNCH.block)
-    _transition_bwd_kernel[(n_samples * n_blocks,)](
-        grad_loss, coefs, noise, velocity, old, ref, grad,
-        grad_loss.stride(0) if grad_loss.ndim else 0, stride_noise, stride_velocity, stride_old, stride_ref,
-        n_samples, n_elements, n_blocks,
+    stride_grad_loss = grad_loss.stride(0) if grad_loss.ndim else 0
+    launch(
+        _transition_bwd_kernel,
+        n_samples * n_blocks,
+        (grad_loss, coefs, noise, velocity, old, ref, grad),
+        (
+            stride_grad_loss, stride_noise, stride_velocity, stride_old, stride_ref,
+            n_samples, n_elements, n_blocks,
+        ),
         FROM_MEANS=from_means, HAS_DRIFT=has_drift, HAS_REF=ref is not None,
         BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip

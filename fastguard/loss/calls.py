@@ -97,33 +97,27 @@ _NUMBERS_AND_NAMES = frozenset({str, float, int, bool, type(None)})
 def _kind(call: Call) -> tuple[Any, ...] | None:
     """What the checks ask for, or None where an argument is of a type that is not known here.
 
-    The type of a value is a part: True is not 1, which it equals.
+    The type of a value is a part: True is not 1, which it equals. The id of an objective stays its own, because
+    `Checked` keeps the objective.
     """
-    objective, velocity = call.objective, call.velocity
-    kind: list[Any] = [OBJECTIVES.get(objective)] if type(objective) is str else [id(objective)]
-    if isinstance(velocity, Tensor):
-        kind.append(resolve_backend(call.backend, velocity))
-    for value in (*call, *call.options, *call.options.values()):
+    velocity, step, objective, options = call.velocity, call.step, call.objective, call.options
+    if type(step) is not Transition:
+        return None
+    kind: list[Any] = [OBJECTIVES.get(objective) if type(objective) is str else id(objective), step.has_density]
+    for value in (*call, *options, *options.values(), step.velocity_coef, step.std, step.dt):
         form = type(value)
         if form is Tensor or form is Parameter:
             kind += (form, value.shape, value.dtype, value.device, value.requires_grad)
         elif form in _NUMBERS_AND_NAMES:
             kind += (form, value)
-        elif form is Transition:
-            kind.append(value.has_density)
-            for coef in (value.velocity_coef, value.std, value.dt):
-                if type(coef) is Tensor:
-                    kind += (form, coef.shape, coef.dtype, coef.device, coef.requires_grad)
-                elif coef is None:
-                    kind.append(None)
-                else:
-                    return None
         elif form is tuple or form is list:
             if not _NUMBERS_AND_NAMES.issuperset(map(type, value)):
                 return None
             kind += (form, tuple(value), *map(type, value))
-        elif form is not dict and value is not objective:  # its id stays its own: `Checked` keeps the objective
+        elif value is not step and value is not options and value is not objective:
             return None
+    if isinstance(velocity, Tensor):
+        kind.append(resolve_backend(call.backend, velocity))
     return tuple(kind)
 
 
