@@ -2,9 +2,8 @@
 
     python benchmarks/bench_host.py
 
-"python" is the Triton backend with launches that do nothing. "launched" has Triton's own part of each launch too, up to
-the driver. On a GPU, a call costs the host that much and the driver's launches. The other contenders are CPU backends,
-in the same run and by turns.
+"python" is the Triton backend with launches that do nothing. "launched" has Triton's own part of each launch too, but
+not the driver's. A GPU's kernels run beside this. The others are CPU backends, in the same run and by turns.
 """
 
 from __future__ import annotations
@@ -32,20 +31,22 @@ BATCHES, ELEMENTS = (1, 8, 64), (16, 4096, 65_536)
 def measure(batch: int, elements: int, backend: str = "inductor") -> Measured:
     inputs, losses = naive.make_inputs((batch, elements), FP32), loss_forms(backend)
     assert_correct(inputs, losses)
+    yield from _times(losses, inputs, "{} from Python")
     on_triton = partial(naive.fused_guard_loss, backend="triton")
     with without_launches():
-        yield from _times({**losses, "python": on_triton}, inputs)
+        yield from _times({"python": on_triton}, inputs, "{} on the host")
     if not interpreted():
         with stub_driver():
-            yield from _times({"launched": on_triton}, inputs)
+            yield from _times({"launched": on_triton}, inputs, "{} on the host")
 
 
-def _times(losses: dict[str, Callable[[naive.Inputs], Tensor]], inputs: naive.Inputs) -> Measured:
+def _times(losses: dict[str, Callable[[naive.Inputs], Tensor]], inputs: naive.Inputs, phase: str) -> Measured:
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, loss in losses.items():
-        runs |= {(name, "forward"): partial(loss, inputs), (name, "both"): partial(both, loss, inputs)}
-    for (name, phase), times in call_times(runs, False).items():
-        yield name, f"{phase} from Python", times
+        runs[name, phase.format("forward")] = partial(loss, inputs)
+        runs[name, phase.format("both")] = partial(both, loss, inputs)
+    for (name, of), times in call_times(runs, False).items():
+        yield name, of, times
 
 
 def cases(toy: bool) -> rows.Cases:

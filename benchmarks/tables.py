@@ -40,7 +40,7 @@ MEASURED = [
 ]  # fmt: skip
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}
 """dense bf16 of the SXM cards, from the data sheets"""
-BASES = {"loss": "fused", "blocks": "fused pointwise"}
+BASES = {"loss": "fused", "host": "fused", "blocks": "fused pointwise"}
 """whom the others are compared with; in an experiment, the first choice is the product's"""
 MARGIN = 0.02
 """A choice is better if it is faster by more than this, and by more than the spread (p20 to p80) of both."""
@@ -153,6 +153,8 @@ TABLES: tuple[tuple[str, str, str, list[str], str], ...] = (
     (f"The loss, {BOTH}, called from Python", "loss", "phase == 'both from Python'", BY_CASE, "contender"),
     ("The loss: memory, and on a GPU times, CUDA graphs, inputs rotated past L2", "loss",
      "phase in ['forward', 'both']", BY_PHASE, "contender"),
+    (f"A call of the loss, {BOTH}: small samples on a CPU, and what a GPU's host has to do", "host",
+     "phase in ['both from Python', 'both on the host']", BY_CASE, "contender"),
     (f"Kernels of loss and step, {LAUNCH}", "loss", "contender in ['kernel', 'copy']", BY_CASE, "phase"),
     ("The rollout's step", "loss", "phase in ['step', 'step from Python']", BY_PHASE, "contender"),
     ("Largest error of the log-ratio against float64, in float32, at a velocity change of 1e-3; the largest log-ratio",

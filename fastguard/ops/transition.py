@@ -407,7 +407,7 @@ def guard_loss(
     """Loss () or (B,); log_ratio, ratio, cross, drift and kl, (B,) each; coefs (3, B) rows alpha, beta, gamma of the
     gradient, or (1, B) where it has alpha alone; clipped (B,) bool.
 
-    Per-sample inputs are (B,). velocity_coef may be None from means, for which only the velocity KL needs it.
+    Per-sample inputs are (B,) or (1,). velocity_coef may be None from means, for which only the velocity KL needs it.
     kl_weights, if there, takes the place of kl_weight. `code` and the limits are those of `FusedEpilogue`.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_blocks
+import bench_host
 import bench_loss
 import bench_train_step
 import gpu_suite
@@ -55,6 +57,15 @@ def test_a_wrong_contender_is_not_timed() -> None:
     blocks.forms["wrong"] = lambda *args: [1.001 * output for output in blocks.forms["eager"](*args)]
     with pytest.raises(AssertionError, match="wrong: gradient off by 1.0e-03"):
         blocks.assert_correct("wrong")
+
+
+def test_what_a_call_costs_the_host_is_measured_for_every_contender() -> None:
+    (case,) = bench_host.cases(toy=True).values()
+    found = {(who, phase): times["p50_us"] for who, phase, times in case()}
+    on_cpu = itertools.product(("naive", "compiled", "fused"), ("forward from Python", "both from Python"))
+    # Interpreted kernels have no launches of Triton's to measure.
+    assert found.keys() == {*on_cpu, ("python", "forward on the host"), ("python", "both on the host")}
+    assert all(time > 0 for time in found.values())
 
 
 def test_flux_kernels_move_hardly_more_than_they_must() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastguard as fg
-from fastguard.loss.calls import _CHECKED, MAX_KINDS
+from fastguard.loss import calls
 from fastguard.loss.objectives import OBJECTIVES, Terms
 from fastguard.loss.objectives.flow_dppo import FlowDppo
 from fastguard.loss.objectives.grpo_guard import GrpoGuard
@@ -663,6 +663,7 @@ def arguments() -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused(change, error, message) -> None:
+    fg.guard_loss(**arguments())  # a good call of nearly the same kind, which is remembered
     with pytest.raises(error, match=message):
         fg.guard_loss(**{**arguments(), **change})
 
@@ -864,11 +865,67 @@ def test_objectives_of_equal_options_are_told_apart_by_type() -> None:
         fg.guard_loss(*batch, adv_clip=True)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_call_like_an_earlier_one_gives_what_a_first_one_gives(backend, monkeypatch) -> None:
+    """Checks are remembered by kind of call: each of these is of another kind, or has other values."""
+    velocity, old, noise, advantages, step = make_batch()
+    weight = torch.linspace(0.5, 2, 4)
+    imaginary = torch.complex(weight, -weight).conj().imag  # memory holds the negative of its values
+    changes: list[dict[str, Any]] = [
+        {},
+        {"advantages": 2 * advantages},
+        {"advantages": advantages[:, None]},
+        {"advantages": advantages.double()},
+        {"advantages": advantages.clone().requires_grad_()},
+        {"advantages": -imaginary},
+        {"old_velocity": old.clone().requires_grad_()},
+        {"velocity": torch.nn.Parameter(velocity.detach() + 0.1)},
+        {"velocity": velocity.detach()},
+        {"noise": noise.bfloat16()},
+        {"noise": noise.t().contiguous().t()},
+        {"step": step[:1]},
+        {"step": fg.dance_sde(0.5, 0.4)},
+        {"step": fg.dance_sde(torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64))},
+        {"ref_velocity": old + 1},
+        {"ref_velocity": old + 1, "kl_weight": 0.5},
+        {"ref_velocity": old + 1, "kl_weight": weight},
+        {"ref_velocity": old + 1, "kl_weight": weight, "kl_type": "velocity"},
+        *({"reweight": reweight} for reweight in ("none", "equalized", 2, 2.5, weight, 3 * weight, weight[:, None])),
+        *({"sample_weight": factor} for factor in (2.0, weight, 3 * weight, imaginary)),
+        {"sample_weight": weight, "reweight": "none"},
+        {"objective": "flow_grpo"},
+        {"objective": GrpoGuard(clip_range=1e-3)},
+        {"objective": GrpoGuard(clip_range=2e-3)},
+        {"clip_range": 1e-3},
+        {"clip_range": [1e-3, 2e-3]},
+        {"clip_range": (1e-3, 2e-3), "adv_clip": None},
+        {"reduction": "none"},
+        {"reduction": "sum"},
+        {"check_values": True},
+    ]
+
+    def run(change: dict[str, Any]) -> list[Tensor | None]:
+        given = arguments() | {"velocity": velocity} | change
+        result = fg.guard_loss(**given, backend=backend)
+        (grad,) = torch.autograd.grad(result.loss.sum(), given["velocity"]) if result.loss.requires_grad else (None,)
+        return [*result, grad]
+
+    first = []
+    for change in changes:
+        monkeypatch.setattr(calls, "_CHECKED", {})
+        first.append(run(change))
+    for _ in range(2):
+        for change, expected in zip(changes, first, strict=True):
+            for got, want in zip(run(change), expected, strict=True):
+                assert (got is None and want is None) or torch.equal(got, want), change
+    assert len(calls._CHECKED) > 20
+
+
 def test_limits_that_change_from_call_to_call_do_not_fill_the_memory() -> None:
     batch = make_batch()
-    for i in range(2 * MAX_KINDS + 5):
+    for i in range(2 * calls.MAX_KINDS + 5):
         fg.guard_loss(*batch, clip_range=1e-6 * (i + 1))
-    assert len(_CHECKED) <= MAX_KINDS
+    assert len(calls._CHECKED) <= calls.MAX_KINDS
 
 
 def test_a_name_that_is_given_to_another_objective_means_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
