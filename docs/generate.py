@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from fastguard import config
 from fastguard.loss.objectives import OBJECTIVES
+from fastguard.loss.objectives.base import EitherLogRatio
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -124,7 +125,10 @@ def fields() -> Iterator[str]:
 def objectives() -> Iterator[str]:
     """Every objective with its options."""
     for name, cls in OBJECTIVES.items():
-        ratio = {"normalized": "`std * cross`", "gaussian": "`cross - drift / 2`"}[cls.ratio]
-        yield f"## `{name}`: {cls.title} {{ #{name} }}\n\n{inspect.cleandoc(cls.__doc__ or '')}"
-        yield f"The log-ratio is {ratio}. `{cls.limit_name}` limits how far a sample may move."
+        ratios = {"normalized": "`std * cross`", "plain": "`cross - drift / 2`"}
+        words = f"The log-ratio is {ratios[cls.log_ratio]}"
+        words += ", or `std * cross` by the option `log_ratio`." if issubclass(cls, EitherLogRatio) else "."
+        if cls.limit_name is not None:
+            words += f" `{cls.limit_name}` limits how far a sample may move."
+        yield words
         yield table(cls)

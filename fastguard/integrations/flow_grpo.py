@@ -132,7 +132,7 @@ def grpo_loss(
     )
 
     loss, log_ratio = details.loss.detach(), details.log_ratio
-    outside = chosen.moved(log_ratio, details.drift) > chosen.limit
+    outside = chosen.moved(log_ratio, details.drift, n_elements=prev_sample[0].numel()) > chosen.limit
     metrics = {
         "approx_kl": 0.5 * (details.cross - details.drift / 2).square().mean(),
         "clipfrac": outside.float().mean(),

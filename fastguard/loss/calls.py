@@ -154,7 +154,7 @@ def _check(call: Call, direct: bool = False) -> Checked:
         objective,
         dtype,
         backend,
-        has_drift=objective.ratio != "normalized" or objective.moves_drift,
+        has_drift=objective.log_ratio != "normalized" or objective.moves_drift,
         invert_weight=invert_weight,
         kl_weight=kl_weight,
         as_given=direct
@@ -183,7 +183,7 @@ def _general_loss(
             weight,
             kl_weights,
             n_elements,
-            normalized=objective.ratio == "normalized",
+            normalized=objective.log_ratio == "normalized",
             moves_drift=objective.moves_drift,
             from_means=from_means,
             kl_weight=kl_weight,

@@ -77,14 +77,18 @@ def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None
     ones = torch.ones(len(batch), dtype=torch.float32, device=accelerator.device)
     objective = recipe.objective
     result = policy_loss(state.policy, batch, ones, objective)
-    moved = objective.moved(result.log_ratio.detach(), result.drift.detach())
+    n_elements = batch.latents[0].numel()
+    moved = objective.moved(result.log_ratio.detach(), result.drift.detach(), n_elements=n_elements)
     worst = accelerator.gather(moved.max()[None]).max().item()
     if not math.isfinite(worst):
         raise UserError(f"parity preflight: a rollout step scored again is {worst}: {_why_not_finite(state)}")
     if not worst <= recipe.update.parity * objective.limit:
+        limit = f"{objective.limit:g}, a usual clip range"
+        if objective.limit_name is not None:
+            limit = f"objective.{objective.limit_name} = {objective.limit:g}"
         raise UserError(
             f"parity preflight: a rollout step scored again in training mode is off by {worst:.2e}, more than "
-            f"update.parity = {recipe.update.parity:g} of objective.{objective.limit_name} = {objective.limit:g}, "
+            f"update.parity = {recipe.update.parity:g} of {limit}, "
             "before any weight has changed. Look at: "
             f"batch shape (sampler.batch_size = {recipe.sampler.batch_size}, transitions per pass "
             f"{recipe.micro_batch}: make them equal), model.dtype = {recipe.model.dtype}, "

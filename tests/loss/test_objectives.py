@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, objective_formulas
 from torch import Tensor
 
 import fastguard as fg
 from fastguard.loss.objectives import OBJECTIVES, OPTIONS, Objective, Terms, build_objective
-from fastguard.loss.objectives.base import Ratio
+from fastguard.loss.objectives.base import LogRatio
 from fastguard.loss.objectives.flow_grpo import FlowGrpo
 from fastguard.loss.objectives.grpo_guard import GrpoGuard
+from fastguard.ops import transition as naive
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Unfused(Objective):
     limit: float = 1.0  # type: ignore[misc]
 
     @property
-    def ratio(self) -> Ratio:  # type: ignore[override]
-        return self.twin.ratio
+    def log_ratio(self) -> LogRatio:  # type: ignore[override]
+        return self.twin.log_ratio
 
     def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
         return self.twin.terms(log_ratio, drift, advantages, n_elements=n_elements)
@@ -42,7 +45,7 @@ class Penalized(Objective):
     title: ClassVar[str] = "penalized"
     moves_drift: ClassVar[bool] = True
 
-    ratio: Ratio = "gaussian"  # type: ignore[misc]
+    log_ratio: LogRatio = "plain"  # type: ignore[misc]
     strength: float = 3.0
 
     def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
@@ -80,26 +83,65 @@ def test_the_interface_as_it_is_documented() -> None:
 def test_every_row(name: str) -> None:
     objective = build_objective(name)
     assert objective.title
-    assert objective.limit_name in OPTIONS[name]
+    assert objective.limit_name is None or objective.limit_name in OPTIONS[name]
     assert objective.limit > 0
-    assert objective.moved(torch.tensor([-0.5]), torch.tensor([0.5])).item() > 0
+    assert objective.moved(torch.tensor([-0.5]), torch.tensor([0.5]), n_elements=24).item() > 0
+
+
+# --- formulas -------------------------------------------------------------------------------------------------------
+
+CASES = json.loads(objective_formulas.PATH.read_text())
+DETACHED = {"cispo"}  # a part of its loss takes no gradient
+LARGE_CASES = [case for case in CASES if case["n_elements"] == 24]
+
+
+def label(case: dict[str, Any]) -> str:
+    return f"{case['objective']} {case['options']} {case['n_elements']}"
+
+
+def options_of(case: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in case["options"].items()}
+
+
+def test_the_golden_cases_are_those_of_the_formulas() -> None:
+    assert {case["objective"] for case in CASES} == set(OBJECTIVES)
+    for made, stored in zip(json.loads(json.dumps(objective_formulas.cases())), CASES, strict=True):
+        for key, value in stored.items():
+            if key in Terms._fields:
+                torch.testing.assert_close(torch.tensor(made[key]), torch.tensor(value), rtol=1e-12, atol=1e-14)
+            else:
+                assert made[key] == value
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("case", CASES, ids=map(label, CASES))
+def test_terms_of_golden_cases(case: dict[str, Any], dtype: torch.dtype) -> None:
+    """Loss and derivatives on both sides of each limit, at the scales of D = 65,536 and of D = 24."""
+    log_ratio, drift, advantages = (x.to(dtype) for x in objective_formulas.points(case["scale"], case["drift_scale"]))
+    objective = build_objective(case["objective"], **options_of(case))
+    terms = objective.terms(log_ratio, drift, advantages, n_elements=case["n_elements"])
+    assert {t.dtype for t in terms} == {dtype, torch.bool}
+    tolerance = 1e-9 if dtype == torch.float64 else 5e-5
+    for name in ("loss", "by_log_ratio", "by_drift"):
+        want = torch.tensor(case[name], dtype=torch.float64)
+        scale = max(1e-5 if dtype == torch.float32 else 1e-9, float(want.abs().max()))
+        torch.testing.assert_close(getattr(terms, name).double(), want, rtol=tolerance, atol=tolerance * scale)
+    stopped = (terms.by_log_ratio == 0) & (advantages != 0)
+    assert not (terms.clipped & (terms.by_log_ratio != 0)).any()
+    assert torch.equal(terms.clipped, stopped) or case["objective"] in ("ppo_rpe", "spo", "dro", "power_mean", "sapo")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in DETACHED])
 def test_terms_are_the_derivatives_of_the_loss(name: str, dtype: torch.dtype) -> None:
     """Against central differences, on both sides of each limit."""
-    limits: dict[str, Any] = {"clip_range": (0.1, 0.3), "kl_threshold": 0.1}
-    options = {option: value for option, value in limits.items() if option in OPTIONS[name]}
-    objective = build_objective(name, **options)
+    limits: dict[str, Any] = {"clip_range": (0.1, 0.3), "kl_threshold": 0.1, "threshold": 0.1, "margin": 0.1}
+    objective = build_objective(name, **{option: value for option, value in limits.items() if option in OPTIONS[name]})
     moves, scores = torch.tensor([-0.5, -0.05, 0.05, 0.5]), torch.tensor([-7.0, -1.0, 0.0, 2.0])
     log_ratio, advantages = (x.flatten() for x in torch.meshgrid(moves, scores, indexing="ij"))
     drift = torch.tensor([0.01, 0.5]).repeat_interleave(len(log_ratio))
     log_ratio, advantages = log_ratio.repeat(2), advantages.repeat(2)
     terms = objective.terms(log_ratio.to(dtype), drift.to(dtype), advantages.to(dtype), n_elements=9)
-    assert {t.dtype for t in terms} == {dtype, torch.bool}
-    if options:
-        assert 0 < terms.clipped.sum() < len(drift)
 
     def loss(move_ratio: float, move_drift: float) -> Tensor:
         moved = log_ratio.double() + move_ratio, drift.double() + move_drift
@@ -110,11 +152,123 @@ def test_terms_are_the_derivatives_of_the_loss(name: str, dtype: torch.dtype) ->
         (terms.by_log_ratio, loss(h, 0), loss(-h, 0)),
         (terms.by_drift, loss(0, h), loss(0, -h)),
     ):
-        torch.testing.assert_close(got.double(), (plus - minus) / (2 * h), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got.double(), (plus - minus) / (2 * h), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("log_ratio", ["plain", "normalized"])
+@pytest.mark.parametrize("case", LARGE_CASES, ids=map(label, LARGE_CASES))
+def test_gradient_through_the_velocities(case: dict[str, Any], log_ratio: LogRatio, dtype: torch.dtype) -> None:
+    """Against float64 autograd of formula, moments and KL, with reweighting and weights of samples."""
+    name, options = case["objective"], options_of(case)
+    if "log_ratio" in OPTIONS[name]:
+        options["log_ratio"] = log_ratio
+    objective = build_objective(name, **options)
+    if objective.log_ratio != log_ratio:
+        pytest.skip(f"{name} takes the other log-ratio")
+    velocity, old, noise, advantages, _ = make_batch(change=0.4)
+    sigma = torch.tensor([0.9, 0.7, 0.5, 0.3], dtype=torch.float64)
+    step = fg.dance_sde(sigma, sigma - 0.1, 0.7)
+    ref, weight = old + 0.1 * noise, torch.tensor([0.5, 1.0, 2.0, 0.0])
+    cross, drift = naive.moments(velocity, old, noise, step)
+    own = {key: value for key, value in options.items() if key != "log_ratio"}
+    moments = naive.ratio_norm(cross, step.std) if log_ratio == "normalized" else naive.log_ratio(cross, drift)
+    loss = objective_formulas.FORMULAS[name](moments, drift, advantages.double(), 24, **own)
+    _, ref_drift = naive.moments(velocity, ref, noise, step)
+    loss = loss * weight / step.dt.abs() + 0.3 * naive.gaussian_kl(ref_drift)
+    (want,) = torch.autograd.grad(loss.mean(), velocity)
+
+    moved = velocity.detach().to(dtype).requires_grad_()
+    result = fg.guard_loss(
+        moved, old.to(dtype), noise.to(dtype), advantages.to(dtype), step, objective=objective, sample_weight=weight,
+        ref_velocity=ref.to(dtype), kl_weight=0.3,
+    )  # fmt: skip
+    (got,) = torch.autograd.grad(result.loss, moved)
+    tolerance = 1e-9 if dtype == torch.float64 else 5e-5
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    torch.testing.assert_close(result.loss.double(), loss.mean(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_first_update_is_the_same_for_all(name: str) -> None:
+    """At a ratio of 1 every gradient is the policy gradient, up to the factor 1/2 of the square root."""
+    zero, advantages = torch.zeros(3), torch.tensor([1.0, -2.0, 0.0])
+    terms = build_objective(name).terms(zero, zero, advantages, n_elements=24)
+    torch.testing.assert_close(terms.by_log_ratio, -advantages)
+    assert not terms.clipped.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_ratios_that_overflow_and_numbers_that_are_none(name: str, dtype: torch.dtype) -> None:
+    """A NaN stays, an idle sample is silent, and a ratio beyond the floats gives no NaN."""
+    log_ratio = torch.tensor([800.0, -800.0, 800.0, -800.0, 800.0, math.nan, math.nan], dtype=dtype)
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, 1.0, 0.0], dtype=dtype)
+    drift = torch.full_like(log_ratio, 1e-9)
+    terms = build_objective(name).terms(log_ratio, drift, advantages, n_elements=24)
+    for part in (terms.loss, terms.by_log_ratio):
+        assert part.isnan().tolist() == [False] * 5 + [True] * 2
+    if name not in ("fr_ppo", "dro"):  # whose penalties are on every sample
+        assert terms.loss[4] == terms.by_log_ratio[4] == 0
+
+
+def test_objectives_that_are_one_and_the_same() -> None:
+    log_ratio, drift, advantages = objective_formulas.points(0.3, 0.3)
+    clip, a = 0.2, advantages.abs()
+
+    def terms(name: str, **options: Any) -> Terms:
+        return build_objective(name, **options).terms(log_ratio, drift, advantages, n_elements=24)
+
+    ppo, hinge = terms("flow_grpo", clip_range=clip, adv_clip=None), terms("hinge", margin=clip)
+    torch.testing.assert_close(hinge.loss - clip * a - advantages, ppo.loss)
+    torch.testing.assert_close(hinge.by_log_ratio, ppo.by_log_ratio)
+    log_hinge = terms("hinge", margin=math.log1p(clip), classifier="log")
+    copg = terms("copg", clip_range=(1 - 1 / (1 + clip), clip))
+    torch.testing.assert_close(log_hinge.by_log_ratio, copg.by_log_ratio)
+    torch.testing.assert_close(terms("power_mean", lam=1.0).by_log_ratio, -advantages + 0 * log_ratio)
+    torch.testing.assert_close(terms("power_mean", lam=0.0).by_log_ratio, terms("surrogate").by_log_ratio)
+    torch.testing.assert_close(terms("power_mean", lam=1e-9).by_log_ratio, terms("surrogate").by_log_ratio)
+    for name in ("flow_dppo", "dppo"):
+        limit = {"kl_threshold": 0.1} if name == "flow_dppo" else {"divergence": "kl", "threshold": 0.1}
+        assert torch.equal(terms(name, **limit).loss, terms("dppo", divergence="kl", threshold=0.1).loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("dppo", {"divergence": "js"}, "divergence must be one of tv, kl; got 'js'"),
+        ("dppo", {"threshold": -1.0}, "threshold must be >= 0"),
+        ("copg", {"clip_range": 0.0}, "clip_range must be a positive, finite number"),
+        ("hinge", {"margin": 0.0}, "margin must be positive and finite; got 0.0"),
+        ("hinge", {"classifier": "sign"}, "classifier must be one of ratio, log, root; got 'sign'"),
+        ("ppo_rpe", {"beta": 1.0}, r"beta must be a number in \[0, 1\); got 1.0"),
+        (
+            "ppo_rpe",
+            {"threshold": 1.0},
+            "threshold = 1.0 is out of reach: .* 1 / beta = 2",
+        ),
+        ("fr_ppo", {"tau": 0.0}, "tau must be positive"),
+        ("power_mean", {"lam": 1.5}, r"lam must be a number in \[0, 1\]; got 1.5"),
+        ("cispo", {"clip_range": (1e-5, -1e-5)}, "clip_range must be a positive, finite number"),
+        ("sapo", {"tau_negative": math.inf}, "tau_negative must be positive and finite; got inf"),
+        ("spo", {"epsilon": 0.0}, "epsilon must be positive"),
+        ("dro", {"beta": 0.0}, "beta must be positive"),
+        ("surrogate", {"log_ratio": "gaussian"}, "log_ratio must be one of normalized, plain; got 'gaussian'"),
+        ("grpo_guard", {"dual_clip": 1.0}, "dual_clip must be a number above 1, or None for no bound; got 1.0"),
+    ],
+)
+def test_options_that_are_refused(name: str, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_objective(name, **option)
+
+
+# --- the fused epilogue and the objective's own terms ---------------------------------------------------------------
+
+FUSED = [name for name in OBJECTIVES if build_objective(name).fused() is not None]
 
 
 @pytest.mark.parametrize("reweight", ["inverse_dt", "none"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", FUSED)
 def test_terms_alone_give_what_the_fused_epilogue_gives(name: str, reweight: Any) -> None:
     fused = build_objective(name)
     batch = make_batch(torch.float32)
@@ -143,18 +297,17 @@ def test_a_class_that_changes_its_base_is_not_computed_as_its_base() -> None:
 
     @dataclass(frozen=True)
     class Normalized(FlowGrpo):
-        ratio: ClassVar[Ratio] = "normalized"
+        log_ratio: ClassVar[LogRatio] = "normalized"
 
     batch, plain = make_batch(), build_objective("grpo_guard")
-    for name, objective in OBJECTIVES.items():
-        assert objective().fused() is not None, name
+    assert FUSED == ["grpo_guard", "flow_grpo", "flow_dppo"]
     twice, once = outcome(batch, Doubled()), outcome(batch, plain)
     assert torch.equal(twice[0], 2 * once[0])
     torch.testing.assert_close(twice[-1], 2 * once[-1])
     for got, want in zip(outcome(batch, Normalized()), outcome(batch, plain), strict=True):
         assert torch.equal(got, want)
-    with pytest.raises(TypeError, match="ratio must be one of normalized, gaussian; got 'normalised'"):
-        type("Misspelt", (FlowGrpo,), {"ratio": "normalised"})
+    with pytest.raises(ValueError, match="log_ratio must be one of normalized, plain; got 'normalised'"):
+        type("Misspelt", (FlowGrpo,), {"log_ratio": "normalised"})
 
 
 def test_a_list_is_a_pair() -> None:
@@ -164,10 +317,10 @@ def test_a_list_is_a_pair() -> None:
 
 
 @pytest.mark.parametrize("reweight", ["inverse_dt", "none"])
-@pytest.mark.parametrize("ratio", ["gaussian", "normalized"])
-def test_gradcheck_of_an_objective_that_moves_the_drift(ratio: Ratio, reweight: Any) -> None:
+@pytest.mark.parametrize("log_ratio", ["plain", "normalized"])
+def test_gradcheck_of_an_objective_that_moves_the_drift(log_ratio: LogRatio, reweight: Any) -> None:
     velocity, *rest = make_batch()
-    objective = Penalized(ratio)
+    objective = Penalized(log_ratio)
 
     def loss(moved: Tensor) -> Tensor:
         return fg.guard_loss(moved, *rest, objective=objective, reweight=reweight, reduction="none").loss
@@ -199,5 +352,5 @@ def test_no_other_file_names_an_objective() -> None:
     own = {ROOT / "fastguard" / "loss" / "objectives", ROOT / "fastguard" / "integrations"}
     files = [*ROOT.glob("fastguard/**/*.py"), *ROOT.glob("kernels/*.py")]
     assert len(files) > 100
-    names = re.compile("|".join(OBJECTIVES))
+    names = re.compile(rf"""["'](?:{"|".join(OBJECTIVES)})["']""")
     assert [str(file) for file in files if not own & {*file.parents} and names.search(file.read_text())] == []

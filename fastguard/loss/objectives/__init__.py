@@ -9,14 +9,36 @@ from dataclasses import fields
 from typing import Any
 
 from fastguard.loss.objectives.base import Objective, Scope, Terms
+from fastguard.loss.objectives.cispo import Cispo
+from fastguard.loss.objectives.copg import Copg
+from fastguard.loss.objectives.dppo import Dppo
+from fastguard.loss.objectives.dro import Dro
 from fastguard.loss.objectives.flow_dppo import FlowDppo
 from fastguard.loss.objectives.flow_grpo import FlowGrpo
+from fastguard.loss.objectives.fr_ppo import FrPpo
 from fastguard.loss.objectives.grpo_guard import GrpoGuard
+from fastguard.loss.objectives.hinge import Hinge
+from fastguard.loss.objectives.power_mean import PowerMean
+from fastguard.loss.objectives.ppo_rpe import PpoRpe
+from fastguard.loss.objectives.sapo import Sapo
+from fastguard.loss.objectives.spo import Spo
+from fastguard.loss.objectives.surrogate import Surrogate
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "grpo_guard": GrpoGuard,
     "flow_grpo": FlowGrpo,
     "flow_dppo": FlowDppo,
+    "dppo": Dppo,
+    "copg": Copg,
+    "hinge": Hinge,
+    "ppo_rpe": PpoRpe,
+    "fr_ppo": FrPpo,
+    "surrogate": Surrogate,
+    "power_mean": PowerMean,
+    "cispo": Cispo,
+    "sapo": Sapo,
+    "spo": Spo,
+    "dro": Dro,
 }
 DEFAULT_OBJECTIVE = "grpo_guard"
 OPTIONS = {name: tuple(field.name for field in fields(objective)) for name, objective in OBJECTIVES.items()}

@@ -12,25 +12,33 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from fastguard.ops.transition import FusedEpilogue, Terms
 
 Scope = Literal["transition"]
-Ratio = Literal["normalized", "gaussian"]
+LogRatio = Literal["normalized", "plain"]
 ClipRange = float | tuple[float, float]
 
 __all__ = [
     "ClipRange",
+    "EitherLogRatio",
     "FusedEpilogue",
+    "LogRatio",
     "Objective",
-    "Ratio",
     "Scope",
     "Terms",
+    "beyond_clip",
+    "by_sign",
     "check_adv_clip",
     "check_at_least_0",
+    "check_positive",
     "clip_pair",
     "is_number",
+    "penalized",
+    "terms_of",
+    "without_idle",
 ]
 
 
@@ -42,21 +50,21 @@ class Objective:
     """name in reports and plots"""
     scope: ClassVar[Scope] = "transition"
     """what the loss of one sample needs: "transition" is one denoising step alone"""
-    ratio: ClassVar[Ratio]
-    """the log-ratio that `terms` receives: "normalized" is RatioNorm's `s cross`, "gaussian" is `cross - drift / 2`"""
+    log_ratio: ClassVar[LogRatio]
+    """the log-ratio that `terms` receives: "normalized" is RatioNorm's `s cross`, "plain" is `cross - drift / 2`"""
     moves_drift: ClassVar[bool] = False
     """whether `terms` has a derivative with respect to the drift"""
-    limit_name: ClassVar[str]
-    """the option that limits how far a transition may move"""
+    limit_name: ClassVar[str | None] = None
+    """the option that limits how far a transition may move, if there is one"""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A class that changes what is computed is not what its base's fused epilogue computes."""
         super().__init_subclass__(**options)
-        if vars(cls).keys() & {"terms", "ratio", "moves_drift"} and "fused" not in vars(cls):
+        if vars(cls).keys() & {"terms", "log_ratio", "moves_drift"} and "fused" not in vars(cls):
             cls.fused = Objective.fused  # type: ignore[method-assign]
-        ratio = vars(cls).get("ratio")
-        if isinstance(ratio, str) and ratio not in get_args(Ratio):
-            raise TypeError(f"{cls.__name__}.ratio must be one of {', '.join(get_args(Ratio))}; got {ratio!r}")
+        log_ratio = vars(cls).get("log_ratio")
+        if isinstance(log_ratio, str):
+            check_log_ratio(log_ratio, f"{cls.__name__}.log_ratio")
 
     def __post_init__(self) -> None:
         """Check the options. Raises ValueError or TypeError."""
@@ -65,7 +73,7 @@ class Objective:
         """Loss and derivatives of N transitions, before any weight or mean over them.
 
         Args:
-            log_ratio: (N,), of the kind `ratio`.
+            log_ratio: (N,), of the kind `self.log_ratio`.
             drift: (N,), `<w, w> / D` of the whitened drift w.
             advantages: (N,).
             n_elements: D, elements of one sample's latents.
@@ -78,13 +86,78 @@ class Objective:
 
     @property
     def limit(self) -> float:
-        """The value of the option `limit_name`. Of a pair it is the smaller one."""
+        """The value of the option `limit_name`. Of a pair it is the smaller one. Without it, a usual clip range."""
+        if self.limit_name is None:
+            return USUAL_CLIP_RANGE
         value: ClipRange = getattr(self, self.limit_name)
         return min(value) if isinstance(value, (tuple, list)) else value
 
-    def moved(self, log_ratio: Tensor, drift: Tensor) -> Tensor:
+    def moved(self, log_ratio: Tensor, drift: Tensor, *, n_elements: int) -> Tensor:
         """How far each transition has moved from the rollout, (N,), in the unit of `limit`."""
         return log_ratio.abs()
+
+
+def check_log_ratio(value: str, name: str = "log_ratio") -> None:
+    """Raise ValueError unless it is a kind of log-ratio."""
+    if value not in get_args(LogRatio):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(LogRatio))}; got {value!r}")
+
+
+USUAL_CLIP_RANGE = 1e-5
+"""of log-ratios that are means over 65,536 elements"""
+
+
+@dataclass(frozen=True)
+class EitherLogRatio(Objective):
+    """Base of objectives that take the one log-ratio or the other."""
+
+    log_ratio: LogRatio = "plain"  # type: ignore[misc]
+    """"plain" is `cross - drift / 2`, as published; "normalized" is RatioNorm's `std * cross`"""
+
+    def __post_init__(self) -> None:
+        check_log_ratio(self.log_ratio)
+
+
+def terms_of(
+    loss: Tensor, by_log_ratio: Tensor, *, by_drift: Tensor | None = None, clipped: Tensor | None = None
+) -> Terms:
+    """Terms whose derivative by the drift is 0 and that clip nothing, if not said otherwise."""
+    return Terms(
+        loss,
+        by_log_ratio,
+        torch.zeros_like(loss) if by_drift is None else by_drift,
+        torch.zeros_like(loss, dtype=torch.bool) if clipped is None else clipped,
+    )
+
+
+def penalized(ratio: Tensor, advantages: Tensor, penalty: Tensor) -> Tensor:
+    """`-a r + penalty`, (N,), for a penalty that outgrows the ratio: it alone is left where both overflow."""
+    return torch.where(ratio.isinf(), penalty, penalty - advantages * ratio)
+
+
+def without_idle(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """The log-ratio, 0 where the advantage is 0: no advantage, no loss, even if the ratio overflows. A NaN stays."""
+    return torch.where(advantages == 0, 0 * log_ratio, log_ratio)
+
+
+def log1p(value: float) -> float:
+    """log(1 + value), -inf from -1 down."""
+    return math.log1p(value) if value > -1 else -math.inf
+
+
+def beyond_clip(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Where PPO's clip takes the gradient, (N,) bool, and the log of the bound on the side of the advantage, (N,)."""
+    # In log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
+    up, down = advantages > 0, advantages < 0
+    above, below = log1p(high), log1p(-low)
+    beyond = (up & (log_ratio > above)) | (down & (log_ratio < below))
+    return beyond, by_sign(advantages, above, below)
+
+
+def by_sign(advantages: Tensor, positive: float, otherwise: float) -> Tensor:
+    """One number for positive advantages and another for the rest, (N,), in the dtype of the advantages."""
+    # torch.where of two numbers has torch's default dtype.
+    return torch.full_like(advantages, otherwise).masked_fill(advantages > 0, positive)
 
 
 def is_number(value: object) -> bool:
@@ -113,6 +186,14 @@ def check_adv_clip(adv_clip: float | None) -> None:
         raise TypeError(f"adv_clip must be a number; got {adv_clip!r}")
     if adv_clip is not None and not adv_clip > 0:
         raise ValueError(f"adv_clip must be positive, or None for no clipping; got {adv_clip}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise TypeError or ValueError unless the option called `name` is a positive, finite number."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {value}")
 
 
 def check_at_least_0(name: str, value: float) -> None:

@@ -6,10 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from fastguard.loss.objectives.base import ClipRange, Objective, Terms, check_adv_clip, clip_pair
-from fastguard.ops.transition import clipped_terms
+from fastguard.loss.objectives.base import (
+    ClipRange,
+    FusedEpilogue,
+    Objective,
+    Terms,
+    check_adv_clip,
+    clip_pair,
+    is_number,
+)
+from fastguard.ops.transition import clip_advantages, clipped_terms
 
 
 @dataclass(frozen=True)
@@ -22,12 +31,17 @@ class Clipped(Objective):
     """distance of the ratio from 1, or (low, high); depends on the objective and on the number of latent elements"""
     adv_clip: float | None = 5.0
     """advantages are clipped to +- this many standard deviations; None does not clip them"""
+    dual_clip: float | None = None
+    """above 1, a second bound on the ratio: a sample with a negative advantage has no gradient beyond it, and its loss
+    stays at -a dual_clip (arXiv 1912.09729). None for no bound"""
 
     def __post_init__(self) -> None:
         clip_pair(self.clip_range)
         if isinstance(self.clip_range, list):
             object.__setattr__(self, "clip_range", tuple(self.clip_range))  # for equality and hashes
         check_adv_clip(self.adv_clip)
+        if self.dual_clip is not None and not (is_number(self.dual_clip) and 1 < self.dual_clip < math.inf):
+            raise ValueError(f"dual_clip must be a number above 1, or None for no bound; got {self.dual_clip!r}")
 
     def limits(self) -> dict[str, float]:
         """clip_low, clip_high and adv_clip, infinite where there is none."""
@@ -39,4 +53,18 @@ class Clipped(Objective):
         }
 
     def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
-        return clipped_terms(log_ratio, advantages, **self.limits())
+        terms = clipped_terms(log_ratio, advantages, **self.limits())
+        if self.dual_clip is None:
+            return terms
+        # The clip leaves ratios above 1 alone where the advantage is negative, so these samples are not cut yet.
+        over = (advantages < 0) & (log_ratio > math.log(self.dual_clip))
+        bound = -self.dual_clip * clip_advantages(advantages, self.adv_clip)
+        return terms._replace(
+            loss=torch.where(over, bound, terms.loss),
+            by_log_ratio=terms.by_log_ratio.masked_fill(over, 0.0),
+            clipped=terms.clipped | over,
+        )
+
+    def fused_as(self, code: int) -> FusedEpilogue | None:
+        """Parameters for the fused kernel, which knows no dual clip: with one, `terms` runs between two kernels."""
+        return FusedEpilogue(code, **self.limits()) if self.dual_clip is None else None

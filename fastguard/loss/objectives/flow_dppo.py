@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fastguard.loss.objectives.base import FusedEpilogue, Objective, Ratio, Terms, check_at_least_0
+from fastguard.loss.objectives.base import FusedEpilogue, LogRatio, Objective, Terms, check_at_least_0
 from fastguard.ops.transition import masked_terms
 
 
@@ -19,7 +19,7 @@ class FlowDppo(Objective):
     """
 
     title: ClassVar[str] = "Flow-DPPO"
-    ratio: ClassVar[Ratio] = "gaussian"
+    log_ratio: ClassVar[LogRatio] = "plain"
     limit_name: ClassVar[str] = "kl_threshold"
 
     kl_threshold: float = 1e-5
@@ -34,5 +34,5 @@ class FlowDppo(Objective):
     def fused(self) -> FusedEpilogue:
         return FusedEpilogue(2, kl_threshold=float(self.kl_threshold))
 
-    def moved(self, log_ratio: Tensor, drift: Tensor) -> Tensor:
+    def moved(self, log_ratio: Tensor, drift: Tensor, *, n_elements: int) -> Tensor:
         return drift / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastguard.loss.objectives.base import FusedEpilogue, Ratio
+from fastguard.loss.objectives.base import FusedEpilogue, LogRatio
 from fastguard.loss.objectives.clipped import Clipped
 
 
@@ -17,7 +17,7 @@ class FlowGrpo(Clipped):
     """
 
     title: ClassVar[str] = "Flow-GRPO"
-    ratio: ClassVar[Ratio] = "gaussian"
+    log_ratio: ClassVar[LogRatio] = "plain"
 
-    def fused(self) -> FusedEpilogue:
-        return FusedEpilogue(1, **self.limits())
+    def fused(self) -> FusedEpilogue | None:
+        return self.fused_as(1)

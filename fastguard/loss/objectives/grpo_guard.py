@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastguard.loss.objectives.base import FusedEpilogue, Ratio
+from fastguard.loss.objectives.base import FusedEpilogue, LogRatio
 from fastguard.loss.objectives.clipped import Clipped
 
 
@@ -17,7 +17,7 @@ class GrpoGuard(Clipped):
     """
 
     title: ClassVar[str] = "GRPO-Guard"
-    ratio: ClassVar[Ratio] = "normalized"
+    log_ratio: ClassVar[LogRatio] = "normalized"
 
-    def fused(self) -> FusedEpilogue:
-        return FusedEpilogue(0, **self.limits())
+    def fused(self) -> FusedEpilogue | None:
+        return self.fused_as(0)

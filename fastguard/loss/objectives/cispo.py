@@ -1,0 +1,34 @@
+"""CISPO: a clipped importance weight on the policy gradient (arXiv 2506.13585)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastguard.loss.objectives.base import ClipRange, EitherLogRatio, Terms, clip_pair, log1p, terms_of, without_idle
+
+
+@dataclass(frozen=True)
+class Cispo(EitherLogRatio):
+    """`-a sg(clip(r, 1 - low, 1 + high)) l`, where sg takes no gradient: the weight is clipped, and no sample loses its
+    gradient.
+    """
+
+    title: ClassVar[str] = "CISPO"
+    limit_name: ClassVar[str] = "clip_range"
+
+    clip_range: ClipRange = 1e-5
+    """distance of the weight from 1, or (low, high)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        clip_pair(self.clip_range)
+
+    def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
+        log_ratio = without_idle(log_ratio, advantages)
+        low, high = clip_pair(self.clip_range)
+        weight = torch.exp(log_ratio.clamp(log1p(-low), log1p(high)))
+        return terms_of(-advantages * weight * log_ratio, -advantages * weight)
