@@ -56,11 +56,15 @@ def _probe():
 def launch(kernel: Any, n_programs: int, tensors: Sequence[Any], numbers: Sequence[float], **flags: Any) -> None:
     """`kernel[(n_programs,)](*tensors, *numbers, **flags)`, for less of the host's time.
 
+    The first tensor has to be there; others may be None.
+
     Before each launch Triton works out which compiled kernel fits the arguments, which takes longer than the kernel of
-    a small loss. It asks for the dtypes and the alignment of the tensors and for the values of the rest. So launches in
-    which these are the same take the compiled kernel of the last one.
+    a small loss. Its choice depends on no more than the dtypes of the tensors, whether they start at multiples of 16
+    bytes, the numbers, the flags, and Triton's own settings. So a launch reuses the compiled kernel of an earlier one
+    in which these were the same. Settings that are changed in between (knobs for debugging and instrumentation) are not
+    seen.
     """
-    if not REMEMBERS_LAUNCHES or not isinstance(kernel, JITFunction):
+    if not REMEMBERS_LAUNCHES or not isinstance(kernel, JITFunction) or kernel.pre_run_hooks:
         kernel[(n_programs,)](*tensors, *numbers, **flags)
         return
     dtypes: list[torch.dtype | None] = []
@@ -71,7 +75,7 @@ def launch(kernel: Any, n_programs: int, tensors: Sequence[Any], numbers: Sequen
         else:
             dtypes.append(tensor.dtype)
             addresses |= tensor.data_ptr()
-    key = (id(kernel), tensors[0].device, *dtypes, *numbers, *map(type, numbers), *flags.values())
+    key = (id(kernel), tensors[0].device, *dtypes, *numbers, *map(type, numbers), *flags.items())
     aligned = addresses % 16 == 0
     known = _LAUNCHES.get(key) if aligned else None
     if known is not None:
@@ -79,14 +83,14 @@ def launch(kernel: Any, n_programs: int, tensors: Sequence[Any], numbers: Sequen
         compiled[n_programs, 1, 1](*tensors, *numbers, *constants)
         return
     compiled = kernel[(n_programs,)](*tensors, *numbers, **flags)
-    if aligned:
+    if aligned and compiled is not None:  # a hook of Triton's may have refused it
         if len(_LAUNCHES) >= MAX_LAUNCHES:  # shapes that change from call to call
             _LAUNCHES.clear()
         constants = tuple([flags[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]])
         _LAUNCHES[key] = kernel, compiled, constants  # the kernel, so that its id stays its own
 
 
-# A kernel that was compiled by Triton before 3.3, or for AMD, asks for other things.
+# Before 3.3, a compiled kernel takes other arguments. On AMD, Triton's choice depends on more.
 REMEMBERS_LAUNCHES = torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 MAX_LAUNCHES = 4096
 _LAUNCHES: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
@@ -98,8 +102,6 @@ def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
     Any stride between samples is taken as it is; a tensor that is strided within a sample is copied once.
     """
-    if tensor.is_neg():  # memory holds its negative
-        tensor = tensor.resolve_neg()
     if tensor.is_contiguous():  # no view of it: that would cost the host a microsecond
         return tensor, tensor.numel() // tensor.shape[0]
     rows = tensor.reshape(tensor.shape[0], -1)
@@ -108,13 +110,9 @@ def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def as_entries(column: Tensor | None) -> tuple[Any, int]:
-    """Where a kernel finds a number per sample, (B,) or one for all, (1,), and the stride from one to the next."""
-    if column is None:
-        return None, 0
-    if column.is_neg():
-        column = column.resolve_neg()
-    return column, 0 if column.numel() == 1 else column.stride(0)
+def entry_stride(column: Tensor | None) -> int:
+    """Stride of a number per sample, (B,) or one for all, (1,)."""
+    return 0 if column is None or column.numel() == 1 else column.stride(0)
 
 
 def tokens_per_program(n_tokens: int) -> int:

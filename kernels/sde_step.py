@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, as_entries, as_rows, launch
+from fastguard.kernels.common import LAUNCH, as_rows, entry_stride, launch
 
 
 @triton.jit
@@ -109,9 +109,6 @@ def sde_step(
     latents, stride_latents = as_rows(latents)
     velocity, stride_velocity = as_rows(velocity)
     given, stride_given = (None, 0) if given is None else as_rows(given)
-    latents_coef, _ = as_entries(latents_coef)
-    velocity_coef, _ = as_entries(velocity_coef)
-    std, stride_step = as_entries(std)
     n_samples = latents.shape[0]
     n_elements = latents.numel() // n_samples
     n_blocks = -(-n_elements // LAUNCH.block)
@@ -119,7 +116,7 @@ def sde_step(
         _sde_step_kernel,
         n_samples * n_blocks,
         (latents, velocity, seeds, given, latents_coef, velocity_coef, std, next_latents, noise),
-        (stride_latents, stride_velocity, stride_given, stride_step, n_elements, n_blocks),
+        (stride_latents, stride_velocity, stride_given, entry_stride(std), n_elements, n_blocks),
         HAS_NOISE=has_noise, IS_GIVEN=given is not None, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return next_latents, noise

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_entries, as_rows, launch
+from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows, entry_stride, launch
 
 # The epilogue's tile of samples x partial sums: 8 x 64 (Flux 1024^2 has 64 partial sums a sample), or 32 x 16 where a
 # sample has 16 or fewer (512^2). Larger tiles, and longer columns of samples, spill registers.
@@ -355,11 +355,6 @@ def guard_epilogue(
     coefs = new(1 if options.follows_noise and sums == 2 else 3, n_samples)
     clipped = new(n_samples, dtype=torch.bool)
     block = EPILOGUE_PARTIALS[n_partials <= EPILOGUE_PARTIALS[1]]
-    advantages, stride_advantages = as_entries(advantages)
-    velocity_coef, stride_velocity_coef = as_entries(velocity_coef)
-    std, stride_std = as_entries(std)
-    weight, stride_weight = as_entries(weight)
-    kl_weights, stride_kl_weights = as_entries(kl_weights)
     inputs = (partials, advantages, velocity_coef, std, weight, kl_weights)
     outputs = (loss, log_ratio, ratio, cross, drift, kl, coefs, clipped)
     launch(
@@ -367,8 +362,8 @@ def guard_epilogue(
         1,
         (*inputs, *outputs),
         (
-            stride_advantages, stride_velocity_coef, stride_std, stride_weight, stride_kl_weights,
-            *options.limits, n_samples, n_elements, n_partials,
+            entry_stride(advantages), entry_stride(velocity_coef), entry_stride(std), entry_stride(weight),
+            entry_stride(kl_weights), *options.limits, n_samples, n_elements, n_partials,
         ),
         HAS_WEIGHT=weight is not None, HAS_REF=sums == 3, HAS_KL_WEIGHTS=kl_weights is not None,
         BLOCK_B=EPILOGUE_TILE // block, BLOCK_P=block, **options.flags,
@@ -400,13 +395,12 @@ def transition_bwd(
     n_samples = noise.shape[0]
     n_elements = noise.numel() // n_samples
     n_blocks = -(-n_elements // LAUNCH.block)
-    stride_grad_loss = grad_loss.stride(0) if grad_loss.ndim else 0
     launch(
         _transition_bwd_kernel,
         n_samples * n_blocks,
         (grad_loss, coefs, noise, velocity, old, ref, grad),
         (
-            stride_grad_loss, stride_noise, stride_velocity, stride_old, stride_ref,
+            entry_stride(grad_loss), stride_noise, stride_velocity, stride_old, stride_ref,
             n_samples, n_elements, n_blocks,
         ),
         FROM_MEANS=from_means, HAS_DRIFT=has_drift, HAS_REF=ref is not None,

@@ -228,8 +228,9 @@ def transition_moments(
 def _loss(call: Call, check_values: bool) -> GuardLoss:
     """The numbers of the forward pass without a graph, then the loss with its gradient attached."""
     found = checked(call)
+    weight = _policy_weight(call, found.dtype)
     if check_values:
-        _check_values(call)
+        _check_values(call, weight)
     _, velocity, old, noise, ref, advantages, step, *_ = call
     if velocity.numel() == 0:
         empty = advantages.detach().flatten().to(found.dtype)
@@ -237,16 +238,16 @@ def _loss(call: Call, check_values: bool) -> GuardLoss:
         return GuardLoss(loss, empty, empty, empty, empty, empty.bool(), None if ref is None else empty)
 
     advantages = advantages if advantages.ndim == 1 else advantages[:, 0]
-    weight = _policy_weight(call, found.dtype)
     kl_weights = call.kl_weight.reshape(-1) if isinstance(call.kl_weight, Tensor) else None
     coef, std = step.velocity_coef, step.std
+    constant = velocity.detach()
     if not found.as_given:
-        old, noise, ref = _constant(old), _constant(noise), _constant(ref)
+        constant, old, noise, ref = _constant(velocity), _constant(old), _constant(noise), _constant(ref)
         advantages, coef, std, weight, kl_weights = [
             _constant(value, found.dtype) for value in (advantages, coef, std, weight, kl_weights)
         ]
     loss, log_ratio, ratio, cross, drift, kl, coefs, clipped = found.loss(
-        velocity.detach(), old, noise, ref, advantages, coef, std, weight, kl_weights
+        constant, old, noise, ref, advantages, coef, std, weight, kl_weights
     )
     ref_or_none = ref if found.kl_weight != 0 else None
     loss = TransitionLossFunction.apply(
@@ -276,13 +277,13 @@ def _column(value: Tensor | float, latents: Tensor, dtype: torch.dtype) -> Tenso
     return torch.ones(1, dtype=dtype, device=latents.device) * float(value)
 
 
-def _check_values(call: Call) -> None:
+def _check_values(call: Call, weight: Tensor | None) -> None:
     name, old_name, noise_name, ref_name = LATENTS[call.from_means]
     latents = {name: call.velocity, old_name: call.old, noise_name: call.noise, ref_name: call.ref}
     step = {f"the step's {field}": getattr(call.step, field) for field in ("velocity_coef", "std", "dt")}
     factors = {
         "advantages": call.advantages, "reweight": call.reweight, "sample_weight": call.sample_weight,
-        "kl_weight": call.kl_weight,
+        "reweight times sample_weight": weight, "kl_weight": call.kl_weight,
     }  # fmt: skip
     check_finite({**latents, **step, **factors})
     if call.from_means:

@@ -1,7 +1,7 @@
 """A call of a loss: its arguments, checked once for each kind of call.
 
-The checks ask for types, shapes, dtypes, devices and options. Calls in which all of these are the same are of one kind,
-so what was found for the first holds for the others.
+A kind is all that the checks ask for: types, shapes, dtypes and devices, options, whether a step has a density. What
+was found for the first call of a kind holds for the others.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ class Call(NamedTuple):
 class Checked(NamedTuple):
     """What was found of a kind of call, and worked out for all calls of it."""
 
-    objective: Objective
     dtype: torch.dtype
     """of the arithmetic"""
     backend: str
@@ -95,29 +94,36 @@ _NUMBERS_AND_NAMES = frozenset({str, float, int, bool, type(None)})
 
 
 def _kind(call: Call) -> tuple[Any, ...] | None:
-    """What the checks ask for, or None where an argument is of a type that is not known here.
+    """What the checks ask for, or None for a call that is checked each time.
 
-    The type of a value is a part: True is not 1, which it equals. The id of an objective stays its own, because
-    `Checked` keeps the objective.
+    The type of a value is a part: True is not 1, which it equals. An instance of an objective may be changed, and then
+    it answers otherwise, so it is asked each time.
     """
     velocity, step, objective, options = call.velocity, call.step, call.objective, call.options
     if type(step) is not Transition:
         return None
-    kind: list[Any] = [OBJECTIVES.get(objective) if type(objective) is str else id(objective), step.has_density]
+    if type(objective) is str:
+        kind: list[Any] = [OBJECTIVES.get(objective), step.has_density]
+    elif isinstance(objective, Objective) and (fused := objective.fused()) is not None:
+        kind = [fused, objective.ratio, objective.moves_drift, step.has_density]
+    else:
+        return None
     for value in (*call, *options, *options.values(), step.velocity_coef, step.std, step.dt):
         form = type(value)
         if form is Tensor or form is Parameter:
-            kind += (form, value.shape, value.dtype, value.device, value.requires_grad)
+            kind += (form, value.shape, value.dtype, value.device, value.requires_grad, value.is_neg())
         elif form in _NUMBERS_AND_NAMES:
             kind += (form, value)
-        elif form is tuple or form is list:
+        elif form is tuple:
             if not _NUMBERS_AND_NAMES.issuperset(map(type, value)):
                 return None
-            kind += (form, tuple(value), *map(type, value))
+            kind += (form, value, *map(type, value))
         elif value is not step and value is not options and value is not objective:
             return None
-    if isinstance(velocity, Tensor):
+    try:
         kind.append(resolve_backend(call.backend, velocity))
+    except (AttributeError, ValueError):
+        return None
     return tuple(kind)
 
 
@@ -151,7 +157,6 @@ def _check(call: Call, direct: bool = False) -> Checked:
     per_sample = [call.advantages, *(factor for factor in factors if isinstance(factor, Tensor))]
     constants = [*per_sample, old, noise, *([] if ref is None else [ref])]
     return Checked(
-        objective,
         dtype,
         backend,
         has_drift=objective.log_ratio != "normalized" or objective.moves_drift,
@@ -159,6 +164,7 @@ def _check(call: Call, direct: bool = False) -> Checked:
         kl_weight=kl_weight,
         as_given=direct
         and not any(tensor.requires_grad for tensor in constants)
+        and not any(tensor.is_neg() for tensor in (velocity, *constants))
         and all(tensor.dtype == dtype for tensor in per_sample),
         loss=loss,
     )

@@ -125,7 +125,7 @@ def operator(
             if resolve_backend(backend, inputs[0]) == "torch":
                 return function(*inputs)
             with device_guard(inputs[0]):
-                return launcher()(*inputs)
+                return launcher()(*resolved(inputs))
 
         arguments, results = torch.library.infer_schema(function, mutates_args=mutates).rsplit(") -> ", 1)
         torch.library.define(name, f"{arguments}, str backend) -> {results}", tags=torch.Tag.pt2_compliant_tag)
@@ -194,6 +194,14 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
     return _NOTHING
 
 
+def resolved(arguments: list[Any]) -> list[Any]:
+    """The arguments as a kernel reads them: the memory of a negative view holds the negative of its values."""
+    for value in arguments:
+        if isinstance(value, Tensor) and value.is_neg():
+            return [value.resolve_neg() if isinstance(value, Tensor) else value for value in arguments]
+    return arguments
+
+
 def refuse_double_backward(what: str) -> None:
     """Gradients are on in a backward pass only under create_graph=True; ours would enter that graph as constants."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -213,8 +221,8 @@ def savable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as `save_for_backward` takes them: one made under `torch.inference_mode` becomes an ordinary tensor.
 
     A rollout under `inference_mode` makes tensors that autograd refuses to save. The ordinary tensor shares their
-    memory, so nothing is copied, and hooks of saved tensors see it as they see any other. As for every tensor of
-    `inference_mode`, autograd cannot notice that its values were changed before the backward pass.
+    memory, so nothing is copied, and hooks of saved tensors see it as they see any other. A negative view is copied. As
+    for every tensor of `inference_mode`, autograd cannot notice that its values were changed before the backward pass.
 
     Compiled code has to go without: dynamo cannot ask whether a tensor was made under `inference_mode`.
     """

@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastguard.ops.registry import compute_dtype, device_guard, kernels, operator, refuse_double_backward, savable
+from fastguard.ops.registry import (
+    compute_dtype,
+    device_guard,
+    kernels,
+    operator,
+    refuse_double_backward,
+    savable,
+)
 from fastguard.sde import Transition
 
 # Elements of a sample that are worked on at once: the difference of two velocities, 1 MB in float32, stays in cache.

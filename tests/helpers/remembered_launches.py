@@ -15,10 +15,11 @@ from operator_calls import BF16, FP32, ODD, Call, timed_block_calls, timed_loss_
 from stub_driver import stub_driver
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from triton import knobs
 from triton.compiler.compiler import LazyDict
 from triton.runtime import JITFunction
 
-from fastguard.kernels import common
+from fastguard.kernels import common, transition
 
 
 def main() -> None:
@@ -46,7 +47,28 @@ def main() -> None:
                 assert seen(call) == expected, call.name
             assert not by_triton or not aligned(call), f"{call.name}: Triton was asked again"
             n_alike += len(expected)
+        hooks_of_triton(timed_loss_calls((2, 40, 16), FP32, "cpu")["guard_loss"], launches)
     print(n_alike)
+
+
+def hooks_of_triton(call: Call, launches: list[Any]) -> None:
+    """They see and refuse each launch that they asked for."""
+    common._LAUNCHES.clear()
+    launches.clear()
+    with patch.object(knobs.runtime, "jit_cache_hook", lambda **_: True):
+        for kernel in (transition._transition_sums_kernel, transition._guard_epilogue_kernel):
+            kernel.device_caches.clear()
+        call()
+    assert not launches
+    call()
+    before = len(launches)
+    assert before > 0
+    calls_of_hook: list[Any] = []
+    kernel = transition._transition_sums_kernel
+    kernel.add_pre_run_hook(lambda *args, **options: calls_of_hook.append(args))
+    call()
+    call()
+    assert len(calls_of_hook) == 2
 
 
 def calls() -> Iterator[Call]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -919,6 +920,54 @@ def test_a_call_like_an_earlier_one_gives_what_a_first_one_gives(backend, monkey
             for got, want in zip(run(change), expected, strict=True):
                 assert (got is None and want is None) or torch.equal(got, want), change
     assert len(calls._CHECKED) > 20
+
+
+def test_names_of_another_class_than_str() -> None:
+    batch = make_batch()
+    for name in ("flow_dppo", "grpo_guard", "flow_grpo") * 3:
+        got, want = (fg.guard_loss(*batch, objective=kind(name)) for kind in (np.str_, str))
+        assert torch.equal(got.loss, want.loss)
+    with pytest.raises(ValueError, match="objective must be one of"):
+        fg.guard_loss(*batch, objective=np.str_("nonsense"))
+
+
+def test_an_objective_that_is_changed_answers_otherwise() -> None:
+    class Annealed(GrpoGuard):
+        now = 10.0
+
+        def fused(self) -> Any:
+            return GrpoGuard(clip_range=self.now).fused()
+
+    class Listed(GrpoGuard):
+        def terms(self, *args: Any, **kwargs: Any) -> Terms:
+            return GrpoGuard(clip_range=list(self.clip_range)).terms(*args, **kwargs)  # type: ignore[arg-type]
+
+    batch, annealed = make_batch(), Annealed()
+    assert not fg.guard_loss(*batch, objective=annealed).clipped.any()
+    object.__setattr__(annealed, "now", 1e-6)
+    assert fg.guard_loss(*batch, objective=annealed).clipped.any()
+    objective = Listed(clip_range=(10.0, 10.0))
+    assert not fg.guard_loss(*batch, objective=objective).clipped.any()
+    object.__setattr__(objective, "clip_range", [1e-6, 1e-6])
+    assert fg.guard_loss(*batch, objective=objective).clipped.any()
+
+
+def test_objectives_are_not_kept_alive() -> None:
+    batch = make_batch()
+    objective = GrpoGuard()
+    gone = weakref.ref(objective)
+    fg.guard_loss(*batch, objective=objective)
+    del objective
+    assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [{"reweight": 1e30, "sample_weight": 1e30}, {"sample_weight": torch.full((4,), 1e300, dtype=torch.float64)}],
+)
+def test_check_values_sees_a_product_that_overflows(factors: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"sample_weight holds NaN or Inf at samples \[0"):
+        fg.guard_loss(*make_batch(), **factors, check_values=True)
 
 
 def test_limits_that_change_from_call_to_call_do_not_fill_the_memory() -> None:

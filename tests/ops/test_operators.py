@@ -39,6 +39,23 @@ def test_kernels_agree_with_the_plain_backend_in_float64(dtype, size, kernel_dev
         assert_agrees(call)
 
 
+def test_negative_views(kernel_device) -> None:
+    """Autograd makes them of complex numbers: their memory holds the negative of their values."""
+
+    def negative(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dtype != FP32:
+            return leaf
+        view = torch.complex(torch.zeros_like(leaf), -leaf).conj().imag
+        assert view.is_neg()
+        return view
+
+    for call in calls(FP32, kernel_device, SMALL):
+        first, *others = call.args
+        given = [first if call.overwrites else negative(first), *map(negative, others)]
+        for got, want in zip(replace(call, args=tuple(given))(), call(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, msg=call.name)
+
+
 def test_a_call_that_is_off_is_seen() -> None:
     right = calls(FP32, "cpu", backend="torch")[0]
     assert_agrees(right)
