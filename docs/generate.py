@@ -125,6 +125,7 @@ def fields() -> Iterator[str]:
 def objectives() -> Iterator[str]:
     """Every objective with its options."""
     for name, cls in OBJECTIVES.items():
+        yield f"## `{name}`: {cls.title} {{ #{name} }}\n\n{inspect.cleandoc(cls.__doc__ or '')}"
         ratios = {"normalized": "`std * cross`", "plain": "`cross - drift / 2`"}
         words = f"The log-ratio is {ratios[cls.log_ratio]}"
         words += ", or `std * cross` by the option `log_ratio`." if issubclass(cls, EitherLogRatio) else "."

@@ -105,7 +105,7 @@ def _kind(call: Call) -> tuple[Any, ...] | None:
     if type(objective) is str:
         kind: list[Any] = [OBJECTIVES.get(objective), step.has_density]
     elif isinstance(objective, Objective) and (fused := objective.fused()) is not None:
-        kind = [fused, objective.ratio, objective.moves_drift, step.has_density]
+        kind = [fused, objective.log_ratio, objective.moves_drift, step.has_density]
     else:
         return None
     for value in (*call, *options, *options.values(), step.velocity_coef, step.std, step.dt):

@@ -227,6 +227,8 @@ def clip_advice(run: TrainingRun) -> list[str]:
         "negative one"
     )
     used = recipe.objective.limit
+    if recipe.objective.limit_name is None:
+        return []
     if recipe.objective.limit_name != "clip_range":
         limit = f"objective.{recipe.objective.limit_name} = {used:g}"
         return [f"{limit} left {shares} without a gradient, {when}."]
