@@ -32,8 +32,7 @@ class Clipped(Objective):
     adv_clip: float | None = 5.0
     """advantages are clipped to +- this many standard deviations; None does not clip them"""
     dual_clip: float | None = None
-    """above 1, a second bound on the ratio: a sample with a negative advantage has no gradient beyond it, and its loss
-    stays at -a dual_clip (arXiv 1912.09729). None for no bound"""
+    """bound above 1 on the ratio of samples with a negative advantage (arXiv 1912.09729), or None for no bound"""
 
     def __post_init__(self) -> None:
         clip_pair(self.clip_range)

@@ -25,11 +25,9 @@ class Dppo(EitherLogRatio):
     limit_name: ClassVar[str] = "threshold"
 
     divergence: Divergence = "tv"
-    """"tv" is the total variation distance of the whole latent, `erf(sqrt(D drift / 8))`; "kl" is `drift / 2`, per
-    element, whose threshold depends on the number D of elements"""
+    """"tv" is the total variation of the whole latent, erf(sqrt(D drift / 8)); "kl" is drift / 2, per element"""
     threshold: float = 0.15
-    """divergence from which on a sample that moves away has no gradient. 0.15 of "tv" is a "kl" of 1.1e-6 at
-    D = 65,536"""
+    """divergence from which a sample that moves away has no gradient; 0.15 of "tv" is 1.1e-6 of "kl" at D = 65,536"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,8 +33,7 @@ class PpoRpe(EitherLogRatio):
     limit_name: ClassVar[str] = "threshold"
 
     threshold: float = 5e-6
-    """distance of the relative ratio from 1 at which the loss of a sample is lowest. The log-ratio there is about
-    threshold / (1 - beta)"""
+    """distance of the relative ratio from 1 where the loss is lowest; the log-ratio there is threshold / (1 - beta)"""
     beta: float = 0.5
     """share of the policy now in the mixture that the ratio is relative to, below 1"""
 
