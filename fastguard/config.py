@@ -376,6 +376,10 @@ class UpdateConfig:
     """optimizer updates per pass; each takes an equal share of the transitions of every rollout batch"""
     micro_batch: int = 4
     """transitions per forward and backward pass, per process; 0 takes the whole share of a minibatch at once"""
+    stop: Literal["none", "espo"] = "none"
+    """a rule that ends the updates of a rollout early: "espo" (arXiv 2202.00079) once the policy is stop_at away"""
+    stop_at: float = 0.25
+    """mean of |r - 1| under the rollout policy, r the ratio of the whole latent: twice the total variation, below 2"""
     optimizer: Literal["adamw", "adamw8bit", "adamw_cpu"] = "adamw"
     """plain AdamW; with 8-bit state and stochastic rounding (torchao); or with float32 weights and state on the host"""
     learning_rate: float = 1e-4
@@ -417,6 +421,7 @@ class UpdateConfig:
         _at_most(1, **{"learning_rate * weight_decay": self.learning_rate * self.weight_decay})
         # AdamW divides by the root of a mean of squares, which float32 takes for 0 where gradients are below 1e-22.
         _within(1e-20, 1, eps=self.eps)
+        _require(0 < self.stop_at < 2, f"stop_at must lie in (0, 2), got {self.stop_at}")
         _require(self.max_grad_norm > 0, f"max_grad_norm must be positive, got {self.max_grad_norm}")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")

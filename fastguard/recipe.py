@@ -206,6 +206,7 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
     """What follows from a recipe, as (name, value) lines."""
     sampler, update, processes = recipe.sampler, recipe.update, recipe.hardware.processes
     updates = update.inner_epochs * update.minibatches
+    fewer = "" if update.stop == "none" else f", or fewer by update.stop = {update.stop}"
     end = sampler.window_start + sampler.sde_steps - 1
     moving = "" if sampler.window == "fixed" else f", {sampler.window} from step {sampler.window_start} on"
     window = f"steps {sampler.window_start} to {end}" if sampler.window == "fixed" else f"{sampler.sde_steps} steps"
@@ -214,11 +215,11 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
         ("images per epoch", f"{recipe.images_per_epoch} = {recipe.prompts.per_epoch} prompts x {sampler.group_size}"),
         ("images per GPU", f"{recipe.images_per_process}, in rollout batches of {sampler.batch_size}"),
         ("trained steps", f"{window} of {sampler.num_steps} ({sampler.kind}){moving}"),
-        ("updates per epoch", f"{updates} = {update.inner_epochs} passes x {update.minibatches} minibatches"),
+        ("updates per epoch", f"{updates} = {update.inner_epochs} passes x {update.minibatches} minibatches{fewer}"),
         (
             "transitions per update",
             f"{per_update * processes} = {processes} x {per_update} per GPU, in micro-batches of {recipe.micro_batch}",
         ),
-        ("updates in all", f"{updates * recipe.run.epochs} in {recipe.run.epochs} epochs"),
+        ("updates in all", f"{updates * recipe.run.epochs} in {recipe.run.epochs} epochs{fewer}"),
         ("images in all", f"{recipe.images_per_epoch * recipe.run.epochs}"),
     )

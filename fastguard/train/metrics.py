@@ -29,6 +29,8 @@ class Update:
     """() before it is scaled down"""
     skipped: bool = False
     """whether the loss or the gradient was not finite, so that the weights were left as they were"""
+    drift: Tensor | None = None
+    """of the forward pass; None where no rule to stop asks for it"""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class EpochLog:
             "reward/std": self.reward_std,
             "reward/zero_spread_share": self.zero_spread_share,
             "reward/dropped_groups": float(self.dropped_groups),
+            "update/count": float(len(self.updates)),
             "update/grad_norm": self.grad_norm,
             "update/skipped": float(sum(update.skipped for update in self.updates)),
             "update/clip_fraction_positive": self.clip_fraction_positive,

@@ -27,7 +27,7 @@ from fastguard.train.monitor import Monitor
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import training_schedule
 from fastguard.train.state import TrainState, build_state, for_processes
-from fastguard.train.update import check_parity, minibatches, update_weights
+from fastguard.train.update import check_parity, has_moved_too_far, minibatches, update_weights
 from fastguard.utils.sealed import DamagedError
 
 
@@ -92,6 +92,8 @@ def run_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder) -> Epo
     with clock.phase("update"):
         for index in minibatches(state):
             updates.append(update_weights(state, transitions, index, rolled.advantages.values, recorder))
+            if has_moved_too_far(updates[-1], state):
+                break
         state.require_finite()  # one reading an epoch of what each update reads, before it is evaluated or rolled out
     state.epoch += 1
     log = summarize(state, rolled, updates, clock)

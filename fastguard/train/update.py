@@ -141,6 +141,7 @@ def update_weights(
         kl=None if results[0].kl is None else torch.cat([r.kl for r in results if r.kl is not None]),
         grad_norm=grad_norm,
         skipped=not finite,
+        drift=None if config.stop == "none" else torch.cat([r.drift for r in results]),
     )
     if finite:
         state.optimizer.step()
@@ -158,6 +159,20 @@ def update_weights(
     if state.bad_in_a_row >= config.max_bad_updates:
         raise NotFiniteError(f"{state.bad_in_a_row} updates in a row (update.max_bad_updates): {message}")
     return update
+
+
+def has_moved_too_far(update: Update, state: TrainState) -> bool:
+    """Whether the passes over this rollout end with this update, by `update.stop`: the same answer on all processes.
+
+    ESPO (arXiv 2202.00079) stops where the mean of |r - 1| passes a threshold. Of Gaussian steps its expectation under
+    the rollout policy is known, with the ratio r of the whole latent: 2 erf(sqrt(D drift / 8)), twice the total
+    variation distance. It is averaged over the transitions of the update, as they were before its step.
+    """
+    if update.drift is None or update.skipped:
+        return False
+    n_elements = math.prod(state.backbone.latent_shape)
+    moved = 2 * torch.erf(torch.sqrt(n_elements / 8 * update.drift.double()))
+    return state.accelerator.gather(moved).mean().item() > state.recipe.update.stop_at
 
 
 def suspects(parts: Sequence[Tensor], losses: Sequence[Tensor], accelerator: Accelerator) -> Tensor:

@@ -75,6 +75,8 @@ def recipe_for(arguments: argparse.Namespace) -> Recipe:
             ema_every=2,
             micro_batch=arguments.micro_batch,
             parity=0.5 if arguments.poison_on is None else 0.0,
+            stop="none" if arguments.stop_at is None else "espo",
+            stop_at=arguments.stop_at or RECIPE.update.stop_at,
         ),
         monitor=MonitorConfig(
             every=2, prompts=2, images_per_prompt=3, num_steps=4, gold=(RewardConfig("g", name="g"),)
@@ -95,6 +97,7 @@ def main() -> int:
     parser.add_argument("--fail-on", type=int, help="the process whose reward raises")
     parser.add_argument("--poison-on", type=int, help="the process whose first update is not finite")
     parser.add_argument("--ruin-on", type=int, help="the process whose optimizer state the first update ruins")
+    parser.add_argument("--stop-at", type=float, help="where the updates of a rollout end")
     parser.add_argument("--fsdp2", action="store_true")
     parser.add_argument("--out")
     arguments = parser.parse_args()

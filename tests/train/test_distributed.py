@@ -129,6 +129,15 @@ def test_two_processes_do_what_one_does(launched: Callable[[str], Path], one: Pa
             assert relative(tensor.double(), ours[name].double()) < 1e-5, f"{group} {name}"
 
 
+def test_the_updates_of_a_rollout_end_together(tmp_path: Path, two: Two) -> None:
+    """On two processes as on one, whose transitions are far in different places."""
+    alone(tmp_path / "one", "2", "--stop-at", "0.02")
+    two("ddp", tmp_path / "two", "2", "--stop-at", "0.02")
+    counts = [[len(row["updates"]) for row in read_rows(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
+    assert counts[0] == counts[1]
+    assert all(1 < count < 8 for count in counts[0])  # the first update is made by the policy of the rollout
+
+
 def _numbers(value: object) -> list[float]:
     if isinstance(value, dict):
         value = list(value.values())

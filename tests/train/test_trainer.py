@@ -28,7 +28,7 @@ from fastguard.train.optim import AdamW
 from fastguard.train.rollout import RolloutBatch, rollout, training_schedule
 from fastguard.train.state import TrainState, build_state
 from fastguard.train.trainer import train
-from fastguard.train.update import minibatches, policy_loss
+from fastguard.train.update import has_moved_too_far, minibatches, policy_loss
 from fastguard.utils.sealed import DamagedError
 
 
@@ -77,6 +77,32 @@ def test_training_raises_the_reward(name: str) -> None:
     assert logs[-1].reward_mean > logs[0].reward_mean + 0.3
     assert backbone.policy.image[0].mean() > 0.2
     assert backbone.policy.image[1].mean() < -0.2
+
+
+def test_updates_end_where_the_policy_has_moved_too_far() -> None:
+    """By ESPO's rule; the first update of a rollout is by its own policy, so two are made at least."""
+    counts = {}
+    for stop_at in (1e-6, 0.02, 1.9):
+        logs, _, _ = run(with_(run={"epochs": 2}, update={"stop": "espo", "stop_at": stop_at}))
+        counts[stop_at] = [len(log.updates) for log in logs]
+        assert [log.scalars()["update/count"] for log in logs] == counts[stop_at]
+    assert counts[1e-6] == [2, 2]
+    assert counts[1.9] == [8, 8]
+    assert all(2 < count < 8 for count in counts[0.02])
+
+
+def test_the_distance_that_ends_updates_is_the_mean_change_of_the_ratio() -> None:
+    """2 erf(sqrt(D drift / 8)) against the mean of |r - 1| over draws of the rollout policy, r of the whole latent."""
+    state = state_of(ToyBackbone(), with_(update={"stop": "espo"}))
+    drift = torch.tensor([1e-3, 0.02], dtype=torch.float64)
+    draws = torch.randn(2_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norm = torch.sqrt(16 * drift)  # of the whitened change of the mean, D = 16
+    measured = torch.expm1(norm[:, None] * draws - norm[:, None] ** 2 / 2).abs().mean().item()
+    still = torch.zeros(2)
+    update = Update(still, still, still, still, None, torch.tensor(1.0), drift=drift)
+    for stop_at, ends in ((1.01 * measured, False), (0.99 * measured, True)):
+        state.recipe = with_(update={"stop": "espo", "stop_at": stop_at})
+        assert has_moved_too_far(update, state) == ends
 
 
 @pytest.mark.parametrize("kind", ["dance_sde", "cps"])
