@@ -247,7 +247,7 @@ def clipped_terms(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_h
     limit, zero = _limit(adv_clip, log_ratio), torch.zeros_like(log_ratio)
     advantages = advantages.clamp(-limit, limit)
     # Decided in log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
-    within = log_ratio.clamp(_log1p(-1, clip_low, log_ratio), _log1p(1, clip_high, log_ratio))
+    within = log_ratio.clamp(log1p_of(-1, clip_low, log_ratio), log1p_of(1, clip_high, log_ratio))
     beyond = advantages * (log_ratio - within)
     clipped = torch.gt(beyond, zero)
     # Without an advantage the clipped ratio too: a ratio that overflows would make 0 * inf.
@@ -272,7 +272,7 @@ def _limit(value: float, like: Tensor) -> Any:
     return value * torch.ones((), dtype=torch.float64, device=like.device)
 
 
-def _log1p(sign: int, value: float, like: Tensor) -> Any:
+def log1p_of(sign: int, value: float, like: Tensor) -> Any:
     """`log(1 + sign value)`, as `_limit` has it; -inf below 0."""
     if not torch.compiler.is_compiling():
         return math.log1p(sign * value) if sign * value > -1 else -math.inf

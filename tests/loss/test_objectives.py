@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, objective_formulas
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import fastguard as fg
 from fastguard.loss.objectives import OBJECTIVES, OPTIONS, Objective, Terms, build_objective
@@ -342,6 +343,26 @@ def test_an_instance_compiles_to_one_graph(reduction: Any) -> None:
         (grad,) = torch.autograd.grad(function(velocity), velocity)
         torch.testing.assert_close(function(velocity), loss(velocity))
         torch.testing.assert_close(grad, torch.autograd.grad(loss(velocity), velocity)[0])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_number_that_changes_makes_two_graphs_at_most(name: str) -> None:
+    """The second is that for all further values."""
+    torch._dynamo.reset()
+    velocity, *rest = make_batch(torch.float32)
+    options = objective_formulas.LARGE.get(name, [{}])[-1]
+    numbers = [option for option, value in options.items() if isinstance(value, float)]
+    graphs = CompileCounter()
+
+    def loss(moved: Tensor, options: dict[str, Any]) -> Tensor:
+        return fg.guard_loss(moved, *rest, objective=name, **options).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    for i in range(4):
+        changed = options | {option: options[option] * (1 - 0.01 * i) for option in numbers}
+        (got,), (want,) = (torch.autograd.grad(run(velocity, changed), velocity) for run in (compiled, loss))
+        torch.testing.assert_close(got, want)
+    assert graphs.frame_count <= 2
 
 
 def test_no_other_file_names_an_objective() -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastguard.ops.transition import FusedEpilogue, Terms
+from fastguard.ops.transition import FusedEpilogue, Terms, log1p_of
 
 Scope = Literal["transition"]
 LogRatio = Literal["normalized", "plain"]
@@ -140,24 +140,20 @@ def without_idle(log_ratio: Tensor, advantages: Tensor) -> Tensor:
     return torch.where(advantages == 0, 0 * log_ratio, log_ratio)
 
 
-def log1p(value: float) -> float:
-    """log(1 + value), -inf from -1 down."""
-    return math.log1p(value) if value > -1 else -math.inf
-
-
 def beyond_clip(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Where PPO's clip takes the gradient, (N,) bool, and the log of the bound on the side of the advantage, (N,)."""
     # In log space: a float32 ratio holds a clip range of 2e-6 to two digits only.
     up, down = advantages > 0, advantages < 0
-    above, below = log1p(high), log1p(-low)
+    above, below = log1p_of(1, high, log_ratio), log1p_of(-1, low, log_ratio)
     beyond = (up & (log_ratio > above)) | (down & (log_ratio < below))
     return beyond, by_sign(advantages, above, below)
 
 
-def by_sign(advantages: Tensor, positive: float, otherwise: float) -> Tensor:
+def by_sign(advantages: Tensor, positive: float | Tensor, otherwise: float | Tensor) -> Tensor:
     """One number for positive advantages and another for the rest, (N,), in the dtype of the advantages."""
     # torch.where of two numbers has torch's default dtype.
-    return torch.full_like(advantages, otherwise).masked_fill(advantages > 0, positive)
+    zero = torch.zeros_like(advantages)
+    return torch.where(advantages > 0, zero + positive, zero + otherwise)
 
 
 def is_number(value: object) -> bool:

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastguard.loss.objectives.base import ClipRange, EitherLogRatio, Terms, clip_pair, log1p, terms_of, without_idle
+from fastguard.loss.objectives.base import ClipRange, EitherLogRatio, Terms, clip_pair, terms_of, without_idle
+from fastguard.ops.transition import log1p_of
 
 
 @dataclass(frozen=True)
@@ -30,5 +31,5 @@ class Cispo(EitherLogRatio):
     def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
         log_ratio = without_idle(log_ratio, advantages)
         low, high = clip_pair(self.clip_range)
-        weight = torch.exp(log_ratio.clamp(log1p(-low), log1p(high)))
+        weight = torch.exp(log_ratio.clamp(log1p_of(-1, low, log_ratio), log1p_of(1, high, log_ratio)))
         return terms_of(-advantages * weight * log_ratio, -advantages * weight)

@@ -18,7 +18,7 @@ from fastguard.loss.objectives.base import (
     clip_pair,
     is_number,
 )
-from fastguard.ops.transition import clip_advantages, clipped_terms
+from fastguard.ops.transition import clip_advantages, clipped_terms, log1p_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Clipped(Objective):
         if self.dual_clip is None:
             return terms
         # The clip leaves ratios above 1 alone where the advantage is negative, so these samples are not cut yet.
-        over = (advantages < 0) & (log_ratio > math.log(self.dual_clip))
+        over = (advantages < 0) & (log_ratio > log1p_of(1, self.dual_clip - 1, log_ratio))
         bound = -self.dual_clip * clip_advantages(advantages, self.adv_clip)
         return terms._replace(
             loss=torch.where(over, bound, terms.loss),
