@@ -173,7 +173,7 @@ def update(state: TrainState, transitions: Sequence[RolloutBatch]) -> dict[str, 
     """One optimizer update on all transitions. Raises AssertionError unless it has a gradient and clips nothing."""
     recipe, index = state.recipe, next(minibatches(state))
     advantages = 1.0 - 2.0 * (torch.arange(recipe.images_per_epoch) % 2)
-    done = update_weights(state, transitions, index, advantages, NoRecorder())  # type: ignore[arg-type]
+    done = update_weights(state, transitions, index, advantages, NoRecorder(), False)  # type: ignore[arg-type]
     worst, norm = float(done.log_ratio.abs().max()), float(done.grad_norm)
     assert not done.clipped.any(), f"a log-ratio of {worst:.2e} before any weight has changed"
     assert 0 < norm < math.inf, f"gradient norm {norm}"

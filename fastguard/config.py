@@ -553,6 +553,13 @@ class Recipe:
                 f"of sampler.batch_size = {sampler.batch_size} on hardware.processes = {processes}. "
                 f"Nearest that work: {nearest_divisible(self)}"
             )
+        if self.objective.scope == "trajectory":
+            _require(
+                sampler.batch_size % self.update.minibatches == 0,
+                f"objective.name = {self.objective.name} takes all steps of an image in one update, and "
+                f"sampler.batch_size = {sampler.batch_size} images do not divide into "
+                f"update.minibatches = {self.update.minibatches}",
+            )
         pairs = sampler.batch_size * sampler.sde_steps
         _require(
             pairs % self.update.minibatches == 0,

@@ -202,6 +202,15 @@ def _by_name(before: Any, after: Any) -> tuple[Any, Any]:
     return before, after
 
 
+def _extra_passes(recipe: Recipe) -> Sequence[tuple[str, str]]:
+    """What an objective of whole trajectories costs beside the others."""
+    if recipe.objective.scope == "transition":
+        return ()
+    updates = recipe.update.inner_epochs * recipe.update.minibatches
+    cost = "1 forward pass a transition without gradients, before its forward and backward pass"
+    return (("first pass of an update", f"{cost}; not in the first of the {updates} updates of a rollout"),)
+
+
 def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
     """What follows from a recipe, as (name, value) lines."""
     sampler, update, processes = recipe.sampler, recipe.update, recipe.hardware.processes
@@ -220,6 +229,7 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
             "transitions per update",
             f"{per_update * processes} = {processes} x {per_update} per GPU, in micro-batches of {recipe.micro_batch}",
         ),
+        *_extra_passes(recipe),
         ("updates in all", f"{updates * recipe.run.epochs} in {recipe.run.epochs} epochs{fewer}"),
         ("images in all", f"{recipe.images_per_epoch * recipe.run.epochs}"),
     )

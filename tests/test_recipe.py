@@ -29,6 +29,7 @@ from fastguard.config import (
     recompute_levels,
 )
 from fastguard.errors import UserError
+from fastguard.loss.objectives import OBJECTIVES, OPTIONS
 from fastguard.prompts import read_prompts
 from fastguard.recipe import (
     as_dict,
@@ -404,6 +405,11 @@ def test_differences_between_rewards_are_told_one_by_one() -> None:
     assert differences(old, new) == ["monitor.gold.0.options.which: gold -> other", "rewards.0.weight: 1.0 -> 2.0"]
     new["rewards"].append(new["rewards"][0])
     assert differences(old, new)[1].startswith("rewards: [{")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_recipe_has_every_option_of_an_objective(name: str) -> None:
+    assert set(OPTIONS[name]) <= {field.name for field in dataclasses.fields(OBJECTIVE_CONFIGS[name])}
 
 
 def test_every_field_has_its_line() -> None:

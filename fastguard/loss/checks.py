@@ -127,10 +127,22 @@ def check_objective(objective: str | Objective, options: dict[str, Any]) -> Obje
             raise TypeError(
                 f"{', '.join(options)}: options belong to a name; this objective is an instance, which has its own"
             )
+        _check_scope(objective)
         return objective
     if not isinstance(objective, str):
         raise TypeError(f"objective must be a name or an Objective; got {type(objective).__name__}")
-    return build_objective(objective, **options)
+    built = build_objective(objective, **options)
+    _check_scope(built)
+    return built
+
+
+def _check_scope(objective: Objective) -> None:
+    if objective.scope != "transition":
+        raise ValueError(
+            f"{objective.title} needs all steps of a trajectory at once: take its derivatives from "
+            "`terms(log_ratio (n, T), ...)`, and give each step's to the loss as an objective `Given` "
+            "(docs/objectives.md, two passes)"
+        )
 
 
 def check_kl(

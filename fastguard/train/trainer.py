@@ -88,10 +88,11 @@ def run_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder) -> Epo
     with clock.phase("reference"):
         transitions = add_reference(rolled.transitions, state)
     check_parity(transitions, state)
-    updates = []
+    updates: list[Update] = []
     with clock.phase("update"):
         for index in minibatches(state):
-            updates.append(update_weights(state, transitions, index, rolled.advantages.values, recorder))
+            moved = not all(update.skipped for update in updates)
+            updates.append(update_weights(state, transitions, index, rolled.advantages.values, recorder, moved))
             if has_moved_too_far(updates[-1], state):
                 break
         state.require_finite()  # one reading an epoch of what each update reads, before it is evaluated or rolled out

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastguard.config import ObjectiveConfig
 from fastguard.errors import NotFiniteError, UserError
 from fastguard.loss import GuardLoss, guard_loss
+from fastguard.loss.objectives import Given
 from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import Policy, RolloutBatch, predict_velocity
@@ -30,24 +31,41 @@ from fastguard.utils.terminal import a_few
 def minibatches(state: TrainState) -> Iterator[Tensor]:
     """Host indices, into this process's transitions, of each update: every transition once per pass.
 
-    Each rollout batch is shuffled and shared out on its own, seeded by its place in the whole rollout: an update sees
-    the same transitions on 1, 2 or 8 processes.
+    An objective of whole trajectories gets all steps of an image in one update. Each rollout batch is shuffled and
+    shared out on its own, seeded by its place in the whole rollout: an update sees the same transitions on 1, 2 or 8
+    processes.
     """
     recipe = state.recipe
-    size = recipe.sampler.batch_size * recipe.sampler.sde_steps
+    images, steps = recipe.sampler.batch_size, recipe.sampler.sde_steps
+    # A rollout batch lies step by step. What is shuffled are rows of transitions that stay together.
+    rows = torch.arange(images * steps, device="cpu")[:, None]
+    if recipe.objective.scope == "trajectory":
+        rows = rows.view(steps, images).T
     batches = recipe.images_per_process // recipe.sampler.batch_size
     first = state.accelerator.process_index * batches
     words = [[recipe.run.seed, state.epoch, first + i] for i in range(batches)]
     generators = [np.random.default_rng(np.random.SeedSequence(w)) for w in words]
     for _ in range(recipe.update.inner_epochs):
-        orders = [torch.from_numpy(g.permutation(size)) + i * size for i, g in enumerate(generators)]
+        orders = [rows[torch.from_numpy(g.permutation(len(rows)))] + i * rows.numel() for i, g in enumerate(generators)]
         shares = [order.tensor_split(recipe.update.minibatches) for order in orders]
         for parts in zip(*shares, strict=True):
-            yield torch.cat(parts)
+            yield torch.cat(parts).flatten()
 
 
-def policy_loss(policy: Policy, batch: RolloutBatch, advantages: Tensor, objective: ObjectiveConfig) -> GuardLoss:
-    """`guard_loss` of a minibatch, with the velocity from the rollout's own step function."""
+def policy_loss(
+    policy: Policy, batch: RolloutBatch, advantages: Tensor, objective: ObjectiveConfig, given: Given | None = None
+) -> GuardLoss:
+    """`guard_loss` of a minibatch, with the velocity from the rollout's own step function.
+
+    given: derivatives of an objective of whole trajectories. Without them each step is taken as the policy gradient has
+    it, which is the objective's gradient as long as no ratio has moved.
+    """
+    if objective.scope == "trajectory" and given is None:
+        still = torch.zeros_like(advantages)
+        given = Given(
+            by_log_ratio=-advantages, by_drift=still, clipped=still.bool(), log_ratio=objective.log_ratio,
+            moves_drift=False,
+        )  # fmt: skip
     velocity = predict_velocity(policy, batch.latents, batch.sigma, batch.prompt_indices)
     return guard_loss(
         velocity,
@@ -55,7 +73,7 @@ def policy_loss(policy: Policy, batch: RolloutBatch, advantages: Tensor, objecti
         batch.noise,
         advantages,
         batch.step.to(velocity.device),
-        objective=objective,
+        objective=given or objective,
         reweight=objective.reweight,
         ref_velocity=batch.ref_velocity,
         kl_weight=objective.kl_weight,
@@ -109,10 +127,72 @@ def _why_not_finite(state: TrainState) -> str:
     )
 
 
+class Trajectories:
+    """Derivatives of an objective of whole trajectories, of the images of one update.
+
+    The gradient is `sum over t of c_t d l_t`, and c_t depends on the other steps through their log-ratios alone. So a
+    pass without gradients finds the log-ratios, and the gradient then needs the memory of one step, not of all. It is
+    exact. As long as no weight has moved since the rollout, all log-ratios are 0, and the first pass is left out.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        transitions: Sequence[RolloutBatch],
+        parts: Sequence[Tensor],
+        advantages: Tensor,
+        moved: bool,
+    ) -> None:
+        """moved: whether weights have changed since the rollout. The rest as in `update_weights`."""
+        objective, device = state.recipe.objective, state.accelerator.device
+        shape = (state.recipe.images_per_process, state.recipe.sampler.num_steps)
+        log_ratio, drift = (torch.zeros(shape, device=device) for _ in range(2))
+        trained = torch.zeros(shape, dtype=torch.bool, device=device)
+        for part in parts:
+            batch = RolloutBatch.select(transitions, part)
+            place = batch.sample.to(device), batch.denoising_step.to(device)
+            trained[place] = True
+            if moved:
+                batch = batch.to(device)
+                with torch.no_grad():
+                    result = policy_loss(state.policy, batch, torch.zeros_like(batch.sigma), objective)
+                log_ratio[place], drift[place] = result.log_ratio, result.drift
+        steps = trained.any(0)
+        self._rows, self._columns = trained.any(1).cumsum(0) - 1, steps.cumsum(0) - 1
+        chosen = trained.any(1)
+        terms = objective.terms(
+            log_ratio[chosen][:, steps],
+            drift[chosen][:, steps],
+            advantages.to(device)[chosen],
+            n_elements=math.prod(state.backbone.latent_shape),
+        )
+        # A loss of n images is the mean over n; the loss of a minibatch divides by n T transitions.
+        n_steps = int(steps.sum())
+        self._terms = {
+            "by_log_ratio": n_steps * terms.by_log_ratio,
+            "by_drift": n_steps * terms.by_drift,
+            "clipped": terms.clipped,
+        }
+        self._objective = objective
+
+    def derivatives(self, batch: RolloutBatch) -> Given:
+        """Those of some transitions."""
+        place = self._rows[batch.sample], self._columns[batch.denoising_step]
+        terms = {name: term[place] for name, term in self._terms.items()}
+        return Given(**terms, log_ratio=self._objective.log_ratio, moves_drift=self._objective.moves_drift)
+
+
 def update_weights(
-    state: TrainState, transitions: Sequence[RolloutBatch], index: Tensor, advantages: Tensor, recorder: Recorder
+    state: TrainState,
+    transitions: Sequence[RolloutBatch],
+    index: Tensor,
+    advantages: Tensor,
+    recorder: Recorder,
+    moved: bool,
 ) -> Update:
     """One optimizer update, in micro-batches; skipped on all processes if its loss or gradient is not finite.
+
+    moved: whether the weights have changed since the rollout.
 
     Raises FloatingPointError once `update.max_bad_updates` were skipped in a row, or if it was the weights.
     """
@@ -120,12 +200,16 @@ def update_weights(
     config, device = recipe.update, accelerator.device
     results, batches, batch_advantages, losses = [], [], [], []
     parts = index.split(recipe.micro_batch)
+    trajectories = None
+    if recipe.objective.scope == "trajectory":
+        trajectories = Trajectories(state, transitions, parts, advantages, moved)
     for part in parts:
         batch = RolloutBatch.select(transitions, part).to(device)
         batch_advantages.append(advantages[batch.sample.cpu()].to(device))
         # DDP sums gradients over the processes once per update; FSDP2 each time, which keeps them sharded.
         with accelerator.no_sync(policy) if part is not parts[-1] and not accelerator.is_fsdp2 else nullcontext():
-            result = policy_loss(policy, batch, batch_advantages[-1], recipe.objective)
+            given = trajectories.derivatives(batch) if trajectories is not None else None
+            result = policy_loss(policy, batch, batch_advantages[-1], recipe.objective, given)
             loss = result.loss * (len(part) / len(index))
             accelerator.backward(loss)
         losses.append(loss.detach())

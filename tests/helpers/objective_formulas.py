@@ -93,10 +93,24 @@ def dro(log_r: Tensor, drift: Tensor, a: Tensor, d: int, beta=1e5) -> Tensor:
     return -a * log_r + beta * log_r**2 / 2
 
 
+def tic_grpo(log_r: Tensor, drift: Tensor, a: Tensor, d: int, clip_range=1e-5, low=None) -> Tensor:
+    """Of trajectories: log_r and drift (n, T), a (n,)."""
+    ratio = log_r.mean(1).exp()
+    kept = ratio.clamp(None if low is None else 1 - low, 1 + clip_range)
+    return torch.maximum(-a * ratio, -a * kept)
+
+
+def gmpo(log_r: Tensor, drift: Tensor, a: Tensor, d: int, clip_range=2e-5) -> Tensor:
+    low, high = pair(clip_range)
+    sign = a.sign()[:, None]
+    kept = sign * torch.minimum(sign * log_r, sign * log_r.clamp(-low, high))
+    return -a * torch.where(sign == 0, log_r, kept).mean(1).exp()
+
+
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "grpo_guard": ppo, "flow_grpo": ppo, "flow_dppo": flow_dppo, "dppo": masked, "copg": copg, "hinge": hinge,
     "ppo_rpe": ppo_rpe, "fr_ppo": fr_ppo, "surrogate": surrogate, "power_mean": power_mean, "cispo": cispo,
-    "sapo": sapo, "spo": spo, "dro": dro,
+    "sapo": sapo, "spo": spo, "dro": dro, "tic_grpo": tic_grpo, "gmpo": gmpo,
 }  # fmt: skip
 
 # Options of each objective at two scales of the log-ratio: that of a mean over 65,536 elements, and an ordinary one.
@@ -115,6 +129,8 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "sapo": [{}, {"tau_positive": 1e5, "tau_negative": 2e5}],
     "spo": [{}],
     "dro": [{}],
+    "tic_grpo": [{}, {"low": 2e-5}],
+    "gmpo": [{}],
 }
 LARGE: dict[str, list[dict[str, Any]]] = {
     "grpo_guard": [{"clip_range": 0.2}, {"clip_range": (0.2, 0.28), "dual_clip": 1.3}],
@@ -131,6 +147,8 @@ LARGE: dict[str, list[dict[str, Any]]] = {
     "sapo": [{}, {"tau_positive": 3.0, "tau_negative": 5.0}],
     "spo": [{"epsilon": 0.2}],
     "dro": [{"beta": 3.0}],
+    "tic_grpo": [{"clip_range": 0.1}, {"clip_range": 0.1, "low": 0.1}],
+    "gmpo": [{"clip_range": (0.1, 0.2)}],
 }
 
 
@@ -149,13 +167,24 @@ def points(scale: float, drift_scale: float) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(axis.flatten() for axis in torch.meshgrid(ratios, drifts, scores, indexing="ij"))  # type: ignore
 
 
+def trajectories(scale: float, drift_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The points as images of 4 steps, in another order: (14, 4), (14, 4) and (14,)."""
+    log_ratio, drift, advantages = points(scale, drift_scale)
+    order = torch.randperm(len(log_ratio), generator=torch.Generator().manual_seed(0))
+    return log_ratio[order].view(-1, 4), drift[order].view(-1, 4), advantages[order].view(-1, 4)[:, 0]
+
+
+TRAJECTORY = ("tic_grpo", "gmpo")
+
+
 def cases() -> list[dict[str, Any]]:
     """Every objective with its options, where it is, and what comes out."""
     made = []
     for table, scale, drift_scale, d in ((SMALL, 1e-5, 1e-5, 65_536), (LARGE, 0.3, 0.3, 24)):
         for name, every in table.items():
             for options in every:
-                found = derivatives(name, options, *points(scale, drift_scale), d)
+                of = trajectories if name in TRAJECTORY else points
+                found = derivatives(name, options, *of(scale, drift_scale), d)
                 place = {"scale": scale, "drift_scale": drift_scale, "n_elements": d}
                 results = dict(zip(("loss", "by_log_ratio", "by_drift"), (x.tolist() for x in found), strict=True))
                 made.append({"objective": name, "options": options, **place, **results})

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import fastguard as fg
-from fastguard.loss.objectives import OBJECTIVES, OPTIONS, Objective, Terms, build_objective
+from fastguard.loss.objectives import OBJECTIVES, OPTIONS, Given, Objective, Terms, build_objective
 from fastguard.loss.objectives.base import LogRatio
 from fastguard.loss.objectives.flow_grpo import FlowGrpo
 from fastguard.loss.objectives.grpo_guard import GrpoGuard
@@ -93,7 +93,8 @@ def test_every_row(name: str) -> None:
 
 CASES = json.loads(objective_formulas.PATH.read_text())
 DETACHED = {"cispo"}  # a part of its loss takes no gradient
-LARGE_CASES = [case for case in CASES if case["n_elements"] == 24]
+ONE_STEP = [name for name in OBJECTIVES if OBJECTIVES[name].scope == "transition"]
+LARGE_CASES = [case for case in CASES if case["n_elements"] == 24 and case["objective"] in ONE_STEP]
 
 
 def label(case: dict[str, Any]) -> str:
@@ -118,8 +119,9 @@ def test_the_golden_cases_are_those_of_the_formulas() -> None:
 @pytest.mark.parametrize("case", CASES, ids=map(label, CASES))
 def test_terms_of_golden_cases(case: dict[str, Any], dtype: torch.dtype) -> None:
     """Loss and derivatives on both sides of each limit, at the scales of D = 65,536 and of D = 24."""
-    log_ratio, drift, advantages = (x.to(dtype) for x in objective_formulas.points(case["scale"], case["drift_scale"]))
     objective = build_objective(case["objective"], **options_of(case))
+    of = objective_formulas.trajectories if objective.scope == "trajectory" else objective_formulas.points
+    log_ratio, drift, advantages = (x.to(dtype) for x in of(case["scale"], case["drift_scale"]))
     terms = objective.terms(log_ratio, drift, advantages, n_elements=case["n_elements"])
     assert {t.dtype for t in terms} == {dtype, torch.bool}
     tolerance = 1e-9 if dtype == torch.float64 else 5e-5
@@ -127,13 +129,14 @@ def test_terms_of_golden_cases(case: dict[str, Any], dtype: torch.dtype) -> None
         want = torch.tensor(case[name], dtype=torch.float64)
         scale = max(1e-5 if dtype == torch.float32 else 1e-9, float(want.abs().max()))
         torch.testing.assert_close(getattr(terms, name).double(), want, rtol=tolerance, atol=tolerance * scale)
-    stopped = (terms.by_log_ratio == 0) & (advantages != 0)
+    scores = advantages[:, None] if objective.scope == "trajectory" else advantages
+    stopped = (terms.by_log_ratio == 0) & (scores != 0)
     assert not (terms.clipped & (terms.by_log_ratio != 0)).any()
     assert torch.equal(terms.clipped, stopped) or case["objective"] in ("ppo_rpe", "spo", "dro", "power_mean", "sapo")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in DETACHED])
+@pytest.mark.parametrize("name", [name for name in ONE_STEP if name not in DETACHED])
 def test_terms_are_the_derivatives_of_the_loss(name: str, dtype: torch.dtype) -> None:
     """Against central differences, on both sides of each limit."""
     limits: dict[str, Any] = {"clip_range": (0.1, 0.3), "kl_threshold": 0.1, "threshold": 0.1, "margin": 0.1}
@@ -190,7 +193,7 @@ def test_gradient_through_the_velocities(case: dict[str, Any], log_ratio: LogRat
     torch.testing.assert_close(result.loss.double(), loss.mean(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ONE_STEP)
 def test_the_first_update_is_the_same_for_all(name: str) -> None:
     """At a ratio of 1 every gradient is the policy gradient, up to the factor 1/2 of the square root."""
     zero, advantages = torch.zeros(3), torch.tensor([1.0, -2.0, 0.0])
@@ -200,7 +203,7 @@ def test_the_first_update_is_the_same_for_all(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ONE_STEP)
 def test_ratios_that_overflow_and_numbers_that_are_none(name: str, dtype: torch.dtype) -> None:
     """A NaN stays, an idle sample is silent, and a ratio beyond the floats gives no NaN."""
     log_ratio = torch.tensor([800.0, -800.0, 800.0, -800.0, 800.0, math.nan, math.nan], dtype=dtype)
@@ -232,6 +235,74 @@ def test_objectives_that_are_one_and_the_same() -> None:
     for name in ("flow_dppo", "dppo"):
         limit = {"kl_threshold": 0.1} if name == "flow_dppo" else {"divergence": "kl", "threshold": 0.1}
         assert torch.equal(terms(name, **limit).loss, terms("dppo", divergence="kl", threshold=0.1).loss)
+
+
+def test_trajectories_of_one_step_and_without_clipping() -> None:
+    log_ratio, drift, advantages = objective_formulas.points(0.3, 0.3)
+    tic = build_objective("tic_grpo", clip_range=0.1, low=0.1)
+    one = tic.terms(log_ratio[:, None], drift[:, None], advantages, n_elements=24)
+    ppo = build_objective("flow_grpo", clip_range=0.1, adv_clip=None)
+    torch.testing.assert_close(one.loss, ppo.terms(log_ratio, drift, advantages, n_elements=24).loss)
+    many = objective_formulas.trajectories(0.3, 0.3)
+    gmpo = build_objective("gmpo", clip_range=9.0).terms(*many, n_elements=24)
+    for got, want in zip(gmpo, build_objective("tic_grpo", clip_range=1e9).terms(*many, n_elements=24), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ONE_STEP])
+def test_bad_numbers_of_trajectories(name: str) -> None:
+    """A NaN stays in its image, an idle image is silent."""
+    log_ratio = torch.tensor([[800.0, 0.0], [-800.0, 0.0], [math.nan, 0.0], [800.0, 0.0], [0.0, 0.0]])
+    advantages = torch.tensor([1.0, -1.0, 1.0, 0.0, -2.0])
+    terms = build_objective(name).terms(log_ratio, torch.zeros_like(log_ratio), advantages, n_elements=24)
+    assert terms.loss.isnan().tolist() == [False, False, True, False, False]
+    assert terms.loss[3] == 0
+    assert not terms.by_log_ratio[3].any()
+    torch.testing.assert_close(terms.by_log_ratio[4], torch.full((2,), 1.0))  # -a / T at a ratio of 1
+
+
+@pytest.mark.parametrize("log_ratio", ["plain", "normalized"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ONE_STEP])
+def test_two_passes_give_the_gradient_of_one_graph(name: str, log_ratio: LogRatio) -> None:
+    """As docs/objectives.md has it for a trainer of one's own: moments of all steps, then one backward pass a step."""
+    options = objective_formulas.LARGE[name][-1]
+    objective = build_objective(name, log_ratio=log_ratio, **options)
+    generator = torch.Generator().manual_seed(3)
+    n_images, n_steps = 5, 3
+    old, noise, new = torch.randn(3, n_steps, n_images, 24, generator=generator, dtype=torch.float64)
+    sigma = torch.tensor([0.9, 0.7, 0.5], dtype=torch.float64)
+    steps = [fg.dance_sde(s[None], s[None] - 0.1, 0.7) for s in sigma]
+    advantages = torch.linspace(-2, 2, n_images, dtype=torch.float64)
+    factor = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def velocity(t: int) -> Tensor:
+        return old[t] + factor * new[t]
+
+    def kinds(t: int) -> tuple[Tensor, Tensor]:
+        cross, drift = naive.moments(velocity(t), old[t], noise[t], steps[t])
+        kind = naive.ratio_norm(cross, steps[t].std) if log_ratio == "normalized" else naive.log_ratio(cross, drift)
+        return kind, drift
+
+    numbers = [torch.stack(each, 1) for each in zip(*map(kinds, range(n_steps)), strict=True)]
+    loss = objective_formulas.FORMULAS[name](*numbers, advantages, 24, **options).mean()
+    (want,) = torch.autograd.grad(loss, factor)
+
+    with torch.no_grad():
+        scored = [fg.transition_moments(velocity(t), old[t], noise[t], steps[t]) for t in range(n_steps)]
+    cross, drift = (torch.stack(each, 1) for each in list(zip(*scored, strict=True))[:2])
+    std = torch.cat([step.std for step in steps])
+    ratios = std * cross if log_ratio == "normalized" else cross - drift / 2
+    terms = objective.terms(ratios, drift, advantages, n_elements=24)
+    for t in range(n_steps):
+        given = Given(
+            by_log_ratio=terms.by_log_ratio[:, t], by_drift=terms.by_drift[:, t], clipped=terms.clipped[:, t],
+            log_ratio=objective.log_ratio,
+        )  # fmt: skip
+        result = fg.guard_loss(velocity(t), old[t], noise[t], advantages, steps[t], objective=given, reweight="none")
+        result.loss.backward()
+    torch.testing.assert_close(factor.grad, want, rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="needs all steps of a trajectory at once"):
+        fg.guard_loss(velocity(0), old[0], noise[0], advantages, steps[0], objective=name)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +351,7 @@ def test_terms_alone_give_what_the_fused_epilogue_gives(name: str, reweight: Any
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ONE_STEP)
 def test_terms_alone_between_the_kernels(name: str, kernel_device: str) -> None:
     batch = tuple(item.to(kernel_device) for item in make_batch(torch.float32))
     batch = (batch[0].detach().requires_grad_(), *batch[1:])
@@ -345,7 +416,7 @@ def test_an_instance_compiles_to_one_graph(reduction: Any) -> None:
         torch.testing.assert_close(grad, torch.autograd.grad(loss(velocity), velocity)[0])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ONE_STEP)
 def test_a_number_that_changes_makes_two_graphs_at_most(name: str) -> None:
     """The second is that for all further values."""
     torch._dynamo.reset()

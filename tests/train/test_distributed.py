@@ -138,6 +138,21 @@ def test_the_updates_of_a_rollout_end_together(tmp_path: Path, two: Two) -> None
     assert all(1 < count < 8 for count in counts[0])  # the first update is made by the policy of the rollout
 
 
+def test_trajectories_on_two_processes_and_through_a_resume(tmp_path: Path, two: Two) -> None:
+    """Their images are whole on each process; a resume changes no bit."""
+    options = ("--objective", "tic_grpo")
+    alone(tmp_path / "one", "2", *options)
+    alone(tmp_path / "halves", "1", *options)
+    alone(tmp_path / "halves", "2", *options, "--resume", "auto")
+    two("ddp", tmp_path / "two", "2", *options)
+    one, halves, both = (
+        read_tensors(checkpoint_of(tmp_path / name, "newest"), "weights") for name in ("one", "halves", "two")
+    )
+    for name, tensor in one.items():
+        assert torch.equal(tensor, halves[name]), name
+        assert relative(tensor, both[name]) < 1e-6, name
+
+
 def _numbers(value: object) -> list[float]:
     if isinstance(value, dict):
         value = list(value.values())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.objective_formulas import FORMULAS
 from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, brightness, pool, towards
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from fastguard.config import MonitorConfig, ObjectiveConfig, Recipe, RewardConfi
 from fastguard.demo.backbone import DigitBackbone
 from fastguard.demo.model import DigitPolicy
 from fastguard.loss.objectives import OBJECTIVES
+from fastguard.ops import transition as naive
 from fastguard.rewards import RewardError
 from fastguard.train import trainer
 from fastguard.train.advantages import advantages_without_failures, combine_rewards
@@ -25,10 +27,10 @@ from fastguard.train.ema import Shadow
 from fastguard.train.metrics import Update, clip_fractions, clip_range_for, ratio_log
 from fastguard.train.monitor import Monitor
 from fastguard.train.optim import AdamW
-from fastguard.train.rollout import RolloutBatch, rollout, training_schedule
+from fastguard.train.rollout import RolloutBatch, predict_velocity, rollout, training_schedule
 from fastguard.train.state import TrainState, build_state
 from fastguard.train.trainer import train
-from fastguard.train.update import has_moved_too_far, minibatches, policy_loss
+from fastguard.train.update import Trajectories, has_moved_too_far, minibatches, policy_loss
 from fastguard.utils.sealed import DamagedError
 
 
@@ -66,6 +68,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "flow_dppo": {"kl_threshold": 1e-2}, "dppo": {"threshold": 0.3}, "copg": {"clip_range": 5e-2},
     "hinge": {"margin": 5e-2}, "ppo_rpe": {"threshold": 2.5e-2}, "fr_ppo": {"tau": 0.1}, "surrogate": {},
     "power_mean": {}, "cispo": {"clip_range": 5e-2}, "sapo": {}, "spo": {"epsilon": 5e-2}, "dro": {"beta": 20.0},
+    "tic_grpo": {"clip_range": 5e-2}, "gmpo": {"clip_range": 5e-2},
 }  # fmt: skip
 
 
@@ -77,6 +80,61 @@ def test_training_raises_the_reward(name: str) -> None:
     assert logs[-1].reward_mean > logs[0].reward_mean + 0.3
     assert backbone.policy.image[0].mean() > 0.2
     assert backbone.policy.image[1].mean() < -0.2
+
+
+@pytest.mark.parametrize("name", ["tic_grpo", "gmpo"])
+def test_a_trajectory_objective_has_the_gradient_of_one_graph(name: str) -> None:
+    """Over all steps of the images of an update, in micro-batches that cut through them, after the weights moved."""
+    objective = objective_config(name, clip_range=2e-2, reweight="none", log_ratio="normalized")
+    recipe = replace(with_(sampler={"group_size": 4, "batch_size": 8}, update={"micro_batch": 5}), objective=objective)
+    backbone = ToyBackbone()
+    state, transitions = state_of(backbone, recipe), [RolloutBatch.cat(transitions_of(backbone, recipe))]
+    index = next(minibatches(state))
+    whole = RolloutBatch.select(transitions, index)
+    assert [len(whole.denoising_step[whole.sample == image].unique()) for image in whole.sample.unique()] == [4, 4]
+    with torch.no_grad():
+        backbone.policy.image += 0.3 * torch.randn(
+            backbone.policy.image.shape, generator=torch.Generator().manual_seed(1)
+        )
+    advantages = torch.linspace(-1, 2, 8)
+
+    order = torch.argsort(whole.sample * 10 + whole.denoising_step)
+    batch = RolloutBatch.select(transitions, index[order])
+    order = torch.argsort(batch.sample * 10 + batch.denoising_step)
+    velocity = predict_velocity(backbone.policy, batch.latents, batch.sigma, batch.prompt_indices)
+    cross, drift = naive.moments(velocity, batch.velocity, batch.noise, batch.step)
+    ratio = (batch.step.std * cross)[order].view(2, 4)
+    of_image = advantages[batch.sample[order].view(2, 4)[:, 0]]
+    loss = FORMULAS[name](ratio, drift[order].view(2, 4), of_image, 16, clip_range=2e-2).mean()
+    (want,) = torch.autograd.grad(loss, backbone.policy.image)
+
+    parts = index.split(recipe.micro_batch)
+    trajectories = Trajectories(state, transitions, parts, advantages, moved=True)
+    for part in parts:
+        batch = RolloutBatch.select(transitions, part)
+        result = policy_loss(
+            backbone.policy, batch, advantages[batch.sample], objective, trajectories.derivatives(batch)
+        )
+        (result.loss * (len(part) / len(index))).backward()
+    torch.testing.assert_close(backbone.policy.image.grad, want, rtol=1e-5, atol=1e-7)
+
+
+def test_the_first_update_of_trajectories_needs_no_first_pass() -> None:
+    """No weight has moved, so all ratios are 1."""
+    recipe = replace(with_(run={"epochs": 1}), objective=objective_config("tic_grpo", clip_range=5e-2))
+    calls = []
+
+    class Counted(ToyPolicy):
+        def forward(self, *args: Tensor) -> Tensor:
+            calls.append(torch.is_grad_enabled())
+            return super().forward(*args)
+
+    logs, _, _ = run(recipe, ToyBackbone(Counted()))
+    updates = len(logs[0].updates)
+    assert updates == 8
+    rollout_and_check = recipe.sampler.num_steps + 1
+    assert calls.count(True) == updates + 1  # and the check before the first update
+    assert calls.count(False) == rollout_and_check - 1 + updates - 1
 
 
 def test_updates_end_where_the_policy_has_moved_too_far() -> None:

@@ -16,6 +16,8 @@ from fastguard.loss.objectives.dro import Dro
 from fastguard.loss.objectives.flow_dppo import FlowDppo
 from fastguard.loss.objectives.flow_grpo import FlowGrpo
 from fastguard.loss.objectives.fr_ppo import FrPpo
+from fastguard.loss.objectives.given import Given
+from fastguard.loss.objectives.gmpo import Gmpo
 from fastguard.loss.objectives.grpo_guard import GrpoGuard
 from fastguard.loss.objectives.hinge import Hinge
 from fastguard.loss.objectives.power_mean import PowerMean
@@ -23,6 +25,7 @@ from fastguard.loss.objectives.ppo_rpe import PpoRpe
 from fastguard.loss.objectives.sapo import Sapo
 from fastguard.loss.objectives.spo import Spo
 from fastguard.loss.objectives.surrogate import Surrogate
+from fastguard.loss.objectives.tic_grpo import TicGrpo
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "grpo_guard": GrpoGuard,
@@ -39,12 +42,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "sapo": Sapo,
     "spo": Spo,
     "dro": Dro,
+    "tic_grpo": TicGrpo,
+    "gmpo": Gmpo,
 }
 DEFAULT_OBJECTIVE = "grpo_guard"
 OPTIONS = {name: tuple(field.name for field in fields(objective)) for name, objective in OBJECTIVES.items()}
 """The names of each objective's own options."""
 
-__all__ = ["DEFAULT_OBJECTIVE", "OBJECTIVES", "OPTIONS", "Objective", "Scope", "Terms", "build_objective"]
+__all__ = ["DEFAULT_OBJECTIVE", "OBJECTIVES", "OPTIONS", "Given", "Objective", "Scope", "Terms", "build_objective"]
 
 
 def build_objective(name: str, **options: Any) -> Objective:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastguard.ops.transition import FusedEpilogue, Terms, log1p_of
 
-Scope = Literal["transition"]
+Scope = Literal["transition", "trajectory"]
 LogRatio = Literal["normalized", "plain"]
 ClipRange = float | tuple[float, float]
 
@@ -49,9 +49,10 @@ class Objective:
     title: ClassVar[str]
     """name in reports and plots"""
     scope: ClassVar[Scope] = "transition"
-    """what the loss of one sample needs: "transition" is one denoising step alone"""
-    log_ratio: ClassVar[LogRatio]
-    """the log-ratio that `terms` receives: "normalized" is RatioNorm's `s cross`, "plain" is `cross - drift / 2`"""
+    """what a loss is of: "transition" is one denoising step alone, "trajectory" all trained steps of an image"""
+    if TYPE_CHECKING:  # a ClassVar of dataclasses would hide that it is an option of some
+        log_ratio: ClassVar[LogRatio]
+        """the log-ratio that `terms` receives: "normalized" is RatioNorm's `s cross`, "plain" is `cross - drift / 2`"""
     moves_drift: ClassVar[bool] = False
     """whether `terms` has a derivative with respect to the drift"""
     limit_name: ClassVar[str | None] = None
@@ -71,6 +72,9 @@ class Objective:
 
     def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
         """Loss and derivatives of N transitions, before any weight or mean over them.
+
+        With scope "trajectory", of n images with T steps each: log_ratio and drift are (n, T), advantages (n,). The
+        results are loss (n,), by_log_ratio, by_drift and clipped (n, T). The derivatives are of the sum of the losses.
 
         Args:
             log_ratio: (N,), of the kind `self.log_ratio`.
