@@ -130,6 +130,7 @@ def objectives() -> Iterator[str]:
         words = f"The log-ratio is {ratios[cls.log_ratio]}"
         words += ", or `std * cross` by the option `log_ratio`." if issubclass(cls, EitherLogRatio) else "."
         if cls.limit_name is not None:
-            words += f" `{cls.limit_name}` limits how far {'an image' if cls.scope == 'trajectory' else 'a sample'} may move."
+            what = "an image" if cls.scope == "trajectory" else "a sample"
+            words += f" `{cls.limit_name}` limits how far {what} may move."
         yield words
         yield table(cls)

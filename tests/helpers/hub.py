@@ -43,7 +43,7 @@ def results(api: Any, device: str, backend: str) -> dict[str, Tensor]:
         weighted = sum((value * (i + 0.3)).sum() for i, value in enumerate(upstream))
         (made[f"{name}.grad"],) = torch.autograd.grad(weighted, velocity)
 
-    for name in OBJECTIVES:
+    for name in (name for name, objective in OBJECTIVES.items() if objective.scope == "transition"):
         velocity = x.clone().requires_grad_()
         options = {**own_options(name, clip_range=0.5, kl_threshold=1.0), "backend": backend}
         loss = api.guard_loss(velocity, old, noise, advantages, step, ref_velocity=ref, kl_weight=0.1, **options)
