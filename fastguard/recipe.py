@@ -21,7 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from fastguard.backbones import family_of
 from fastguard.config import OBJECTIVE_CONFIGS, Recipe, objective_config
 from fastguard.errors import UserError
-from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, OPTIONS, unknown_option
+from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, OPTIONS
+from fastguard.options import unknown_option
 from fastguard.utils.files import read_text
 
 
@@ -146,7 +147,7 @@ def _problem(location: tuple[int | str, ...], kind: str, message: str, value: An
         return f"{field}.name: must be one of {', '.join(OBJECTIVES)}, got {value['name']!r}"
     if kind == "unexpected_keyword_argument":
         if named in OBJECTIVES and any(location[-1] in options for options in OPTIONS.values()):
-            return f"{field}: {unknown_option(named, str(location[-1]))}"
+            return f"{field}: {unknown_option(OPTIONS, named, str(location[-1]))}"
         for part in inside:
             section = _element(section, part)
         names = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
