@@ -1,6 +1,7 @@
 """Parts of the site that are made from the code, when the site is built: a hook of mkdocs.
 
-`<!-- fields -->` becomes the fields of a recipe, `<!-- objectives -->` the options of each objective.
+`<!-- fields -->` becomes the fields of a recipe, `<!-- objectives -->` the options of each objective, and
+`<!-- estimators -->` those of each advantage estimator.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from fastguard import config
+from fastguard.advantages import ESTIMATORS
 from fastguard.loss.objectives import OBJECTIVES
 from fastguard.loss.objectives.base import EitherLogRatio
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for every page."""
-    for marker, made in (("<!-- fields -->", fields), ("<!-- objectives -->", objectives)):
+    for made in (fields, objectives, estimators):
+        marker = f"<!-- {made.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, "\n\n".join(made()))
     return markdown
@@ -111,7 +114,8 @@ def fields() -> Iterator[str]:
     sections: dict[str, Any] = dict(get_type_hints(config.Recipe))
     sections.pop("__pydantic_config__", None)
     for name, _, text in documented(config.Recipe):
-        kind = {"rewards": config.RewardConfig, "objective": config.ObjectiveConfig}.get(name, sections[name])
+        kind = config.NAMED[name].base if name in config.NAMED else sections[name]
+        kind = config.RewardConfig if name == "rewards" else kind
         title = "[[rewards]]" if name == "rewards" else f"[{name}]"
         words = inspect.cleandoc(kind.__doc__ or text)
         yield f"## `{title}` {{ #{name} }}\n\n{words}"
@@ -120,6 +124,8 @@ def fields() -> Iterator[str]:
             yield "`[[monitor.gold]]` entries have the fields of [`[[rewards]]`](#rewards)."
         if name == "objective":
             yield "Further fields are the options of the objective that `name` chooses: [Objectives](objectives.md)."
+        if name == "advantages":
+            yield "Further fields are the options of the estimator that `name` chooses: [Advantages](advantages.md)."
 
 
 def objectives() -> Iterator[str]:
@@ -134,3 +140,10 @@ def objectives() -> Iterator[str]:
             words += f" `{cls.limit_name}` limits how far {what} may move."
         yield words
         yield table(cls)
+
+
+def estimators() -> Iterator[str]:
+    """Every advantage estimator with its options."""
+    for name, cls in ESTIMATORS.items():
+        yield f"## `{name}`: {cls.title} {{ #{name} }}\n\n{inspect.cleandoc(cls.__doc__ or '')}"
+        yield table(cls) if dataclasses.fields(cls) else "It has no options."

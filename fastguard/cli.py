@@ -28,7 +28,7 @@ from fastguard.commands.reward_server import RewardServer
 from fastguard.commands.sample import Sample
 from fastguard.commands.train import Train
 from fastguard.errors import UserError
-from fastguard.recipe import find_recipe, load_recipe, overridden, with_objective
+from fastguard.recipe import find_recipe, load_recipe, overridden, with_names
 from fastguard.utils.quiet import quiet_libraries
 from fastguard.utils.signals import ENDING, handled_by
 from fastguard.utils.terminal import say, unfailing_output
@@ -75,7 +75,7 @@ def parse_recipe_command(name: str, options: Sequence[str]) -> Command:
     """
     kind, prog = COMMANDS[name], f"fastguard {name}"
     if options and not options[0].startswith("-"):
-        recipe, others = with_objective(load_recipe(find_recipe(options[0])), options[1:])
+        recipe, others = with_names(load_recipe(find_recipe(options[0])), options[1:])
         command: Any = tyro.cli(kind, default=kind(recipe), args=others, prog=f"{prog} {options[0]}")
         overridden(recipe, command.recipe)
         return command

@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 import tyro
 from pydantic import Field
 
+from fastguard.advantages import DEFAULT_ESTIMATOR, ESTIMATOR_OPTIONS, ESTIMATORS, Estimator
 from fastguard.errors import UserError
 from fastguard.loss.checks import KlType, Reweight
-from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective
+from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, OPTIONS, Objective
 from fastguard.ops.registry import Recompute
+from fastguard.options import Options
 
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4e38
@@ -269,11 +271,32 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig(Objective):
+class _Named:
+    """Base of the sections whose `name` chooses their further fields: the options of a class of a table."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        name: str = self.name  # type: ignore[attr-defined]
+        if NAMED[self.section].configs.get(name) is not type(self):
+            raise UserError(
+                f"{self.section}.name = {name!r} does not fit the options of {type(self).__name__}: make one "
+                f"of another name with {self.section}_config(name, ...)"
+            )
+        try:
+            super().__post_init__()  # type: ignore[misc]
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(_Named, Objective):
     """What `guard_loss` minimizes. The options of the objective that `name` chooses are further fields.
 
     `objective_config` makes one. The class of each objective in `fastguard.loss.objectives` documents its options.
     """
+
+    section: ClassVar[str] = "objective"
 
     name: str = DEFAULT_OBJECTIVE
     """the objective; its options are the other fields, and start from their defaults when another one is named"""
@@ -285,42 +308,86 @@ class ObjectiveConfig(Objective):
     """KL of the step's Gaussians, or the mean squared velocity difference, which is about 100 times larger"""
 
     def __post_init__(self) -> None:
-        if OBJECTIVE_CONFIGS.get(self.name) is not type(self):
-            raise UserError(
-                f"objective.name = {self.name!r} does not fit the options of {type(self).__name__}: make another "
-                "objective with objective_config(name, ...)"
-            )
-        try:
-            super().__post_init__()
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from None
+        super().__post_init__()
         _at_least(0, kl_weight=self.kl_weight)
         _at_most(10**6, kl_weight=self.kl_weight)
 
 
-def _with_options_of(name: str) -> type[ObjectiveConfig]:
-    """`ObjectiveConfig` with the options of one objective; it is such an objective itself."""
-    objective = OBJECTIVES[name]
-    known = tyro.conf.arg(metavar="{" + ",".join(OBJECTIVES) + "}")
+@dataclass(frozen=True)
+class AdvantagesConfig(_Named, Estimator):
+    """How rewards become advantages. The options of the estimator that `name` chooses are further fields.
+
+    `advantages_config` makes one. The class of each estimator in `fastguard.advantages` documents its options.
+    """
+
+    section: ClassVar[str] = "advantages"
+
+    name: str = DEFAULT_ESTIMATOR
+    """the estimator; its options are the other fields, and start from their defaults when another one is named"""
+
+
+def _with_options_of(table: Mapping[str, type], name: str, base: type[_Named]) -> Any:
+    """A section with the options of one class of a table; it is an instance of that class itself."""
+    kind = table[name]
+    known = tyro.conf.arg(metavar="{" + ",".join(table) + "}")
     named: Any = ("name", Annotated[Literal[name], known], field(default=name))
-    made = make_dataclass(f"{objective.__name__}Config", [named], bases=(ObjectiveConfig, objective), frozen=True)
-    made.__doc__, made.__module__ = objective.__doc__, __name__
+    made = make_dataclass(f"{kind.__name__}Config", [named], bases=(base, kind), frozen=True)
+    made.__doc__, made.__module__ = kind.__doc__, __name__
     globals()[made.__name__] = made  # where pickle looks for it
     return made
 
 
-OBJECTIVE_CONFIGS = {name: _with_options_of(name) for name in OBJECTIVES}
+@dataclass(frozen=True)
+class NamedSection:
+    """The classes behind a section whose `name` chooses its further fields."""
+
+    default: str
+    """the name where a recipe gives none"""
+    base: type
+    """class with the fields that every name has"""
+    configs: Mapping[str, Any]
+    """name -> class of the section"""
+    options: Options
+    """name -> its own options"""
+
+
+OBJECTIVE_CONFIGS: dict[str, type[ObjectiveConfig]] = {
+    name: _with_options_of(OBJECTIVES, name, ObjectiveConfig) for name in OBJECTIVES
+}
+ADVANTAGES_CONFIGS: dict[str, type[AdvantagesConfig]] = {
+    name: _with_options_of(ESTIMATORS, name, AdvantagesConfig) for name in ESTIMATORS
+}
+NAMED = {
+    "objective": NamedSection(DEFAULT_OBJECTIVE, ObjectiveConfig, OBJECTIVE_CONFIGS, OPTIONS),
+    "advantages": NamedSection(DEFAULT_ESTIMATOR, AdvantagesConfig, ADVANTAGES_CONFIGS, ESTIMATOR_OPTIONS),
+}
+"""The sections whose `name` chooses their further fields."""
 if TYPE_CHECKING:
     AnyObjectiveConfig = ObjectiveConfig
+    AnyAdvantagesConfig = AdvantagesConfig
 else:
     AnyObjectiveConfig = Annotated[reduce(or_, OBJECTIVE_CONFIGS.values()), Field(discriminator="name")]
+    AnyAdvantagesConfig = Annotated[reduce(or_, ADVANTAGES_CONFIGS.values()), Field(discriminator="name")]
+
+
+def named_config(section: str, name: str, **options: Any) -> Any:
+    """A section of `NAMED`. Raises UserError for an unknown name, TypeError for an unknown option."""
+    configs = NAMED[section].configs
+    if name not in configs:
+        raise UserError(f"{section}.name must be one of {', '.join(configs)}, got {name!r}")
+    return configs[name](**options)
 
 
 def objective_config(name: str = DEFAULT_OBJECTIVE, **options: Any) -> ObjectiveConfig:
-    """The [objective] table of a recipe. Raises UserError for an unknown name, TypeError for an unknown option."""
-    if name not in OBJECTIVES:
-        raise UserError(f"objective.name must be one of {', '.join(OBJECTIVES)}, got {name!r}")
-    return OBJECTIVE_CONFIGS[name](**options)
+    """The [objective] table of a recipe, see `named_config`."""
+    config: ObjectiveConfig = named_config("objective", name, **options)
+    return config
+
+
+def advantages_config(name: str = DEFAULT_ESTIMATOR, **options: Any) -> AdvantagesConfig:
+    """The [advantages] table of a recipe, see `named_config`."""
+    config: AdvantagesConfig = named_config("advantages", name, **options)
+    return config
 
 
 RewardOption = bool | int | float | str
@@ -346,7 +413,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """How rewards are computed, and how they become advantages. Scoring runs while the next images are sampled."""
+    """How rewards are computed. Scoring runs while the next images are sampled."""
 
     threads: int = 2
     """scoring threads per process"""
@@ -354,8 +421,6 @@ class ScoringConfig:
     """seconds that one batch may wait for one reward"""
     on_failure: Literal["stop", "drop_group"] = "stop"
     """if a reward raises, times out or gives no finite score: save and stop, or train without that prompt's images"""
-    std: Literal["group", "global"] = "group"
-    """divide rewards by the standard deviation of their group, or of the whole rollout"""
     normalize_each: bool = False
     """normalize each reward within its group before the weighted sum, so that weights do not depend on its scale"""
 
@@ -504,6 +569,8 @@ class Recipe:
     rewards: tuple[RewardConfig, ...] = ()
     """what the policy learns to raise"""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """how rewards are computed"""
+    advantages: AnyAdvantagesConfig = field(default_factory=advantages_config)
     """how rewards become advantages"""
     update: UpdateConfig = field(default_factory=UpdateConfig)
     """how the weights change"""

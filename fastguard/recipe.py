@@ -19,9 +19,9 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from fastguard.backbones import family_of
-from fastguard.config import OBJECTIVE_CONFIGS, Recipe, objective_config
+from fastguard.config import NAMED, Recipe, named_config
 from fastguard.errors import UserError
-from fastguard.loss.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, OPTIONS, unknown_option
+from fastguard.options import unknown_option
 from fastguard.utils.files import read_text
 
 
@@ -62,24 +62,28 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def with_objective(recipe: Recipe, args: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """The recipe with the objective that the last `--objective.name` names, and the arguments without any of these.
+def with_names(recipe: Recipe, args: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """The recipe with the sections that `--objective.name` and `--advantages.name` choose, and the other arguments.
 
-    Another objective starts from its defaults; factors of the loss (reweight, kl_weight, kl_type) stay. The other
-    arguments can then set its options. Raises UserError for an unknown name.
+    The last one of each counts. Another name starts from its defaults; fields that every name has stay (reweight,
+    kl_weight, kl_type). The other arguments can then set its options. Raises UserError for an unknown name.
     """
-    name, others, rest = recipe.objective.name, [], list(args)
+    flags = {f"--{section}.name": section for section in NAMED}
+    names = {section: getattr(recipe, section).name for section in NAMED}
+    others, rest = [], list(args)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
-        if flag == "--objective.name" and (equals or rest):
-            name = value if equals else rest.pop(0)
+        if flag in flags and (equals or rest):
+            names[flags[flag]] = value if equals else rest.pop(0)
         else:
             others.append(flag + equals + value)
-    current = recipe.objective
-    if name == current.name:
-        return recipe, others
-    factors = {"reweight": current.reweight, "kl_weight": current.kl_weight, "kl_type": current.kl_type}
-    return replace(recipe, objective=objective_config(name, **factors)), others
+    for section, name in names.items():
+        current = getattr(recipe, section)
+        if name != current.name:
+            shared = {f.name for f in dataclasses.fields(NAMED[section].base)} - {"name"}
+            kept = {field: getattr(current, field) for field in shared}
+            recipe = replace(recipe, **{section: named_config(section, name, **kept)})
+    return recipe, others
 
 
 def unread_values(recipe: Recipe) -> dict[str, str]:
@@ -112,9 +116,10 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     """A recipe from nested dictionaries; errors begin with `where`. As `load_recipe`."""
     if not isinstance(content, dict):
         raise UserError(f"{where} is no recipe: expected an object, got {content!r:.80}")
-    chosen = content.get("objective", {})
-    if isinstance(chosen, dict):
-        content = {**content, "objective": {"name": DEFAULT_OBJECTIVE, **chosen}}
+    for section, named in NAMED.items():
+        chosen = content.get(section, {})
+        if isinstance(chosen, dict):
+            content = {**content, section: {"name": named.default, **chosen}}
     try:
         # As JSON, whose strict mode takes lists for tuples but no string or bool for a number.
         return _ADAPTER.validate_json(json.dumps(content, default=str), strict=True)
@@ -131,22 +136,23 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
 MOST_PROBLEMS = 20
 """of a recipe that are told"""
 _ADAPTER = TypeAdapter(Recipe)
-_REPLACED = {"model.checkpointing": "model.recompute"}
+_REPLACED = {"model.checkpointing": "model.recompute", "scoring.std": "advantages.name"}
 """Fields of earlier versions, and what to set now."""
 
 
 def _problem(location: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
     section: Any = Recipe
     inside = location[:-1]
-    named = str(location[1]) if location[:1] == ("objective",) and len(location) > 1 else ""
-    if named in OBJECTIVES:  # pydantic puts it into the location
-        location, section, inside = ("objective", *location[2:]), OBJECTIVE_CONFIGS[named], ()
+    table = NAMED.get(str(location[0])) if location else None
+    name = str(location[1]) if table is not None and len(location) > 1 else ""
+    if table is not None and name in table.configs:  # pydantic puts it into the location
+        location, section, inside = (location[0], *location[2:]), table.configs[name], ()
     field = ".".join(str(part) for part in location)
-    if kind == "union_tag_invalid":
-        return f"{field}.name: must be one of {', '.join(OBJECTIVES)}, got {value['name']!r}"
+    if kind == "union_tag_invalid" and table is not None:
+        return f"{field}.name: must be one of {', '.join(table.configs)}, got {value['name']!r}"
     if kind == "unexpected_keyword_argument":
-        if named in OBJECTIVES and any(location[-1] in options for options in OPTIONS.values()):
-            return f"{field}: {unknown_option(named, str(location[-1]))}"
+        if table is not None and any(location[-1] in options for options in table.options.values()):
+            return f"{field}: {unknown_option(table.options, name, str(location[-1]))}"
         for part in inside:
             section = _element(section, part)
         names = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []

@@ -16,6 +16,7 @@ import pytest
 import tables
 from helpers import ROOT, script
 
+from fastguard.advantages import ESTIMATOR_OPTIONS
 from fastguard.config import Recipe
 from fastguard.loss.objectives import OPTIONS
 from fastguard.memory import kept_activations
@@ -60,9 +61,11 @@ def test_every_field_of_a_recipe_is_on_its_page(site: Path) -> None:
     assert '<code>"none"</code>, <code>"pointwise"</code>' in html.unescape(text)  # choices behind a name
 
 
-def test_every_objective_is_on_its_page_with_its_options(site: Path) -> None:
-    text = (site / "objectives.html").read_text(encoding="utf-8")
-    for name, options in OPTIONS.items():
+@pytest.mark.parametrize(("page", "table"), [("objectives", OPTIONS), ("advantages", ESTIMATOR_OPTIONS)])
+def test_every_name_is_on_its_page_with_its_options(site: Path, page: str, table: dict[str, tuple[str, ...]]) -> None:
+    text = (site / f"{page}.html").read_text(encoding="utf-8")
+    for name, options in table.items():
+        assert f"<td><code>{name}</code></td>" in text.partition("<h2")[0]  # the table of papers
         (part,) = re.findall(rf'<h2 id="{name}">.*?(?=<h2|</article>)', text, re.DOTALL)
         for option in options:
             assert f"<td><code>{option}</code></td>" in part

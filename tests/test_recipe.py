@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,19 @@ import torch
 from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, pool
 from torch import nn
 
+from fastguard.advantages import ESTIMATORS
 from fastguard.cli import COMMANDS, main, parse_command, takes_recipe
 from fastguard.commands.demo import Demo
 from fastguard.commands.doctor import Doctor
 from fastguard.config import (
-    OBJECTIVE_CONFIGS,
+    NAMED,
     ModelConfig,
     ObjectiveConfig,
     Recipe,
     Recompute,
     SamplerConfig,
     UpdateConfig,
+    advantages_config,
     objective_config,
     recompute_levels,
 )
@@ -134,6 +137,17 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("[objective]\nname = 'ppo'", r"objective\.name: must be one of grpo_guard, .*, got 'ppo'"),
         ("[objective]\nclip_rang = 0.1", r"objective\.clip_rang: there is no such field; did you mean clip_range"),
         ("[objective]\nclip_range = [0.1]", r"objective\.clip_range"),
+        ("[scoring]\nstd = 'global'", r"scoring\.std: there is no such field; did you mean advantages\.name"),
+        ("[advantages]\nname = 'std'", r"advantages\.name: must be one of group, global, .*running, got 'std'"),
+        (
+            "[advantages]\nname = 'running'\neps = 0.1",
+            r"advantages\.eps: running has no option 'eps'; it is an option of group, .*Known: momentum",
+        ),
+        ("[advantages]\nepss = 0.1", r"advantages\.epss: there is no such field; did you mean eps"),
+        ("[advantages]\nclip_range = 0.1", r"advantages\.clip_range: there is no such field; known: eps, name"),
+        ("[advantages]\nname = 'trim'\nshare = 1.5", r"advantages: share must lie in \[0, 1\); got 1.5"),
+        ("[advantages]\nname = 'bnpo'\nlow = 2.0", r"advantages: low must be below high.*got low = 2.0 and high = 1.0"),
+        ("[advantages]\neps = '1'", r"advantages\.eps"),
         ("[update]\nema_every = 3", r"update\.ema_every = 3: set, but not read"),
         ("[update]\ncopies = 'cpu'", r"update\.copies = cpu: set, but not read"),
         ("[monitor]\nprompts = 3", r"monitor\.prompts = 3: set, but not read: monitor\.every = 0"),
@@ -409,13 +423,13 @@ def test_differences_between_rewards_are_told_one_by_one() -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_recipe_has_every_option_of_an_objective(name: str) -> None:
-    assert set(OPTIONS[name]) <= {field.name for field in dataclasses.fields(OBJECTIVE_CONFIGS[name])}
+    assert set(OPTIONS[name]) <= {field.name for field in dataclasses.fields(objective_config(name))}
 
 
 def test_every_field_has_its_line() -> None:
     """A field without a docstring has no help on the command line."""
     sections = [kind for kind in get_type_hints(Recipe).values() if dataclasses.is_dataclass(kind)]
-    sections += [base for kind in OBJECTIVE_CONFIGS.values() for base in kind.__mro__[1:-1]]
+    sections += [base for named in NAMED.values() for kind in named.configs.values() for base in kind.__mro__[1:-1]]
     assert len(sections) >= 10
     for section in sections:
         body = inspect.getsource(section)
@@ -487,11 +501,36 @@ def test_the_last_name_of_an_objective_counts(names: list[str], tmp_path: Path) 
         parse_command(["train", file, *names, "--objective.name=ppo"])
 
 
+def test_an_estimator_is_chosen_with_its_options(tmp_path: Path) -> None:
+    file = written(tmp_path, "[advantages]\nname = 'trim'\nshare = 0.25\n[sampler]\nsde_steps = 5")
+    recipe = load_recipe(file)
+    assert recipe.advantages == advantages_config("trim", share=0.25)
+    assert isinstance(recipe.advantages, ESTIMATORS["trim"])
+    assert parse_recipe(as_dict(recipe), "again") == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    command: Any = parse_command(["train", str(file), "--advantages.share", "0.5"])
+    assert command.recipe.advantages == advantages_config("trim", share=0.5)
+    names = ["--advantages.name", "running", "--objective.name", "flow_grpo"]
+    command = parse_command(["train", str(file), *names, "--advantages.momentum", "0.5"])
+    assert command.recipe.advantages == advantages_config("running", momentum=0.5)
+    assert command.recipe.objective == objective_config("flow_grpo")
+    with pytest.raises(UserError, match="advantages.name must be one of group, global, .*running, got 'std'"):
+        parse_command(["train", str(file), "--advantages.name=std"])
+
+
+def test_a_recipe_without_advantages_standardizes_by_group(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, "[sampler]\nsde_steps = 5"))
+    assert recipe.advantages == advantages_config() == advantages_config("group", eps=1e-4)
+    assert load_recipe(find_recipe("flux_lora")).advantages == advantages_config("global")
+
+
 def test_a_name_and_the_options_of_another_objective_do_not_mix() -> None:
     with pytest.raises(UserError, match="does not fit the options of FlowGrpoConfig"):
         dataclasses.replace(objective_config("flow_grpo"), name="grpo_guard")
     with pytest.raises(UserError, match="does not fit the options of ObjectiveConfig"):
         ObjectiveConfig()
+    with pytest.raises(UserError, match="does not fit the options of GroupConfig: make one of another name"):
+        dataclasses.replace(advantages_config(), name="global")
 
 
 @pytest.mark.parametrize("content", [[1], 3.0, None, "text"])

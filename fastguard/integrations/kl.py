@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastguard.loss.objectives.base import check_at_least_0
+from fastguard.options import check_at_least_0
 from fastguard.sde import Transition
 
 Trainer = Literal["flow_grpo", "verl_omni", "flow_factory"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastguard.loss.objectives import Objective, build_objective
-from fastguard.loss.objectives.base import is_number
+from fastguard.options import is_number
 from fastguard.sde import Transition
 
 Reweight = Literal["none", "inverse_dt", "equalized"]

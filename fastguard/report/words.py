@@ -154,7 +154,7 @@ def _trouble_points(run: TrainingRun) -> list[str]:
         )
         points.append(
             f"Groups whose rewards were all equal: {_share(fmean(flat))} on average, {_share(flat[-1])} in the last "
-            f"epoch{advice if fmean(flat) > 0.3 else ''}."
+            f"epoch{advice if fmean(flat) > 0.3 and run.recipe.advantages.within_groups else ''}."
         )
     return points
 

@@ -1,19 +1,17 @@
-"""Advantages: how much better an image's reward is than the others of its prompt (GRPO).
+"""The rewards of one rollout as advantages: several rewards, failed images, and what the estimator remembers.
 
 Axes: R reward function, B image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-EPS = 1e-4
-"""Added to the standard deviation, as public trainers do."""
+from fastguard.advantages import Estimator, build_estimator
 
 
 @dataclass(frozen=True)
@@ -23,75 +21,48 @@ class Advantages:
     values: Tensor
     """(B,) float32"""
     zero_spread_groups: Tensor
-    """0-d int64, on the host: groups whose rewards are all equal; they teach nothing and get advantage 0"""
+    """0-d int64, on the host: groups whose rewards are all equal; only a running baseline learns from them"""
+    baselines: dict[int, float]
+    """what the estimator expects of each prompt from now on; empty unless it remembers earlier rollouts"""
 
 
-def group_advantages(
-    rewards: Tensor, prompt_indices: Tensor, std: Literal["group", "global"] = "group", eps: float = EPS
-) -> Advantages:
-    """(reward - group mean) / (std + eps), with the population standard deviation (divided by n, not n - 1).
+def combine_rewards(scores: Tensor, weights: Sequence[float]) -> Tensor:
+    """The weighted sum of several rewards, (R, B) -> (B,) float64 on the host. NaN of a failed image stays NaN."""
+    return torch.tensor(list(weights), dtype=torch.float64, device="cpu") @ scores.detach().cpu().double()
 
-    Args:
-        rewards: (B,) finite scores, any floating dtype; computed in float64.
-        prompt_indices: (B,) int64; equal indices form a group.
-        std: the standard deviation of the image's own group, or of all rewards.
 
-    Raises ValueError for wrong shapes, an unknown `std`, and NaN or infinite rewards (naming their indices).
+def standardize_each(scores: Tensor, prompt_indices: Tensor) -> Tensor:
+    """Each reward in units of its standard deviation in the group, (R, B) float64 on the host.
+
+    An image that a reward failed on stays out of the statistics, and its NaN stays.
     """
-    if rewards.ndim != 1 or rewards.shape != prompt_indices.shape:
-        raise ValueError(
-            "rewards and prompt_indices must be 1-d and of equal length, one per image, "
-            f"got {tuple(rewards.shape)} and {tuple(prompt_indices.shape)}"
-        )
-    if std not in ("group", "global"):
-        raise ValueError(f'std must be "group" or "global", got {std!r}')
-    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"the reward function returned NaN or infinite scores for the images {bad}")
-
-    # On the host: a handful of numbers, and CUDA's index_add would add them in a new order each time.
-    device = rewards.device
-    rewards, prompt_indices = rewards.detach().cpu().double(), prompt_indices.cpu()
-    groups, group, count = torch.unique(prompt_indices, return_inverse=True, return_counts=True)
-    zeros = rewards.new_zeros(len(groups))
-    centered = rewards - (zeros.index_add(0, group, rewards) / count)[group]
-    if std == "group":
-        scale = (zeros.index_add(0, group, centered.square()) / count).sqrt()[group]
-    else:
-        scale = rewards.std(correction=0)
-    # Equality is exact here, where a standard deviation of equal rewards may round to a tiny nonzero number.
-    lowest = zeros.scatter_reduce(0, group, rewards, "amin", include_self=False)
-    highest = zeros.scatter_reduce(0, group, rewards, "amax", include_self=False)
-    flat = lowest == highest
-    values = torch.where(flat[group], 0.0, centered / (scale + eps))
-    return Advantages(values.float().to(device), flat.sum())
-
-
-def combine_rewards(
-    scores: Tensor, weights: Sequence[float], prompt_indices: Tensor, normalize_each: bool = False
-) -> Tensor:
-    """The weighted sum of several rewards, (B,) float64 on the host.
-
-    Args:
-        scores: (R, B) of each reward; NaN (an image that a reward failed on) stays NaN in the sum.
-        weights: R factors.
-        prompt_indices: (B,) int64; the groups within which `normalize_each` standardizes every reward first.
-    """
-    scores = scores.detach().cpu().double()
-    if normalize_each:
-        scores = scores.clone()
-        whole = ~torch.isnan(scores).any(0)
-        for row in scores:
-            row[whole] = group_advantages(row[whole], prompt_indices.cpu()[whole]).values.double()
-    return torch.tensor(list(weights), dtype=torch.float64, device="cpu") @ scores
+    scores, prompt_indices = scores.detach().cpu().double().clone(), prompt_indices.cpu()
+    whole, estimator = ~torch.isnan(scores).any(0), build_estimator("group")
+    for row in scores:
+        row[whole] = estimator(row[whole], prompt_indices[whole]).double()
+    return scores
 
 
 def advantages_without_failures(
-    rewards: Tensor, prompt_indices: Tensor, std: Literal["group", "global"]
+    scores: Tensor,
+    prompt_indices: Tensor,
+    estimator: Estimator,
+    weights: Sequence[float] | None = None,
+    baselines: Mapping[int, float] | None = None,
 ) -> tuple[Advantages, Tensor]:
-    """`group_advantages` of the groups without NaN, and 0 for the others; also which images count, (B,) bool."""
-    prompt_indices = prompt_indices.cpu()
-    failed = torch.isin(prompt_indices, prompt_indices[torch.isnan(rewards)])
-    kept = group_advantages(rewards[~failed], prompt_indices[~failed], std)
-    values = kept.values.new_zeros(len(rewards)).masked_scatter_(~failed, kept.values)
-    return Advantages(values, kept.zero_spread_groups), ~failed
+    """The advantages of the groups without NaN, and 0 for the others; also which images count, (B,) bool.
+
+    Args:
+        scores: (R, B); NaN marks an image that a reward failed on.
+        prompt_indices: (B,) int64; equal indices form a group.
+        weights: R factors on the rewards; all 1 without them.
+        baselines: those after the previous rollout.
+    """
+    scores, prompt_indices = scores.cpu(), prompt_indices.cpu()
+    failed = torch.isnan(scores).any(0)
+    counted = ~torch.isin(prompt_indices, prompt_indices[failed])
+    kept, prompts = scores[:, counted], prompt_indices[counted]
+    values = torch.zeros(len(counted), dtype=torch.float32, device="cpu")
+    values[counted] = estimator(kept, prompts, weights, baselines)
+    flat = estimator.flat_groups(kept, prompts, weights).sum()
+    return Advantages(values, flat, estimator.next_baselines(kept, prompts, weights, baselines)), counted

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -342,6 +342,7 @@ class _TrainerState:
     monitor_conditions: dict[str, Any] | None = None
     trained_prompts: str = ""
     earlier_best: list[str] = field(default_factory=list)
+    baselines: dict[int, FiniteFloat] = field(default_factory=dict)
 
 
 def read_state(path: Path) -> dict[str, Any]:

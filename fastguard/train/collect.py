@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastguard.rewards import RewardError, RewardPool, Scores
 from fastguard.rewards.collect import collect_scores
-from fastguard.train.advantages import Advantages, advantages_without_failures, combine_rewards
+from fastguard.train.advantages import Advantages, advantages_without_failures, combine_rewards, standardize_each
 from fastguard.train.metrics import Clock
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import (
@@ -105,11 +105,13 @@ def score_epoch(
     values, prompts = everyone(scores.values), everyone(prompt_indices)
     whole = Scores(values, tuple(gather_object(list(scores.failures))))
     weights = [reward.weight for reward in recipe.rewards]
-    total = combine_rewards(values, weights, prompts)
-    compared = (
-        combine_rewards(values, weights, prompts, normalize_each=True) if recipe.scoring.normalize_each else total
-    )
-    advantages, counted = advantages_without_failures(compared, prompts, recipe.scoring.std)
+    compared = standardize_each(values, prompts) if recipe.scoring.normalize_each else values
+    try:
+        advantages, counted = advantages_without_failures(
+            compared, prompts, recipe.advantages, weights, state.baselines
+        )
+    except ValueError as error:  # rewards that this estimator cannot take
+        raise RewardError(f"advantages: {error}") from error
     if not counted.any():
         failure = whole.failures[0]
         raise RewardError(
@@ -117,9 +119,9 @@ def score_epoch(
             f"{failure.reason}"
         )
     first = accelerator.process_index * len(prompt_indices)
-    own = Advantages(advantages.values[first : first + len(prompt_indices)], advantages.zero_spread_groups)
+    own = replace(advantages, values=advantages.values[first : first + len(prompt_indices)])
     dropped = len(prompts[~counted].unique())
-    return SampledEpoch(transitions, own, whole, total, dropped, images)
+    return SampledEpoch(transitions, own, whole, combine_rewards(values, weights), dropped, images)
 
 
 @torch.no_grad()

@@ -138,9 +138,8 @@ class Monitor:
     def judge(self, scores: Tensor, epoch: int, images: Tensor) -> Verdict:
         """Compare (R, B) scores with the history: does the proxy rise while the gold score falls?"""
         config, trained = self._recipe.monitor, len(self._recipe.rewards)
-        groups = torch.zeros(scores.shape[1], dtype=torch.int64, device="cpu")
-        proxy = combine_rewards(scores[:trained], [r.weight for r in self._recipe.rewards], groups)
-        gold = combine_rewards(scores[trained:], [r.weight for r in config.gold], groups)
+        proxy = combine_rewards(scores[:trained], [r.weight for r in self._recipe.rewards])
+        gold = combine_rewards(scores[trained:], [r.weight for r in config.gold])
         labels = [r.label for r in (*self._recipe.rewards, *config.gold)]
         log = EvaluationLog(
             epoch=epoch,

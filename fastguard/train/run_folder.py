@@ -211,6 +211,11 @@ class RunFolder:
         prompts = _trained_prompts(state)
         if self._main and content.get("trained_prompts", prompts) != prompts:
             say("  prompts.file holds other prompts than before", sys.stdout)
+        changed = differences(content["recipe"], as_dict(self._recipe))
+        compared = ("rewards", "scoring.normalize_each", "advantages")  # what the baselines of prompts are about
+        same = content.get("trained_prompts") == prompts and not any(c.startswith(compared) for c in changed)
+        baselines = content.get("baselines", {}) if same else {}
+        state.baselines = {int(prompt): baseline for prompt, baseline in baselines.items()}
         if content["monitor"] is not None:
             best = content["monitor"]["best"]
             self._best = None if best is None else checkpoint_name(best["epoch"])  # kept until there is a better one
@@ -304,6 +309,7 @@ class RunFolder:
             "epoch": state.epoch,
             "updates": state.updates,
             "bad_in_a_row": state.bad_in_a_row,
+            "baselines": state.baselines,
             "prompts_used": state.epoch * self._recipe.prompts.per_epoch,
             "processes": self._accelerator.num_processes,
             "trained_prompts": _trained_prompts(state),

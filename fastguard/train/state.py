@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +45,8 @@ class TrainState:
     """optimizer updates done, without skipped ones"""
     bad_in_a_row: int = 0
     """updates skipped since the last good one"""
+    baselines: dict[int, float] = field(default_factory=dict)
+    """what the advantage estimator expects of each prompt; empty unless it remembers earlier rollouts"""
     checked: bool = False
     """whether this process has passed the parity preflight"""
 

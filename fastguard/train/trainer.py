@@ -97,6 +97,7 @@ def run_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder) -> Epo
                 break
         state.require_finite()  # one reading an epoch of what each update reads, before it is evaluated or rolled out
     state.epoch += 1
+    state.baselines = rolled.advantages.baselines
     log = summarize(state, rolled, updates, clock)
     recorder.end_epoch(log, rolled.images, state)
     return log

@@ -26,6 +26,7 @@ from fastguard.config import (
     SamplerConfig,
     ScoringConfig,
     UpdateConfig,
+    advantages_config,
     objective_config,
 )
 from fastguard.recipe import as_dict
@@ -105,6 +106,15 @@ def titles(page: str) -> list[str]:
 
 def in_memory(epochs: list[EpochLog], recipe: Recipe = RECIPE) -> TrainingRun:
     return TrainingRun(Path("none"), recipe, epochs, [], [], 0)
+
+
+@pytest.mark.parametrize("name", ["group", "running"])
+def test_flat_groups_are_no_trouble_to_an_estimator_that_learns_from_them(tmp_path: Path, name: str) -> None:
+    recipe = replace(RECIPE, advantages=advantages_config(name))
+    logs = [replace(epoch_log(i), zero_spread_share=0.5) for i in range(4)]
+    points = "\n".join(summary(read_run(run_folder(tmp_path / "run", logs, recipe=recipe))))
+    assert "all equal: 50% on average, 50% in the last epoch" in points
+    assert ("they teach nothing" in points) == (name == "group")
 
 
 def test_a_finished_run_in_words_and_pictures(tmp_path: Path) -> None:

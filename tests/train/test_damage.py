@@ -277,6 +277,8 @@ def test_a_listed_file_behind_a_linked_folder_is_refused(copy: Recipe) -> None:
         ({"format": None}, "is not as it was written: format"),
         ({"epoch": "x"}, "is not as it was written: epoch"),
         ({"epoch": -1}, "is not as it was written: epoch"),
+        ({"baselines": {"x": 1.0}}, "is not as it was written: baselines"),
+        ({"baselines": {"1": None}}, "is not as it was written: baselines"),
         ({"epoch": 10**30}, "is not as it was written: epoch"),
         ({"updates": 1.5}, "is not as it was written: updates"),
         ({"bad_in_a_row": None}, "is not as it was written: bad_in_a_row"),

@@ -33,11 +33,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastguard.cli import terminations_as_interrupts
-from fastguard.config import Recipe, RewardConfig, ScoringConfig
+from fastguard.config import Recipe, RewardConfig, ScoringConfig, advantages_config
 from fastguard.rewards.settings import SETTINGS
 from fastguard.train import checkpoint, run_folder
 from fastguard.train.checkpoint import CheckpointFolder, read_state, read_tensors, restore_rng, verify
 from fastguard.train.run_folder import RunFolder, checkpoint_of
+from fastguard.train.state import build_state
 from fastguard.utils.rows import read_rows
 from fastguard.utils.signals import ENDING, handled_by
 from fastguard.utils.terminal import say
@@ -324,6 +325,47 @@ def test_a_resume_says_what_else_changed(
     monkeypatch.setattr(ToyBackbone, "num_trained_prompts", 1)
     go_on(watched, tmp_path / "prompts", prompts={"per_epoch": 1}, sampler={"group_size": 32})
     assert "prompts.file holds other prompts than before" in capfd.readouterr().out
+
+
+def with_running_baselines(folder: Path) -> Recipe:
+    recipe = toy(folder, run={"epochs": 4}, update={"ema_decay": 0.5})
+    return replace(recipe, monitor=MONITOR, advantages=advantages_config("running", momentum=0.5))
+
+
+def test_running_baselines_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    whole, parts = (with_running_baselines(tmp_path / name) for name in ("whole", "parts"))
+    in_process(whole)
+    in_process(replace(parts, run=replace(parts.run, epochs=2)))
+    in_process(parts, resume="auto")
+    baselines = read_state(newest(whole.run.dir))["baselines"]
+    assert baselines.keys() == {"0", "1"}
+    assert read_state(newest(parts.run.dir))["baselines"] == baselines
+    assert_same_end(parts.run.dir, whole.run.dir)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rewards": (RewardConfig("towards", weight=2.0),)},
+        {"scoring": ScoringConfig(1, normalize_each=True)},
+        {"advantages": advantages_config("running", momentum=0.6)},
+    ],
+    ids=str,
+)
+def test_baselines_of_other_rewards_are_not_gone_on_with(tmp_path: Path, changed: dict[str, Any]) -> None:
+    recipe = with_running_baselines(tmp_path / "run")
+    in_process(replace(recipe, run=replace(recipe.run, epochs=2)))
+    path = newest(recipe.run.dir)
+    assert read_state(path)["baselines"]
+
+    def loaded(recipe: Recipe) -> dict[int, float]:
+        accelerator = Accelerator(cpu=True)
+        state = build_state(ToyBackbone(), recipe, accelerator, None)
+        RunFolder(recipe, accelerator, "auto").restore(state)
+        return state.baselines
+
+    assert loaded(recipe).keys() == {0, 1}
+    assert loaded(replace(recipe, **changed)) == {}
 
 
 def test_two_processes_cannot_share_a_run_folder(tmp_path: Path) -> None:

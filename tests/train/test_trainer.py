@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,14 +15,21 @@ from helpers.objective_formulas import FORMULAS
 from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, brightness, pool, towards
 from torch import Tensor, nn
 
-from fastguard.config import MonitorConfig, ObjectiveConfig, Recipe, RewardConfig, objective_config
+from fastguard.advantages import ESTIMATORS
+from fastguard.config import (
+    MonitorConfig,
+    ObjectiveConfig,
+    Recipe,
+    RewardConfig,
+    advantages_config,
+    objective_config,
+)
 from fastguard.demo.backbone import DigitBackbone
 from fastguard.demo.model import DigitPolicy
 from fastguard.loss.objectives import OBJECTIVES
 from fastguard.ops import transition as naive
-from fastguard.rewards import RewardError
+from fastguard.rewards import RewardError, RewardPool
 from fastguard.train import trainer
-from fastguard.train.advantages import advantages_without_failures, combine_rewards
 from fastguard.train.collect import images_to_sample
 from fastguard.train.ema import Shadow
 from fastguard.train.metrics import Update, clip_fractions, clip_range_for, ratio_log
@@ -161,6 +169,59 @@ def test_the_distance_that_ends_updates_is_the_mean_change_of_the_ratio() -> Non
     for stop_at, ends in ((1.01 * measured, False), (0.99 * measured, True)):
         state.recipe = with_(update={"stop": "espo", "stop_at": stop_at})
         assert has_moved_too_far(update, state) == ends
+
+
+BOUNDS = {"bnpo": {"low": -10.0, "high": 0.0}}
+"""Of the toy's reward."""
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_training_raises_the_reward_with_each_estimator(name: str) -> None:
+    logs, backbone, _ = run(replace(RECIPE, advantages=advantages_config(name, **BOUNDS.get(name, {}))))
+    assert logs[-1].reward_mean > logs[0].reward_mean + 0.3
+    assert backbone.policy.image[0].mean() > 0.2
+    assert backbone.policy.image[1].mean() < -0.2
+
+
+@pytest.mark.parametrize("name", ["gdpo", "std_scaled"])
+def test_estimators_get_each_reward_with_its_weight(name: str) -> None:
+    """The first reward is worth nothing, and the second, a thousandth of what is wanted, is all."""
+
+    def opposite(images: Tensor, *rest: Any) -> Tensor:
+        return -1e3 * towards(images, *rest)
+
+    recipe = replace(
+        RECIPE,
+        rewards=(RewardConfig("opposite", weight=0.1), RewardConfig("towards", weight=1.0)),
+        advantages=advantages_config(name),
+    )
+    backbone = ToyBackbone()
+    functions = [(recipe.rewards[0], opposite), (recipe.rewards[1], towards)]
+    with RewardPool(functions, recipe.scoring, backbone.prompts) as rewards:
+        logs = train(backbone, recipe, rewards, MemoryRecorder(), cpu())
+    # 0.1 * -1e3 + 1 = -99 of the sum; in units of their spread, -0.1 + 1.
+    assert logs[-1].rewards["towards"].mean > logs[0].rewards["towards"].mean + 0.3
+    assert logs[-1].reward_mean < logs[0].reward_mean
+
+
+def test_running_baselines_are_those_of_the_epochs_before() -> None:
+    recipe = with_(run={"epochs": 3})
+    _, _, where = run(replace(recipe, advantages=advantages_config("running", momentum=0.5)))
+    state = where.state
+    assert state.baselines.keys() == {0, 1}
+    assert all(math.isfinite(value) and value < 0 for value in state.baselines.values())
+    _, _, where = run(recipe)
+    assert where.state.baselines == {}
+
+
+def test_rewards_that_an_estimator_cannot_take_save_and_stop() -> None:
+    recipe, where = replace(RECIPE, advantages=advantages_config("bnpo")), MemoryRecorder()
+    with (
+        pool(recipe, ToyBackbone()) as rewards,
+        pytest.raises(RewardError, match=r"advantages: bnpo takes rewards in \[low, high\] = \[0.0, 1.0\]"),
+    ):
+        train(ToyBackbone(), recipe, rewards, where, cpu())
+    assert where.saved == [0]
 
 
 @pytest.mark.parametrize("kind", ["dance_sde", "cps"])
@@ -471,21 +532,6 @@ def test_minibatches_cover_every_transition_once_per_pass() -> None:
     assert torch.equal(torch.cat(batches), torch.cat(order(0)))
     assert not torch.equal(torch.cat(batches), torch.cat(order(1)))
     assert not torch.equal(torch.cat(batches), torch.cat(order(0, with_(run={"seed": 1}))))
-
-
-def test_rewards_combine_by_weight_and_on_one_scale_if_asked() -> None:
-    prompts = torch.tensor([0, 0, 1, 1])
-    scores = torch.tensor([[1.0, 3.0, 5.0, 9.0], [0.0, 200.0, 100.0, 0.0]])
-    assert combine_rewards(scores, [1.0, 0.5], prompts).tolist() == [1.0, 103.0, 55.0, 9.0]
-    even = combine_rewards(scores, [1.0, 1.0], prompts, normalize_each=True)
-    assert even.tolist() == pytest.approx([-2.0, 2.0, 0.0, 0.0], abs=1e-3)
-
-
-def test_a_failed_group_gets_no_advantage() -> None:
-    rewards, prompts = torch.tensor([1.0, 3.0, torch.nan, 5.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
-    advantages, counted = advantages_without_failures(rewards, prompts, "group")
-    assert advantages.values.tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-3)
-    assert counted.tolist() == [True, True, False, False]
 
 
 def update(steps: list[int], log_ratio: list[float], clipped: list[bool], advantages: list[float]) -> Update:

@@ -5,7 +5,6 @@ The classes are imported at once, since torch.compile cannot trace an import.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from fastguard.loss.objectives.base import Objective, Scope, Terms
@@ -26,6 +25,7 @@ from fastguard.loss.objectives.sapo import Sapo
 from fastguard.loss.objectives.spo import Spo
 from fastguard.loss.objectives.surrogate import Surrogate
 from fastguard.loss.objectives.tic_grpo import TicGrpo
+from fastguard.options import check_options, options_of
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "grpo_guard": GrpoGuard,
@@ -46,7 +46,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gmpo": Gmpo,
 }
 DEFAULT_OBJECTIVE = "grpo_guard"
-OPTIONS = {name: tuple(field.name for field in fields(objective)) for name, objective in OBJECTIVES.items()}
+OPTIONS = options_of(OBJECTIVES)
 """The names of each objective's own options."""
 
 __all__ = ["DEFAULT_OBJECTIVE", "OBJECTIVES", "OPTIONS", "Given", "Objective", "Scope", "Terms", "build_objective"]
@@ -63,16 +63,5 @@ def build_objective(name: str, **options: Any) -> Objective:
         ValueError: the name, an option or a value is unknown; the message lists the known ones.
         TypeError: an option has another type.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {name!r}")
-    for option in options:
-        if option not in OPTIONS[name]:
-            raise ValueError(unknown_option(name, option))
+    check_options("objective", OPTIONS, name, options)
     return OBJECTIVES[name](**options)
-
-
-def unknown_option(name: str, option: str) -> str:
-    """What is wrong with an option that an objective does not have, in words."""
-    others = [other for other in OBJECTIVES if option in OPTIONS[other]]
-    elsewhere = f"; it is an option of {', '.join(others)}" if others else ""
-    return f"{name} has no option {option!r}{elsewhere}. Known: {', '.join(OPTIONS[name])}"

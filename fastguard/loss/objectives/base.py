@@ -8,7 +8,6 @@ is the same for all (docs/math.md).
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastguard.ops.transition import FusedEpilogue, Terms, log1p_of
+from fastguard.options import check_at_least_0, check_positive, is_number
 
 Scope = Literal["transition", "trajectory"]
 LogRatio = Literal["normalized", "plain"]
@@ -160,11 +160,6 @@ def by_sign(advantages: Tensor, positive: float | Tensor, otherwise: float | Ten
     return torch.where(advantages > 0, zero + positive, zero + otherwise)
 
 
-def is_number(value: object) -> bool:
-    """A plain or numpy number; not a bool, which would be taken for 0 or 1, and not a tensor, which may be on a GPU."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def clip_pair(clip_range: ClipRange) -> tuple[float, float]:
     """(low, high) of a clip range. Raises ValueError unless both are positive and finite."""
     pair = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
@@ -186,19 +181,3 @@ def check_adv_clip(adv_clip: float | None) -> None:
         raise TypeError(f"adv_clip must be a number; got {adv_clip!r}")
     if adv_clip is not None and not adv_clip > 0:
         raise ValueError(f"adv_clip must be positive, or None for no clipping; got {adv_clip}")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise TypeError or ValueError unless the option called `name` is a positive, finite number."""
-    if not is_number(value):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite; got {value}")
-
-
-def check_at_least_0(name: str, value: float) -> None:
-    """Raise TypeError or ValueError unless the option called `name` is a number that is not negative."""
-    if not is_number(value):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not value >= 0:
-        raise ValueError(f"{name} must be >= 0; got {value}")
