@@ -171,9 +171,10 @@ def sample(state: TrainState) -> tuple[RolloutBatch, ...]:
 
 def update(state: TrainState, transitions: Sequence[RolloutBatch]) -> dict[str, float]:
     """One optimizer update on all transitions. Raises AssertionError unless it has a gradient and clips nothing."""
-    recipe, index = state.recipe, next(minibatches(state))
+    recipe = state.recipe
     advantages = 1.0 - 2.0 * (torch.arange(recipe.images_per_epoch) % 2)
-    done = update_weights(state, transitions, index, advantages, NoRecorder(), False)  # type: ignore[arg-type]
+    minibatch = next(minibatches(state, advantages))
+    done = update_weights(state, transitions, minibatch, advantages, NoRecorder(), False)  # type: ignore[arg-type]
     worst, norm = float(done.log_ratio.abs().max()), float(done.grad_norm)
     assert not done.clipped.any(), f"a log-ratio of {worst:.2e} before any weight has changed"
     assert 0 < norm < math.inf, f"gradient norm {norm}"
@@ -182,7 +183,8 @@ def update(state: TrainState, transitions: Sequence[RolloutBatch]) -> dict[str, 
 
 def kept_bytes(state: TrainState, transitions: Sequence[RolloutBatch]) -> int:
     """What the forward pass of one micro-batch leaves on the device for its backward pass."""
-    index = next(minibatches(state))[: state.recipe.micro_batch]
+    none = torch.zeros(state.recipe.images_per_process)
+    index = next(minibatches(state, none)).index[: state.recipe.micro_batch]
     batch = RolloutBatch.select(transitions, index).to(state.accelerator.device)
     advantages = torch.ones(len(batch), device=state.accelerator.device)
     torch.cuda.synchronize()

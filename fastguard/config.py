@@ -439,6 +439,8 @@ class UpdateConfig:
     """passes over each rollout"""
     minibatches: int = 2
     """optimizer updates per pass; each takes an equal share of the transitions of every rollout batch"""
+    subsample: float = 1.0
+    """share of the images that a pass trains on, drawn by |advantage| and weighted so that the gradient has no bias"""
     micro_batch: int = 4
     """transitions per forward and backward pass, per process; 0 takes the whole share of a minibatch at once"""
     stop: Literal["none", "espo"] = "none"
@@ -486,6 +488,7 @@ class UpdateConfig:
         _at_most(1, **{"learning_rate * weight_decay": self.learning_rate * self.weight_decay})
         # AdamW divides by the root of a mean of squares, which float32 takes for 0 where gradients are below 1e-22.
         _within(1e-20, 1, eps=self.eps)
+        _require(0 < self.subsample <= 1, f"subsample must lie in (0, 1], got {self.subsample}")
         _require(0 < self.stop_at < 2, f"stop_at must lie in (0, 2), got {self.stop_at}")
         _require(self.max_grad_norm > 0, f"max_grad_norm must be positive, got {self.max_grad_norm}")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}")
@@ -620,17 +623,22 @@ class Recipe:
                 f"of sampler.batch_size = {sampler.batch_size} on hardware.processes = {processes}. "
                 f"Nearest that work: {nearest_divisible(self)}"
             )
+        images, share = self.trained_images, self.update.subsample
+        _require(
+            math.isclose(images, share * sampler.batch_size) and images > 0,
+            f"update.subsample = {share:g} of sampler.batch_size = {sampler.batch_size} images is no whole number",
+        )
+        of = f"update.subsample * sampler.batch_size = {images}" if share < 1 else f"sampler.batch_size = {images}"
         if self.objective.scope == "trajectory":
             _require(
-                sampler.batch_size % self.update.minibatches == 0,
-                f"objective.name = {self.objective.name} takes all steps of an image in one update, and "
-                f"sampler.batch_size = {sampler.batch_size} images do not divide into "
-                f"update.minibatches = {self.update.minibatches}",
+                images % self.update.minibatches == 0,
+                f"objective.name = {self.objective.name} takes all steps of an image in one update, and {of} images do "
+                f"not divide into update.minibatches = {self.update.minibatches}",
             )
-        pairs = sampler.batch_size * sampler.sde_steps
+        pairs = images * sampler.sde_steps
         _require(
             pairs % self.update.minibatches == 0,
-            f"sampler.batch_size * sampler.sde_steps = {pairs} transitions of a rollout batch do not divide into "
+            f"{of.split(' =')[0]} * sampler.sde_steps = {pairs} transitions of a rollout batch do not divide into "
             f"update.minibatches = {self.update.minibatches}",
         )
 
@@ -653,6 +661,7 @@ class Recipe:
                 "update.copies",
                 "there is no average (update.ema_decay) and no model before full fine-tuning (objective.kl_weight)",
             ),
+            (self.update.stop == "none", "update.stop_at", "update.stop = none asks for no distance"),
             (self.update.ema_decay == 0, "update.ema_every", "update.ema_decay = 0 keeps no average"),
             *((self.monitor.every == 0, f"monitor.{f.name}", "monitor.every = 0 turns it off")
               for f in fields(MonitorConfig) if f.name != "every"),
@@ -670,9 +679,15 @@ class Recipe:
         return self.images_per_epoch // self.hardware.processes
 
     @property
+    def trained_images(self) -> int:
+        """Images of a rollout batch that a pass trains on."""
+        return round(self.update.subsample * self.sampler.batch_size)
+
+    @property
     def transitions_per_update(self) -> int:
         """Transitions that one process contributes to an optimizer update."""
-        return self.images_per_process * self.sampler.sde_steps // self.update.minibatches
+        batches = self.images_per_process // self.sampler.batch_size
+        return batches * self.trained_images * self.sampler.sde_steps // self.update.minibatches
 
     @property
     def micro_batch(self) -> int:

@@ -222,13 +222,14 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
     sampler, update, processes = recipe.sampler, recipe.update, recipe.hardware.processes
     updates = update.inner_epochs * update.minibatches
     fewer = "" if update.stop == "none" else f", or fewer by update.stop = {update.stop}"
+    trained = "" if update.subsample == 1 else f"; a pass trains on {recipe.trained_images} of each"
     end = sampler.window_start + sampler.sde_steps - 1
     moving = "" if sampler.window == "fixed" else f", {sampler.window} from step {sampler.window_start} on"
     window = f"steps {sampler.window_start} to {end}" if sampler.window == "fixed" else f"{sampler.sde_steps} steps"
     per_update = recipe.transitions_per_update
     return (
         ("images per epoch", f"{recipe.images_per_epoch} = {recipe.prompts.per_epoch} prompts x {sampler.group_size}"),
-        ("images per GPU", f"{recipe.images_per_process}, in rollout batches of {sampler.batch_size}"),
+        ("images per GPU", f"{recipe.images_per_process}, in rollout batches of {sampler.batch_size}{trained}"),
         ("trained steps", f"{window} of {sampler.num_steps} ({sampler.kind}){moving}"),
         ("updates per epoch", f"{updates} = {update.inner_epochs} passes x {update.minibatches} minibatches{fewer}"),
         (

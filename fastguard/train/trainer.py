@@ -90,9 +90,9 @@ def run_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder) -> Epo
     check_parity(transitions, state)
     updates: list[Update] = []
     with clock.phase("update"):
-        for index in minibatches(state):
+        for minibatch in minibatches(state, rolled.advantages.values):
             moved = not all(update.skipped for update in updates)
-            updates.append(update_weights(state, transitions, index, rolled.advantages.values, recorder, moved))
+            updates.append(update_weights(state, transitions, minibatch, rolled.advantages.values, recorder, moved))
             if has_moved_too_far(updates[-1], state):
                 break
         state.require_finite()  # one reading an epoch of what each update reads, before it is evaluated or rolled out

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,13 +24,24 @@ from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import Policy, RolloutBatch, predict_velocity
 from fastguard.train.state import TrainState
+from fastguard.train.subsample import choose
 from fastguard.utils.finite import not_finite
 from fastguard.utils.sharding import full_tensor, local_shard
 from fastguard.utils.terminal import a_few
 
 
-def minibatches(state: TrainState) -> Iterator[Tensor]:
-    """Host indices, into this process's transitions, of each update: every transition once per pass.
+@dataclass(frozen=True)
+class Minibatch:
+    """What one update trains on."""
+
+    index: Tensor
+    """(N,) int64, on the host: transitions of this process's rollout"""
+    weights: Tensor | None = None
+    """of each image of the rollout, on the host, where a pass trains on some of them alone (`update.subsample`)"""
+
+
+def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
+    """Every transition that a pass trains on, once per pass.
 
     An objective of whole trajectories gets all steps of an image in one update. Each rollout batch is shuffled and
     shared out on its own, seeded by its place in the whole rollout: an update sees the same transitions on 1, 2 or 8
@@ -37,26 +49,37 @@ def minibatches(state: TrainState) -> Iterator[Tensor]:
     """
     recipe = state.recipe
     images, steps = recipe.sampler.batch_size, recipe.sampler.sde_steps
-    # A rollout batch lies step by step. What is shuffled are rows of transitions that stay together.
-    rows = torch.arange(images * steps, device="cpu")[:, None]
-    if recipe.objective.scope == "trajectory":
-        rows = rows.view(steps, images).T
-    batches = recipe.images_per_process // recipe.sampler.batch_size
+    batches = recipe.images_per_process // images
     first = state.accelerator.process_index * batches
     words = [[recipe.run.seed, state.epoch, first + i] for i in range(batches)]
     generators = [np.random.default_rng(np.random.SeedSequence(w)) for w in words]
     for _ in range(recipe.update.inner_epochs):
-        orders = [rows[torch.from_numpy(g.permutation(len(rows)))] + i * rows.numel() for i, g in enumerate(generators)]
-        shares = [order.tensor_split(recipe.update.minibatches) for order in orders]
+        shares, weights = [], torch.zeros(recipe.images_per_process, device="cpu")
+        for i, generator in enumerate(generators):
+            chosen = np.arange(images)
+            if recipe.update.subsample < 1:
+                chosen, factors = choose(advantages[i * images :][:images].numpy(), recipe.trained_images, generator)
+                weights[i * images + chosen] = torch.from_numpy(factors).float()
+            # A rollout batch lies step by step. What is shuffled are rows of transitions that stay together.
+            rows = chosen[:, None] + images * np.arange(steps)
+            rows = rows if recipe.objective.scope == "trajectory" else rows.T.reshape(-1, 1)
+            order = torch.from_numpy(rows[generator.permutation(len(rows))] + i * images * steps)
+            shares.append(order.tensor_split(recipe.update.minibatches))
         for parts in zip(*shares, strict=True):
-            yield torch.cat(parts).flatten()
+            yield Minibatch(torch.cat(parts).flatten(), weights if recipe.update.subsample < 1 else None)
 
 
 def policy_loss(
-    policy: Policy, batch: RolloutBatch, advantages: Tensor, objective: ObjectiveConfig, given: Given | None = None
+    policy: Policy,
+    batch: RolloutBatch,
+    advantages: Tensor,
+    objective: ObjectiveConfig,
+    given: Given | None = None,
+    weights: Tensor | None = None,
 ) -> GuardLoss:
     """`guard_loss` of a minibatch, with the velocity from the rollout's own step function.
 
+    weights: (N,) of the transitions, for their policy loss and their KL.
     given: derivatives of an objective of whole trajectories. Without them each step is taken as the policy gradient has
     it, which is the objective's gradient as long as no ratio has moved.
     """
@@ -75,8 +98,9 @@ def policy_loss(
         batch.step.to(velocity.device),
         objective=given or objective,
         reweight=objective.reweight,
+        sample_weight=weights,
         ref_velocity=batch.ref_velocity,
-        kl_weight=objective.kl_weight,
+        kl_weight=objective.kl_weight if weights is None or not objective.kl_weight else objective.kl_weight * weights,
         kl_type=objective.kl_type,
     )
 
@@ -90,7 +114,7 @@ def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None
     recipe, accelerator = state.recipe, state.accelerator
     if state.checked or recipe.update.parity == 0:
         return
-    first = next(minibatches(state))
+    first = next(minibatches(state, torch.zeros(recipe.images_per_process, device="cpu"))).index
     batch = RolloutBatch.select(transitions, first[: recipe.micro_batch]).to(accelerator.device)
     ones = torch.ones(len(batch), dtype=torch.float32, device=accelerator.device)
     objective = recipe.objective
@@ -185,7 +209,7 @@ class Trajectories:
 def update_weights(
     state: TrainState,
     transitions: Sequence[RolloutBatch],
-    index: Tensor,
+    minibatch: Minibatch,
     advantages: Tensor,
     recorder: Recorder,
     moved: bool,
@@ -199,6 +223,7 @@ def update_weights(
     recipe, accelerator, policy = state.recipe, state.accelerator, state.policy
     config, device = recipe.update, accelerator.device
     results, batches, batch_advantages, losses = [], [], [], []
+    index, image_weights = minibatch.index, minibatch.weights
     parts = index.split(recipe.micro_batch)
     trajectories = None
     if recipe.objective.scope == "trajectory":
@@ -209,7 +234,8 @@ def update_weights(
         # DDP sums gradients over the processes once per update; FSDP2 each time, which keeps them sharded.
         with accelerator.no_sync(policy) if part is not parts[-1] and not accelerator.is_fsdp2 else nullcontext():
             given = trajectories.derivatives(batch) if trajectories is not None else None
-            result = policy_loss(policy, batch, batch_advantages[-1], recipe.objective, given)
+            weights = None if image_weights is None else image_weights[batch.sample.cpu()].to(device)
+            result = policy_loss(policy, batch, batch_advantages[-1], recipe.objective, given, weights)
             loss = result.loss * (len(part) / len(index))
             accelerator.backward(loss)
         losses.append(loss.detach())

@@ -97,7 +97,7 @@ def test_a_trajectory_objective_has_the_gradient_of_one_graph(name: str) -> None
     recipe = replace(with_(sampler={"group_size": 4, "batch_size": 8}, update={"micro_batch": 5}), objective=objective)
     backbone = ToyBackbone()
     state, transitions = state_of(backbone, recipe), [RolloutBatch.cat(transitions_of(backbone, recipe))]
-    index = next(minibatches(state))
+    index = next(minibatches(state, torch.zeros(8))).index
     whole = RolloutBatch.select(transitions, index)
     assert [len(whole.denoising_step[whole.sample == image].unique()) for image in whole.sample.unique()] == [4, 4]
     with torch.no_grad():
@@ -518,11 +518,47 @@ def test_a_rollout_without_any_score_stops() -> None:
         run(with_(scoring={"on_failure": "drop_group"}), reward=broken)
 
 
+@pytest.mark.parametrize("name", ["grpo_guard", "tic_grpo"])
+def test_a_pass_trains_on_some_of_the_images(name: str) -> None:
+    """Others in each pass, by their advantages, and as well as on all of them."""
+    objective = objective_config(name, clip_range=5e-2)
+    recipe = replace(with_(update={"subsample": 0.5, "minibatches": 4}), objective=objective)
+    state, advantages = state_of(ToyBackbone(), recipe), torch.linspace(-1, 3, 32)
+    found = list(minibatches(state, advantages))
+    assert [len(minibatch.index) for minibatch in found] == [16] * 8
+    images = [torch.cat([m.index for m in part]) % 32 for part in (found[:4], found[4:])]
+    assert [len(each.unique()) for each in images] == [16, 16]
+    assert not torch.equal(images[0].unique(), images[1].unique())
+    weights = found[0].weights
+    assert weights is not None
+    assert torch.equal(weights.nonzero()[:, 0], images[0].unique())
+    assert 0.5 < weights.mean() < 1.5  # 1 in expectation
+    assert weights[31] < 1  # the largest advantage, which is chosen more often than not
+    logs, _, _ = run(recipe)
+    assert logs[-1].reward_mean > logs[0].reward_mean + 0.2
+
+
+def test_the_kl_of_some_of_the_images_is_weighted_as_their_loss() -> None:
+    backbone = ToyBackbone()
+    batch = RolloutBatch.cat(transitions_of(backbone, RECIPE))[torch.arange(6)]
+    batch = replace(batch, ref_velocity=batch.velocity + 0.1)
+    weights, advantages = torch.linspace(0.5, 2, 6), torch.linspace(-1, 1, 6)
+    objective = replace(RECIPE.objective, kl_weight=0.3)
+    whole = policy_loss(backbone.policy, batch, advantages, objective, weights=weights)
+    each = []
+    for i in range(6):
+        one = batch[torch.tensor([i])]
+        each.append(policy_loss(backbone.policy, one, advantages[i : i + 1], objective).loss)
+    torch.testing.assert_close(whole.loss, (weights * torch.stack(each)).mean())
+    assert whole.kl is not None
+    assert whole.kl.min() > 0
+
+
 def test_minibatches_cover_every_transition_once_per_pass() -> None:
     def order(epoch: int, recipe: Recipe = RECIPE) -> list[Tensor]:
         state = state_of(ToyBackbone(), recipe)
         state.epoch = epoch
-        return list(minibatches(state))
+        return [minibatch.index for minibatch in minibatches(state, torch.zeros(32))]
 
     batches = order(0)
     assert [len(b) for b in batches] == [32] * 8
