@@ -329,6 +329,7 @@ class Epilogue:
             "OBJECTIVE": objective, "REDUCTION": REDUCTIONS[reduction], "FROM_MEANS": from_means,
             "INVERT_WEIGHT": invert_weight, "VELOCITY_KL": velocity_kl, "num_warps": EPILOGUE_WARPS,
         }  # fmt: skip
+        self.from_means = from_means
         self.reduced = reduction != "none"
         self.follows_noise = objective == 0
         """whether the policy's gradient is a multiple of the noise"""

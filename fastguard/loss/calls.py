@@ -66,8 +66,6 @@ class Checked(NamedTuple):
     """triton or torch"""
     has_drift: bool
     """whether the policy's gradient has a part along the drift"""
-    invert_weight: bool
-    """whether the factor on the policy loss is 1 / |what it is made of|"""
     kl_weight: float
     """1 where the factors on the KL are a tensor"""
     as_given: bool
@@ -160,7 +158,6 @@ def _check(call: Call, direct: bool = False) -> Checked:
         dtype,
         backend,
         has_drift=objective.log_ratio != "normalized" or objective.moves_drift,
-        invert_weight=invert_weight,
         kl_weight=kl_weight,
         as_given=direct
         and not any(tensor.requires_grad for tensor in constants)

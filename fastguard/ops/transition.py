@@ -120,6 +120,11 @@ def gaussian_kl(drift: Tensor) -> Tensor:
     return drift / 2
 
 
+def total_variation(drift: Tensor, n_elements: int) -> Tensor:
+    """Total variation distance between two Gaussians of one std and D elements: `erf(sqrt(D drift / 8))`."""
+    return torch.erf(torch.sqrt(n_elements / 8 * drift))
+
+
 def velocity_kl(velocity: Tensor, ref_velocity: Tensor) -> Tensor:
     """Mean squared velocity difference, (B,): the Gaussian KL without its step-dependent factor B^2 / (2 s^2)."""
     return mean_over_elements((velocity - ref_velocity) ** 2)
@@ -367,13 +372,13 @@ def _triton_loss(*args: Any) -> LossNumbers:
 def _launches(*options: Any) -> Callable[..., LossNumbers]:
     """The loss on Triton, as a function of its tensors."""
     launchers = kernels("transition")
-    epilogue, from_means = launchers.Epilogue(*options), options[5]
+    epilogue = launchers.Epilogue(*options)
 
     def launch(
         velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, *per_sample: Tensor | None
     ) -> LossNumbers:
         with device_guard(velocity):
-            partials = launchers.transition_partials(velocity, old, noise, ref, from_means)
+            partials = launchers.transition_partials(velocity, old, noise, ref, epilogue.from_means)
             return launchers.guard_epilogue(partials, *per_sample, velocity.numel() // velocity.shape[0], epilogue)
 
     return launch

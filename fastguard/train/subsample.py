@@ -1,9 +1,9 @@
 """Training on some of the images of a rollout batch, so chosen that the gradient keeps its expectation.
 
-An image is chosen with a probability in proportion to |advantage|, and what it adds is divided by that probability. Of
-all choices of one size, this leaves the policy gradient the least variance if the images' score functions are of one
-size. The idea is that of active importance sampling (arXiv 2405.05630); images that were drawn already are chosen here,
-since steps with another standard deviation have log-ratios of the size of the latent.
+An image is chosen with a probability in proportion to |advantage|, and what it adds is divided by that probability. So
+the gradient varies less than with a uniform choice. The idea is that of active importance sampling (arXiv 2405.05630).
+Here images are chosen that were drawn already, since steps with another standard deviation have log-ratios of the size
+of the latent.
 
 Axes: B image of a rollout batch, m chosen ones.
 """

@@ -20,6 +20,7 @@ from fastguard.config import ObjectiveConfig
 from fastguard.errors import NotFiniteError, UserError
 from fastguard.loss import GuardLoss, guard_loss
 from fastguard.loss.objectives import Given
+from fastguard.ops.transition import total_variation
 from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import Policy, RolloutBatch, predict_velocity
@@ -181,28 +182,22 @@ class Trajectories:
                 with torch.no_grad():
                     result = policy_loss(state.policy, batch, torch.zeros_like(batch.sigma), objective)
                 log_ratio[place], drift[place] = result.log_ratio, result.drift
-        steps = trained.any(0)
-        self._rows, self._columns = trained.any(1).cumsum(0) - 1, steps.cumsum(0) - 1
         chosen = trained.any(1)
-        terms = objective.terms(
-            log_ratio[chosen][:, steps],
-            drift[chosen][:, steps],
-            advantages.to(device)[chosen],
-            n_elements=math.prod(state.backbone.latent_shape),
-        )
+        log_ratio, drift = (numbers[trained].view(int(chosen.sum()), -1) for numbers in (log_ratio, drift))
+        n_elements = math.prod(state.backbone.latent_shape)
+        terms = objective.terms(log_ratio, drift, advantages.to(device)[chosen], n_elements=n_elements)
         # A loss of n images is the mean over n; the loss of a minibatch divides by n T transitions.
-        n_steps = int(steps.sum())
-        self._terms = {
-            "by_log_ratio": n_steps * terms.by_log_ratio,
-            "by_drift": n_steps * terms.by_drift,
-            "clipped": terms.clipped,
-        }
+        n_steps = log_ratio.shape[1]
+        found = {"by_log_ratio": n_steps * terms.by_log_ratio, "by_drift": n_steps * terms.by_drift}
+        self._terms = {}
+        for name, numbers in {**found, "clipped": terms.clipped}.items():
+            self._terms[name] = numbers.new_zeros(shape)
+            self._terms[name][trained] = numbers.flatten()
         self._objective = objective
 
     def derivatives(self, batch: RolloutBatch) -> Given:
         """Those of some transitions."""
-        place = self._rows[batch.sample], self._columns[batch.denoising_step]
-        terms = {name: term[place] for name, term in self._terms.items()}
+        terms = {name: numbers[batch.sample, batch.denoising_step] for name, numbers in self._terms.items()}
         return Given(**terms, log_ratio=self._objective.log_ratio, moves_drift=self._objective.moves_drift)
 
 
@@ -281,7 +276,7 @@ def has_moved_too_far(update: Update, state: TrainState) -> bool:
     if update.drift is None or update.skipped:
         return False
     n_elements = math.prod(state.backbone.latent_shape)
-    moved = 2 * torch.erf(torch.sqrt(n_elements / 8 * update.drift.double()))
+    moved = 2 * total_variation(update.drift.double(), n_elements)
     return state.accelerator.gather(moved).mean().item() > state.recipe.update.stop_at
 
 

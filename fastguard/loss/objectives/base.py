@@ -23,6 +23,7 @@ ClipRange = float | tuple[float, float]
 
 __all__ = [
     "ClipRange",
+    "ClipRanged",
     "EitherLogRatio",
     "FusedEpilogue",
     "LogRatio",
@@ -99,6 +100,22 @@ class Objective:
     def moved(self, log_ratio: Tensor, drift: Tensor, *, n_elements: int) -> Tensor:
         """How far each transition has moved from the rollout, (N,), in the unit of `limit`."""
         return log_ratio.abs()
+
+
+@dataclass(frozen=True)
+class ClipRanged(Objective):
+    """Base of objectives with a clip range."""
+
+    limit_name: ClassVar[str] = "clip_range"
+
+    clip_range: ClipRange = 2e-6
+    """distance of the ratio from 1, or (low, high); depends on the objective and on the number of latent elements"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        clip_pair(self.clip_range)
+        if isinstance(self.clip_range, list):
+            object.__setattr__(self, "clip_range", tuple(self.clip_range))  # for equality and hashes
 
 
 def check_log_ratio(value: str, name: str = "log_ratio") -> None:

@@ -8,25 +8,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastguard.loss.objectives.base import ClipRange, EitherLogRatio, Terms, clip_pair, terms_of, without_idle
+from fastguard.loss.objectives.base import (
+    ClipRange,
+    ClipRanged,
+    EitherLogRatio,
+    Terms,
+    clip_pair,
+    terms_of,
+    without_idle,
+)
 from fastguard.ops.transition import log1p_of
 
 
 @dataclass(frozen=True)
-class Cispo(EitherLogRatio):
+class Cispo(ClipRanged, EitherLogRatio):
     """`-a sg(clip(r, 1 - low, 1 + high)) l`, where sg takes no gradient: the weight is clipped, and no sample loses its
     gradient.
     """
 
     title: ClassVar[str] = "CISPO"
-    limit_name: ClassVar[str] = "clip_range"
 
     clip_range: ClipRange = 1e-5
     """distance of the weight from 1, or (low, high)"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        clip_pair(self.clip_range)
 
     def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
         log_ratio = without_idle(log_ratio, advantages)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastguard.loss.objectives.base import (
-    ClipRange,
+    ClipRanged,
     FusedEpilogue,
-    Objective,
     Terms,
     check_adv_clip,
     clip_pair,
@@ -22,22 +20,16 @@ from fastguard.ops.transition import clip_advantages, clipped_terms, log1p_of
 
 
 @dataclass(frozen=True)
-class Clipped(Objective):
+class Clipped(ClipRanged):
     """`max(-a r, -a clip(r, 1 - low, 1 + high))` of the ratio r and the advantage a (arXiv 1707.06347)."""
 
-    limit_name: ClassVar[str] = "clip_range"
-
-    clip_range: ClipRange = 2e-6
-    """distance of the ratio from 1, or (low, high); depends on the objective and on the number of latent elements"""
     adv_clip: float | None = 5.0
     """advantages are clipped to +- this many standard deviations; None does not clip them"""
     dual_clip: float | None = None
     """bound above 1 on the ratio of samples with a negative advantage (arXiv 1912.09729), or None for no bound"""
 
     def __post_init__(self) -> None:
-        clip_pair(self.clip_range)
-        if isinstance(self.clip_range, list):
-            object.__setattr__(self, "clip_range", tuple(self.clip_range))  # for equality and hashes
+        super().__post_init__()
         check_adv_clip(self.adv_clip)
         if self.dual_clip is not None and not (is_number(self.dual_clip) and 1 < self.dual_clip < math.inf):
             raise ValueError(f"dual_clip must be a number above 1, or None for no bound; got {self.dual_clip!r}")

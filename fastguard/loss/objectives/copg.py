@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastguard.loss.objectives.base import (
     ClipRange,
+    ClipRanged,
     EitherLogRatio,
     Terms,
     beyond_clip,
@@ -20,18 +21,13 @@ from fastguard.loss.objectives.base import (
 
 
 @dataclass(frozen=True)
-class Copg(EitherLogRatio):
+class Copg(ClipRanged, EitherLogRatio):
     """`-a l`, held at the edge of PPO's clip range. The gradient is `-a` inside, without PPO's factor r."""
 
     title: ClassVar[str] = "COPG"
-    limit_name: ClassVar[str] = "clip_range"
 
     clip_range: ClipRange = 1e-5
     """distance of the ratio from 1, or (low, high)"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        clip_pair(self.clip_range)
 
     def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
         log_ratio = without_idle(log_ratio, advantages)

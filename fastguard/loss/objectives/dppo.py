@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastguard.loss.objectives.base import EitherLogRatio, Terms, check_at_least_0, terms_of, without_idle
+from fastguard.ops.transition import total_variation
 
 Divergence = Literal["tv", "kl"]
 
@@ -43,4 +44,4 @@ class Dppo(EitherLogRatio):
         return terms_of(loss, loss, clipped=masked)
 
     def moved(self, log_ratio: Tensor, drift: Tensor, *, n_elements: int) -> Tensor:
-        return drift / 2 if self.divergence == "kl" else torch.erf(torch.sqrt(n_elements / 8 * drift))
+        return drift / 2 if self.divergence == "kl" else total_variation(drift, n_elements)

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastguard.loss.objectives.base import ClipRange, EitherLogRatio, Scope, Terms, clip_pair, without_idle
+from fastguard.loss.objectives.base import ClipRange, ClipRanged, EitherLogRatio, Scope, Terms, clip_pair, without_idle
 
 
 @dataclass(frozen=True)
-class Gmpo(EitherLogRatio):
+class Gmpo(ClipRanged, EitherLogRatio):
     """`-a exp(mean over the steps of clip(l))`: each step's log-ratio is cut on the side of the advantage.
 
     A step that is cut has no gradient; the others of the image keep theirs. From the second update of a rollout on,
@@ -21,14 +21,9 @@ class Gmpo(EitherLogRatio):
 
     title: ClassVar[str] = "GMPO"
     scope: ClassVar[Scope] = "trajectory"
-    limit_name: ClassVar[str] = "clip_range"
 
     clip_range: ClipRange = 2e-5
     """largest log-ratio of a step, or (low, high); the paper takes twice that of PPO"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        clip_pair(self.clip_range)
 
     def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
         low, high = clip_pair(self.clip_range)
