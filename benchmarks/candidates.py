@@ -49,8 +49,8 @@ def _guard_forward_kernel(
     """
     _transition_sums_kernel(
         velocity_ptr, old_ptr, noise_ptr, ref_ptr, partials_ptr,
-        stride_velocity, stride_old, stride_noise, stride_ref, n_samples, n_elements, n_partials,
-        FROM_MEANS, HAS_REF, BLOCK,
+        stride_velocity, stride_old, stride_noise, stride_ref, 0.0, n_samples, n_elements, n_partials,
+        FROM_MEANS, HAS_REF, False, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()
     ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
@@ -68,14 +68,15 @@ def _guard_forward_kernel(
 @triton.jit
 def _early_sums_kernel(
     velocity_ptr, old_ptr, noise_ptr, ref_ptr, partials_ptr, stride_velocity, stride_old, stride_noise, stride_ref,
-    n_samples, n_elements, n_partials, FROM_MEANS: tl.constexpr, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
+    spread, n_samples, n_elements, n_partials,
+    FROM_MEANS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ERRORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The product's sums, which let the epilogue be launched while they run."""
     gdc.gdc_launch_dependents()
     _transition_sums_kernel(
         velocity_ptr, old_ptr, noise_ptr, ref_ptr, partials_ptr,
-        stride_velocity, stride_old, stride_noise, stride_ref, n_samples, n_elements, n_partials,
-        FROM_MEANS, HAS_REF, BLOCK,
+        stride_velocity, stride_old, stride_noise, stride_ref, spread, n_samples, n_elements, n_partials,
+        FROM_MEANS, HAS_REF, HAS_ERRORS, BLOCK,
     )  # fmt: skip
 
 

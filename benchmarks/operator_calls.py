@@ -208,11 +208,13 @@ def _loss(n: Numbers, shape: tuple[int, ...]) -> Iterator[Call]:
     yield Call("sde_step", step, (noise, velocity, seeds, None, one, coef, std, n.beside), "timed")
     yield Call("sde_step of given noise", step, (noise, velocity, None, _strided(old), one, coef, std, n.beside))
     yield Call("sde_step strided, no noise", step, (_strided(noise), velocity, None, None, one, coef, std, n.beside))
-    yield Call("transition_sums strided", sums, (velocity, _strided(old), noise, None, False))
+    yield Call("transition_sums strided", sums, (velocity, _strided(old), noise, None, False, None))
     for from_means, reference in itertools.product((False, True), (None, ref)):
         tensors, kl = (velocity, old, noise, reference), reference is not None
         flags = f"{' means' if from_means else ''}{' reference' if kl else ''}"
-        yield Call(f"transition_sums{flags}", sums, (*tensors, from_means))
+        for spread in (None, 0.5) if from_means else (None,):
+            errors = "" if spread is None else " errors"
+            yield Call(f"transition_sums{flags}{errors}", sums, (*tensors, from_means, spread))
         usual = {(0, True, True), (1, True, False), (2, False, False)}
         weights = ((None, False), (dt, False), (dt, True))
         for code, reduction, (weight, invert) in itertools.product(CODES, REDUCTIONS, weights):

@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastguard.loss import GuardLoss, Moments, guard_loss, guard_loss_from_means, transition_moments
+from fastguard.loss import (
+    GuardLoss,
+    Moments,
+    guard_loss,
+    guard_loss_from_means,
+    matching_loss,
+    transition_moments,
+)
 from fastguard.schedule import sd3_sigmas, shifted_sigmas
 from fastguard.sde import Transition, cps, dance_sde, flow_sde, gaussian_step, ode, wan_sde
 from fastguard.step import SdeStep, sde_step
@@ -25,6 +32,7 @@ __all__ = [
     "gaussian_step",
     "guard_loss",
     "guard_loss_from_means",
+    "matching_loss",
     "ode",
     "sd3_sigmas",
     "sde_step",

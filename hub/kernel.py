@@ -4,7 +4,14 @@ The functions are those of the package fastguard. `ops` has one module per block
 """
 
 from fastguard import ops
-from fastguard.loss import GuardLoss, Moments, guard_loss, guard_loss_from_means, transition_moments
+from fastguard.loss import (
+    GuardLoss,
+    Moments,
+    guard_loss,
+    guard_loss_from_means,
+    matching_loss,
+    transition_moments,
+)
 from fastguard.loss.objectives import OBJECTIVES, Objective, build_objective
 from fastguard.ops.adaln import AdaLNFunction
 from fastguard.ops.gated_residual import GatedResidualFunction
@@ -32,6 +39,7 @@ __all__ = [
     "gaussian_step",
     "guard_loss",
     "guard_loss_from_means",
+    "matching_loss",
     "ode",
     "ops",
     "sd3_sigmas",

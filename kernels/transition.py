@@ -39,17 +39,20 @@ def _transition_sums_kernel(
     stride_old,
     stride_noise,
     stride_ref,
+    spread,
     n_samples,
     n_elements,
     n_partials,
     FROM_MEANS: tl.constexpr,
     HAS_REF: tl.constexpr,
+    HAS_ERRORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Partial sums of `<noise, v - v_old>`, `<v - v_old, v - v_old>` and `<v - v_ref, v - v_ref>`.
 
+    With HAS_ERRORS also of `noise^2` and `|noise -+ spread (v - v_old)|`, rows 3 to 5.
     Reads each input once (bf16: 6 bytes an element, 8 with a reference), accumulates in float32.
-    partials: (2 or 3, B, P) float32, one entry per program.
+    partials: (2, 3 or 6, B, P) float32, one entry per program.
     """
     pid = tl.program_id(0)
     sample = (pid // n_partials).to(tl.int64)
@@ -64,6 +67,9 @@ def _transition_sums_kernel(
     cross = tl.zeros((BLOCK,), tl.float32)
     drift = tl.zeros((BLOCK,), tl.float32)
     ref_drift = tl.zeros((BLOCK,), tl.float32)
+    square = tl.zeros((BLOCK,), tl.float32)
+    error_towards = tl.zeros((BLOCK,), tl.float32)
+    error_away = tl.zeros((BLOCK,), tl.float32)
     for start in range(part * BLOCK, n_elements, tl.cast(n_partials, tl.int64) * BLOCK):
         mask = lanes < n_elements - start
         velocity = tl.load(velocity_ptr + start + lanes, mask, other=0.0).to(tl.float32)
@@ -77,12 +83,20 @@ def _transition_sums_kernel(
         if HAS_REF:
             ref = tl.load(ref_ptr + start + lanes, mask, other=0.0).to(tl.float32)
             ref_drift += (velocity - ref) * (velocity - ref)
+        if HAS_ERRORS:
+            square += noise * noise
+            error_towards += tl.abs(noise - spread * change)
+            error_away += tl.abs(noise + spread * change)
 
     row = tl.cast(n_samples, tl.int64) * n_partials
     tl.store(partials_ptr + pid, tl.sum(cross))
     tl.store(partials_ptr + row + pid, tl.sum(drift))
     if HAS_REF:
         tl.store(partials_ptr + 2 * row + pid, tl.sum(ref_drift))
+    if HAS_ERRORS:
+        tl.store(partials_ptr + 3 * row + pid, tl.sum(square))
+        tl.store(partials_ptr + 4 * row + pid, tl.sum(error_towards))
+        tl.store(partials_ptr + 5 * row + pid, tl.sum(error_away))
 
 
 @triton.jit
@@ -296,8 +310,13 @@ def _transition_bwd_kernel(
     tl.store(grad_ptr + start + lanes, grad.to(grad_ptr.dtype.element_ty), mask)
 
 
-def transition_partials(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
-    """Launch the one pass over the latents: (2 or 3, B, P) float32 partial sums. Inputs (B, ...) bf16/fp16/fp32."""
+def transition_partials(
+    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool, spread: float | None = None
+) -> Tensor:
+    """Launch the one pass over the latents: (2, 3 or 6, B, P) float32 partial sums. Inputs (B, ...) bf16/fp16/fp32.
+
+    With a spread there are 6, of which the third is not written without a reference.
+    """
     velocity, stride_velocity = as_rows(velocity)
     old, stride_old = as_rows(old)
     noise, stride_noise = as_rows(noise)
@@ -305,13 +324,15 @@ def transition_partials(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tenso
     n_samples = velocity.shape[0]
     n_elements = velocity.numel() // n_samples
     n_partials = min(-(-n_elements // LAUNCH.block), MAX_PARTIALS)  # triton.cdiv costs the host 4 us
-    partials = velocity.new_empty(2 if ref is None else 3, n_samples, n_partials, dtype=torch.float32)
+    rows = 6 if spread is not None else 2 if ref is None else 3
+    partials = velocity.new_empty(rows, n_samples, n_partials, dtype=torch.float32)
     launch(
         _transition_sums_kernel,
         n_samples * n_partials,
         (velocity, old, noise, ref_rows, partials),
-        (stride_velocity, stride_old, stride_noise, stride_ref, n_samples, n_elements, n_partials),
-        FROM_MEANS=from_means, HAS_REF=ref is not None, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
+        (stride_velocity, stride_old, stride_noise, stride_ref, spread or 0.0, n_samples, n_elements, n_partials),
+        FROM_MEANS=from_means, HAS_REF=ref is not None, HAS_ERRORS=spread is not None,
+        BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps,
     )  # fmt: skip
     return partials
 

@@ -179,7 +179,7 @@ def _general_loss(
     ) -> LossNumbers:  # fmt: skip
         n_elements = math.prod(velocity.shape[1:])
         return epilogue(
-            transition_sums(velocity, old, noise, ref, from_means, backend),
+            transition_sums(velocity, old, noise, ref, from_means, None, backend),
             lambda log_ratio, drift: objective.terms(log_ratio, drift, advantages, n_elements=n_elements),
             velocity_coef,
             std,

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastguard.loss.objectives import Objective, build_objective
+from fastguard.loss.objectives import OBJECTIVES, Given, Objective, build_objective
+from fastguard.loss.objectives.base import Process
 from fastguard.options import is_number
 from fastguard.sde import Transition
 
@@ -91,6 +92,20 @@ def check_advantages(advantages: Tensor, velocity: Tensor) -> None:
         raise ValueError(f"advantages are on {advantages.device}, the latents on {velocity.device}")
 
 
+def check_sigma(sigma: Tensor, velocity: Tensor) -> None:
+    """Flow times, one per sample; their values are on the device and not read."""
+    if not isinstance(sigma, Tensor) or not sigma.is_floating_point():
+        came = sigma.dtype if isinstance(sigma, Tensor) else type(sigma).__name__
+        raise TypeError(f"sigma must be a floating point tensor of flow times; got {came}")
+    n_samples = velocity.shape[0]
+    if sigma.shape not in ((n_samples,), (n_samples, 1)):
+        raise ValueError(
+            f"sigma must have shape ({n_samples},) or ({n_samples}, 1), one per sample; got {tuple(sigma.shape)}"
+        )
+    if sigma.device != velocity.device:
+        raise ValueError(f"sigma is on {sigma.device}, the latents on {velocity.device}; move it there")
+
+
 def check_factor(name: str, value: float | Tensor, latents: Tensor) -> None:
     """A number, or a tensor () or with one entry per sample and axes of size 1."""
     if is_number(value):
@@ -120,29 +135,53 @@ def check_reweight(reweight: str | float | Tensor, latents: Tensor, step: Transi
         )
 
 
-def check_objective(objective: str | Objective, options: dict[str, Any]) -> Objective:
-    """The objective itself, or the one of this name with these options."""
+def check_objective(objective: str | Objective, options: dict[str, Any], process: Process = "reverse") -> Objective:
+    """The objective itself, or the one of this name with these options; of this process, or derivatives that are known.
+
+    Raises ValueError or TypeError.
+    """
     if isinstance(objective, Objective):
         if options:
             raise TypeError(
                 f"{', '.join(options)}: options belong to a name; this objective is an instance, which has its own"
             )
-        _check_scope(objective)
-        return objective
-    if not isinstance(objective, str):
+        found = objective
+    elif isinstance(objective, str):
+        found = build_objective(objective, **options)
+    else:
         raise TypeError(f"objective must be a name or an Objective; got {type(objective).__name__}")
-    built = build_objective(objective, **options)
-    _check_scope(built)
-    return built
+    if not isinstance(found, Given):
+        _check_process(found, process)
+        _check_scope(found)
+    return found
+
+
+def _check_process(objective: Objective, process: Process) -> None:
+    if objective.process == process:
+        return
+    if process == "reverse":
+        raise ValueError(
+            f"{objective.title} trains on final latents with fresh noise, not on the steps that sampled them: call "
+            "matching_loss"
+        )
+    known = ", ".join(name for name, kind in OBJECTIVES.items() if kind.process == process)
+    raise ValueError(
+        f"{objective.title} trains on the steps that sampled an image: call guard_loss. Objectives of final latents "
+        f"with fresh noise are {known}"
+    )
 
 
 def _check_scope(objective: Objective) -> None:
-    if objective.scope != "transition":
-        raise ValueError(
-            f"{objective.title} needs all steps of a trajectory at once: take its derivatives from "
-            "`terms(log_ratio (n, T), ...)`, and give each step's to the loss as an objective `Given` "
-            "(docs/objectives.md, two passes)"
-        )
+    if objective.scope == "transition":
+        return
+    whole, shape = {
+        "trajectory": ("all steps of a trajectory", "(n, T)"),
+        "group": ("all images of a group", "(g, n)"),
+    }[objective.scope]
+    raise ValueError(
+        f"{objective.title} needs {whole} at once: take its derivatives from `terms(log_ratio {shape}, ...)`, and give "
+        "those of each row to the loss as an objective `Given` (docs/objectives.md, two passes)"
+    )
 
 
 def check_kl(
@@ -155,6 +194,10 @@ def check_kl(
             f"kl_type='velocity' needs the velocity_coef of the step, and the {step.kind} step has none; build the "
             "step with flow_sde or another sampler, or use kl_type='gaussian'"
         )
+    check_kl_weight(kl_weight, latents, ref, ref_name)
+
+
+def check_kl_weight(kl_weight: float | Tensor, latents: Tensor, ref: Tensor | None, ref_name: str) -> None:
     if isinstance(kl_weight, Tensor):
         if ref is None:
             raise ValueError(f"kl_weight as a tensor needs a reference; pass {ref_name}, or kl_weight=0")

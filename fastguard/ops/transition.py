@@ -133,21 +133,40 @@ def velocity_kl(velocity: Tensor, ref_velocity: Tensor) -> Tensor:
 # --- sums: the moments of a transition, up to their scale -----------------------------------------------------------
 
 
-def _triton_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
-    return kernels("transition").transition_partials(velocity, old, noise, ref, from_means).sum(-1)
+def _triton_sums(
+    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool, spread: float | None
+) -> Tensor:
+    sums = kernels("transition").transition_partials(velocity, old, noise, ref, from_means, spread).sum(-1)
+    return sums if spread is None or ref is not None else torch.cat([sums[:2], sums[3:]])
 
 
-def _fake_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
-    return velocity.new_empty((2 if ref is None else 3, velocity.shape[0]), dtype=compute_dtype(velocity.dtype))
+def _fake_sums(
+    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool, spread: float | None
+) -> Tensor:
+    rows = 2 + (ref is not None) + 3 * (spread is not None)
+    return velocity.new_empty((rows, velocity.shape[0]), dtype=compute_dtype(velocity.dtype))
 
 
 @operator(triton=_triton_sums, fake=_fake_sums)
-def transition_sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> Tensor:
+def transition_sums(
+    velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool, spread: float | None
+) -> Tensor:
     """`<noise, v - v_old>`, `<v - v_old, v - v_old>` and, with a reference, `<v - v_ref, v - v_ref>`: (2 or 3, B).
 
-    With `from_means` the inputs are means and the rolled-out sample, and noise is `sample - mean_old`.
+    With `from_means` the inputs are means and the rolled-out sample, and noise is `sample - mean_old`. With a spread
+    there are three more rows: `noise^2`, `|noise - spread (v - v_old)|` and `|noise + spread (v - v_old)|`.
     """
-    return torch.stack(_sums(velocity, old, noise, ref, from_means))
+    sums = _sums(velocity, old, noise, ref, from_means)
+    if spread is not None:
+        sums += _error_sums(velocity, old, noise, from_means, spread)
+    return torch.stack(sums)
+
+
+def _error_sums(velocity: Tensor, old: Tensor, noise: Tensor, from_means: bool, spread: float) -> list[Tensor]:
+    v, v_old, eps = (_as_rows(tensor).to(compute_dtype(velocity.dtype)) for tensor in (velocity, old, noise))
+    eps = eps - v_old if from_means else eps
+    change = spread * (v - v_old)
+    return [eps.square().sum(1), (eps - change).abs_().sum(1), (eps + change).abs_().sum(1)]
 
 
 def _sums(velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, from_means: bool) -> list[Tensor]:
@@ -208,7 +227,7 @@ class TransitionSumsFunction(torch.autograd.Function):
     def forward(ctx: Any, velocity: Tensor, old: Tensor, noise: Tensor, ref: Tensor | None, backend: str) -> Tensor:
         ctx.save_for_backward(*savable(velocity, old, noise, ref))
         ctx.backend = backend
-        return transition_sums(velocity, old, noise, ref, False, backend)
+        return transition_sums(velocity, old, noise, ref, False, None, backend)
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:

@@ -160,10 +160,10 @@ def test_a_program_that_takes_several_tiles(kernel_device, monkeypatch) -> None:
 
     batch = make_batch((2, 50_000), torch.float32, kernel_device)
     tensors = [batch[key] for key in ("velocity", "old_velocity", "noise", "ref_velocity")]
-    many = transition_sums(*tensors, False, "triton")
+    many = transition_sums(*tensors, False, None, "triton")
     monkeypatch.setattr(transition, "MAX_PARTIALS", 3)
-    few = transition_sums(*tensors, False, "triton")
-    exact = transition_sums(*(t.double() for t in tensors), False, "torch")
+    few = transition_sums(*tensors, False, None, "triton")
+    exact = transition_sums(*(t.double() for t in tensors), False, None, "torch")
     for sums in (few, many):
         torch.testing.assert_close(sums[1:].double(), exact[1:], rtol=1e-6, atol=0)
         torch.testing.assert_close(sums[0].double(), exact[0], rtol=0, atol=1e-6 * float(exact[1].max()) * 50)

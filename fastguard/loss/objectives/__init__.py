@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastguard.loss.objectives.awm import Awm
 from fastguard.loss.objectives.base import Objective, Scope, Terms
 from fastguard.loss.objectives.cispo import Cispo
 from fastguard.loss.objectives.copg import Copg
+from fastguard.loss.objectives.dgpo import Dgpo
+from fastguard.loss.objectives.diffusion_nft import DiffusionNft
+from fastguard.loss.objectives.dpo import Dpo
 from fastguard.loss.objectives.dppo import Dppo
 from fastguard.loss.objectives.dro import Dro
 from fastguard.loss.objectives.flow_dppo import FlowDppo
@@ -19,6 +23,7 @@ from fastguard.loss.objectives.given import Given
 from fastguard.loss.objectives.gmpo import Gmpo
 from fastguard.loss.objectives.grpo_guard import GrpoGuard
 from fastguard.loss.objectives.hinge import Hinge
+from fastguard.loss.objectives.matching import MatchingObjective, Noised
 from fastguard.loss.objectives.power_mean import PowerMean
 from fastguard.loss.objectives.ppo_rpe import PpoRpe
 from fastguard.loss.objectives.sapo import Sapo
@@ -44,12 +49,29 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dro": Dro,
     "tic_grpo": TicGrpo,
     "gmpo": Gmpo,
+    "diffusion_nft": DiffusionNft,
+    "awm": Awm,
+    "dgpo": Dgpo,
+    "dpo": Dpo,
 }
 DEFAULT_OBJECTIVE = "grpo_guard"
+DEFAULT_MATCHING = "diffusion_nft"
 OPTIONS = options_of(OBJECTIVES)
 """The names of each objective's own options."""
 
-__all__ = ["DEFAULT_OBJECTIVE", "OBJECTIVES", "OPTIONS", "Given", "Objective", "Scope", "Terms", "build_objective"]
+__all__ = [
+    "DEFAULT_MATCHING",
+    "DEFAULT_OBJECTIVE",
+    "OBJECTIVES",
+    "OPTIONS",
+    "Given",
+    "MatchingObjective",
+    "Noised",
+    "Objective",
+    "Scope",
+    "Terms",
+    "build_objective",
+]
 
 
 def build_objective(name: str, **options: Any) -> Objective:

@@ -17,7 +17,8 @@ from torch import Tensor
 from fastguard.ops.transition import FusedEpilogue, Terms, log1p_of
 from fastguard.options import check_at_least_0, check_positive, is_number
 
-Scope = Literal["transition", "trajectory"]
+Scope = Literal["transition", "trajectory", "group"]
+Process = Literal["reverse", "forward"]
 LogRatio = Literal["normalized", "plain"]
 ClipRange = float | tuple[float, float]
 
@@ -28,6 +29,7 @@ __all__ = [
     "FusedEpilogue",
     "LogRatio",
     "Objective",
+    "Process",
     "Scope",
     "Terms",
     "beyond_clip",
@@ -50,7 +52,9 @@ class Objective:
     title: ClassVar[str]
     """name in reports and plots"""
     scope: ClassVar[Scope] = "transition"
-    """what a loss is of: "transition" is one denoising step alone, "trajectory" all trained steps of an image"""
+    """what a loss is of: "transition" is one step alone, "trajectory" all steps of an image, "group" all of a prompt"""
+    process: ClassVar[Process] = "reverse"
+    """what it trains on: "reverse" is the steps that sampled an image, "forward" the image with fresh noise"""
     if TYPE_CHECKING:  # a ClassVar of dataclasses would hide that it is an option of some
         log_ratio: ClassVar[LogRatio]
         """the log-ratio that `terms` receives: "normalized" is RatioNorm's `s cross`, "plain" is `cross - drift / 2`"""
