@@ -441,6 +441,8 @@ class UpdateConfig:
     """optimizer updates per pass; each takes an equal share of the transitions of every rollout batch"""
     subsample: float = 1.0
     """share of the images that a pass trains on, drawn by |advantage| and weighted so that the gradient has no bias"""
+    draws: int = 4
+    """flow times and noises of each image in a pass, for objectives of the forward process; others read it not"""
     micro_batch: int = 4
     """transitions per forward and backward pass, per process; 0 takes the whole share of a minibatch at once"""
     stop: Literal["none", "espo"] = "none"
@@ -475,10 +477,11 @@ class UpdateConfig:
             1,
             inner_epochs=self.inner_epochs,
             minibatches=self.minibatches,
+            draws=self.draws,
             ema_every=self.ema_every,
             max_bad_updates=self.max_bad_updates,
         )
-        _at_most(MOST_STEPS, inner_epochs=self.inner_epochs)
+        _at_most(MOST_STEPS, inner_epochs=self.inner_epochs, draws=self.draws)
         _at_most(MOST_UPDATES, **{"inner_epochs * minibatches": self.inner_epochs * self.minibatches})
         _at_least(0, micro_batch=self.micro_batch, parity=self.parity)
         _at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
@@ -588,9 +591,16 @@ class Recipe:
         labels = Counter(reward.label for reward in self.rewards + self.monitor.gold)
         twice = sorted(label for label, count in labels.items() if count > 1)
         _require(not twice, f"two rewards are called {twice}; give one of them a `name`")
-        _require(self.sampler.sde_steps >= 1, "sampler.sde_steps must be at least 1: only those steps are trained")
+        forward = self.objective.process == "forward"
+        _require(
+            forward or self.sampler.sde_steps >= 1,
+            "sampler.sde_steps must be at least 1: only those steps are trained",
+        )
         images, steps = ("prompts.per_epoch * sampler.group_size", "sampler.num_steps")
         _check_images(self.images_per_epoch, images, self.sampler.num_steps, steps)
+        if forward:
+            draws = self.update.inner_epochs * self.update.draws
+            _check_images(self.images_per_epoch, images, draws, "update.inner_epochs * update.draws")
         self._check_divisions()
         sharded = self.hardware.sharding == "fsdp2"
         for name, works, value in (
@@ -635,10 +645,22 @@ class Recipe:
                 f"objective.name = {self.objective.name} takes all steps of an image in one update, and {of} images do "
                 f"not divide into update.minibatches = {self.update.minibatches}",
             )
-        pairs = images * sampler.sde_steps
+        if self.objective.scope == "group":
+            _require(
+                share == 1,
+                f"objective.name = {self.objective.name} takes all images of a group in one update: set "
+                f"update.subsample = 1 instead of {share:g}",
+            )
+            _require(
+                self.update.draws % self.update.minibatches == 0,
+                f"objective.name = {self.objective.name} takes all images of a group in one update, so "
+                f"update.draws = {self.update.draws} must divide into update.minibatches = {self.update.minibatches}",
+            )
+        pairs = images * self.trained_steps
+        called = "update.draws" if self.objective.process == "forward" else "sampler.sde_steps"
         _require(
             pairs % self.update.minibatches == 0,
-            f"{of.split(' =')[0]} * sampler.sde_steps = {pairs} transitions of a rollout batch do not divide into "
+            f"{of.split(' =')[0]} * {called} = {pairs} transitions of a rollout batch do not divide into "
             f"update.minibatches = {self.update.minibatches}",
         )
 
@@ -651,11 +673,15 @@ class Recipe:
             by_model: `section` or `section.field` -> reason, for what the model family does not read.
         """
         model, sampler, objective = self.model, self.sampler, self.objective
+        forward = objective.process == "forward"
         unread: list[tuple[bool, str, str]] = [
             *((True, path, reason) for path, reason in by_model.items()),
             (model.train == "full", "lora", 'model.train = "full" trains every weight'),
             (sampler.window != "sliding", "sampler.window_epochs", f"sampler.window = {sampler.window} does not slide"),
             (objective.kl_weight == 0, "objective.kl_type", "objective.kl_weight = 0 computes no KL"),
+            *((forward, f"objective.{field}", f"objective.name = {objective.name} takes no denoising steps")
+              for field in ("reweight", "kl_type")),
+            (not forward, "update.draws", f"objective.name = {objective.name} trains on denoising steps"),
             (
                 self.update.ema_decay == 0 and (objective.kl_weight == 0 or model.train == "lora"),
                 "update.copies",
@@ -684,10 +710,25 @@ class Recipe:
         return round(self.update.subsample * self.sampler.batch_size)
 
     @property
+    def trained_steps(self) -> int:
+        """Transitions of an image that a pass trains on: denoising steps, or draws of the forward process."""
+        return self.update.draws if self.objective.process == "forward" else self.sampler.sde_steps
+
+    @property
+    def stored_steps(self) -> int:
+        """Transitions of an image that a rollout stores: each pass of the forward process has draws of its own."""
+        return self.trained_steps * (self.update.inner_epochs if self.objective.process == "forward" else 1)
+
+    @property
+    def draws_of_noise(self) -> int:
+        """Draws of an image beside its initial latents: one for each denoising step, or for each stored draw."""
+        return max(self.sampler.num_steps, self.stored_steps)
+
+    @property
     def transitions_per_update(self) -> int:
         """Transitions that one process contributes to an optimizer update."""
         batches = self.images_per_process // self.sampler.batch_size
-        return batches * self.trained_images * self.sampler.sde_steps // self.update.minibatches
+        return batches * self.trained_images * self.trained_steps // self.update.minibatches
 
     @property
     def micro_batch(self) -> int:

@@ -14,15 +14,16 @@ from torch import Tensor
 from fastguard.rewards import RewardError, RewardPool, Scores
 from fastguard.rewards.collect import collect_scores
 from fastguard.train.advantages import Advantages, advantages_without_failures, combine_rewards, standardize_each
+from fastguard.train.forward import draw_times, noised
 from fastguard.train.metrics import Clock
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import (
     RolloutBatch,
     epoch_prompts,
+    epoch_schedule,
     predict_velocity,
     rollout,
     sample_seeds,
-    training_schedule,
 )
 from fastguard.train.state import TrainState
 from fastguard.utils.processes import on_all
@@ -53,25 +54,29 @@ def sample_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder, clo
     Rewards are computed in the pool's threads while the next batch is sampled.
     """
     recipe, backbone, device = state.recipe, state.backbone, state.accelerator.device
-    schedule = training_schedule(recipe.sampler, backbone.shift, recipe.run.seed, state.epoch)
+    schedule = epoch_schedule(recipe, backbone.shift, state.epoch)
     prompt_indices, seeds = images_to_sample(state)
     on_all(state.accelerator, DamagedError, lambda: backbone.load_prompts(prompt_indices.tolist()))
     transitions: list[RolloutBatch] = []
     first_images = None
-    for first in range(0, len(prompt_indices), recipe.sampler.batch_size):
-        if recorder.stop_requested():
-            return None
-        part = slice(first, first + recipe.sampler.batch_size)
-        with clock.phase("rollout"):
-            on_device = prompt_indices[part].to(device)
-            rolled = rollout(state.policy, on_device, seeds[part], backbone.latent_shape, schedule, backbone.dtype)
-            batch = RolloutBatch.cat(rolled.transitions)
-            batch = replace(batch, sample=batch.sample + first)
-            transitions.append(batch if recipe.sampler.store == "device" else batch.to("cpu"))
-        with clock.phase("decode"):
-            images = backbone.decode(rolled.latents)
-        rewards.submit(images, prompt_indices[part])
-        first_images = images if first_images is None else first_images
+    with state.sampling_policy():
+        for first in range(0, len(prompt_indices), recipe.sampler.batch_size):
+            if recorder.stop_requested():
+                return None
+            part = slice(first, first + recipe.sampler.batch_size)
+            with clock.phase("rollout"):
+                on_device, drawn = prompt_indices[part].to(device), seeds[part, : len(schedule) + 1]
+                rolled = rollout(state.policy, on_device, drawn, backbone.latent_shape, schedule, backbone.dtype)
+                if recipe.objective.process == "forward":
+                    batch = noised_batch(state, rolled.latents, prompt_indices[part], seeds[part, 1:])
+                else:
+                    batch = RolloutBatch.cat(rolled.transitions)
+                batch = replace(batch, sample=batch.sample + first)
+                transitions.append(batch if recipe.sampler.store == "device" else batch.to("cpu"))
+            with clock.phase("decode"):
+                images = backbone.decode(rolled.latents)
+            rewards.submit(images, prompt_indices[part])
+            first_images = images if first_images is None else first_images
     with clock.phase("rewards"):
         scores = collect_scores(rewards, state.accelerator)
     assert first_images is not None
@@ -79,7 +84,7 @@ def sample_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder, clo
 
 
 def images_to_sample(state: TrainState) -> tuple[Tensor, Tensor]:
-    """This process's share of the rollout: prompt indices (B,) and seeds (B, draws), on the host."""
+    """This process's share of the rollout: prompt indices (B,) and seeds (B, 1 + draws), on the host."""
     recipe, accelerator = state.recipe, state.accelerator
     chosen = torch.tensor(
         epoch_prompts(state.backbone.num_trained_prompts, recipe.prompts.per_epoch, recipe.run.seed, state.epoch),
@@ -88,8 +93,18 @@ def images_to_sample(state: TrainState) -> tuple[Tensor, Tensor]:
     share = recipe.images_per_process
     flat = torch.arange(share, device="cpu") + accelerator.process_index * share
     prompt_indices, members = chosen[flat // recipe.sampler.group_size], flat % recipe.sampler.group_size
-    seeds = sample_seeds(recipe.run.seed, state.epoch, prompt_indices, members, recipe.sampler.num_steps)
+    seeds = sample_seeds(recipe.run.seed, state.epoch, prompt_indices, members, recipe.draws_of_noise)
     return prompt_indices, seeds
+
+
+def noised_batch(state: TrainState, final: Tensor, prompt_indices: Tensor, seeds: Tensor) -> RolloutBatch:
+    """Noised final latents (B, S, C) of a rollout batch, for all passes over it; seeds (B, draws) of their noises."""
+    recipe = state.recipe
+    passes, draws = recipe.update.inner_epochs, recipe.update.draws
+    shift = recipe.sampler.shift_for(state.backbone.shift)
+    times = draw_times(recipe.run.seed, state.epoch, prompt_indices, passes, draws, shift)
+    with state.anchor_policy():
+        return noised(state.policy, prompt_indices.to(final.device), final, seeds[:, : passes * draws], times, draws)
 
 
 def score_epoch(
@@ -130,8 +145,11 @@ def add_reference(transitions: tuple[RolloutBatch, ...], state: TrainState) -> t
 
     They do not depend on the policy, so that one pass per rollout serves all of its updates.
     """
-    if state.reference_policy is None:
+    if state.recipe.objective.kl_weight == 0:
         return transitions
+    if state.recipe.objective.anchor == "reference":
+        return tuple(replace(part, ref_velocity=part.velocity) for part in transitions)
+    assert state.reference_policy is not None
     size, device = state.recipe.sampler.batch_size, state.accelerator.device
     with state.reference_policy():
         scored = []

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.config import SamplerConfig
+from fastguard.config import Recipe, SamplerConfig
 from fastguard.schedule import shifted_sigmas
 from fastguard.sde import Transition, cps, dance_sde, flow_sde, ode
 from fastguard.step import sde_step
@@ -138,6 +138,13 @@ def training_schedule(config: SamplerConfig, model_shift: float, seed: int, epoc
     return Schedule(
         shifted_sigmas(config.num_steps, config.shift_for(model_shift)), window, config.kind, config.noise_level
     )
+
+
+def epoch_schedule(recipe: Recipe, model_shift: float, epoch: int) -> Schedule:
+    """The schedule of one epoch of a recipe: an objective of the forward process samples without noise."""
+    if recipe.objective.process == "forward":
+        return ode_schedule(recipe.sampler.num_steps, recipe.sampler.shift_for(model_shift))
+    return training_schedule(recipe.sampler, model_shift, recipe.run.seed, epoch)
 
 
 def ode_schedule(num_steps: int, shift: float) -> Schedule:

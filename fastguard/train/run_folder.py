@@ -197,8 +197,9 @@ class RunFolder:
         try:
             load_state(state.optimizer, state.parameters, read_tensors(path, "optimizer"))
             copy_all_into(state.parameters, read_tensors(path, "weights"))
-            if state.average is not None:
-                copy_all_into(state.average.tensors, read_tensors(path, "average") or read_tensors(path, "weights"))
+            for name, copied in (("average", state.average), ("old", state.old)):
+                if copied is not None:
+                    copy_all_into(copied.tensors, read_tensors(path, name) or read_tensors(path, "weights"))
         except UserError as error:
             changed = differences(content["recipe"], as_dict(self._recipe))
             causes = [c for c in changed if c.startswith(("model.", "lora.", "update.optimizer"))]

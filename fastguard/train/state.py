@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastguard.backbones import Backbone
 from fastguard.config import Recipe
 from fastguard.errors import NotFiniteError, UserError
+from fastguard.loss.objectives import MatchingObjective
 from fastguard.train.ema import Shadow
 from fastguard.train.monitor import Monitor
 from fastguard.train.optim import Optimizer, build_optimizer, state_tensors
@@ -37,8 +38,10 @@ class TrainState:
     average: Shadow | None
     """averaged weights (EMA)"""
     reference_policy: Callable[[], AbstractContextManager[None]] | None
-    """context in which the policy is the model before training; None where no KL is asked for"""
+    """context in which the policy is the model before training; None where the objective does not ask for it"""
     monitor: Monitor | None
+    old: Shadow | None = None
+    """the policy that samples, an average of those so far, for objectives that compare with it"""
     epoch: int = 0
     """epochs done"""
     updates: int = 0
@@ -51,12 +54,31 @@ class TrainState:
     """whether this process has passed the parity preflight"""
 
     def tensors(self) -> dict[str, Iterable[tuple[str, Tensor]]]:
-        """Group -> (name, live tensor) of what updates change: weights, average (none without one), optimizer."""
+        """Group -> (name, live tensor) of what updates change: weights, averages (none without one), optimizer."""
         return {
             "weights": self.parameters.items(),
             "average": {} if self.average is None else self.average.tensors.items(),
+            "old": {} if self.old is None else self.old.tensors.items(),
             "optimizer": state_tensors(self.optimizer, self.parameters),
         }
+
+    def sampling_policy(self) -> AbstractContextManager[None]:
+        """Context in which the policy is the one that samples."""
+        return nullcontext() if self.old is None else self.old.in_place()
+
+    def anchor_policy(self) -> AbstractContextManager[None]:
+        """Context inside `sampling_policy` in which the policy is the one that the objective compares with."""
+        if self.recipe.objective.anchor != "reference":
+            return nullcontext()
+        assert self.reference_policy is not None
+        return self.reference_policy()
+
+    def end_epoch(self) -> None:
+        """Count an epoch; the policy that samples then follows the weights."""
+        self.epoch += 1
+        if self.old is not None:
+            assert isinstance(self.recipe.objective, MatchingObjective)
+            self.old.move_towards(self.recipe.objective.decay_of_average(self.epoch))
 
     def require_finite(self) -> None:
         """Raise NotFiniteError, naming tensors, if these hold NaN or Inf. Collective: on one process, on all.
@@ -91,11 +113,14 @@ def build_state(backbone: Backbone, recipe: Recipe, accelerator: Accelerator, mo
         policy = accelerator.prepare(backbone.policy)
     parameters = trained_parameters(policy)
     reference_policy = None
-    if recipe.objective.kl_weight > 0:
+    if recipe.objective.kl_weight > 0 or recipe.objective.anchor == "reference":
         reference_policy = backbone.adapters_off if backbone.has_adapters else Shadow(policy, update.copies).in_place
     average = Shadow(policy, update.copies, torch.float32) if update.ema_decay > 0 else None
+    old = Shadow(policy, update.copies, torch.float32) if recipe.objective.anchor == "average" else None
     optimizer = build_optimizer(list(parameters.values()), update)
-    return TrainState(accelerator, recipe, backbone, policy, parameters, optimizer, average, reference_policy, monitor)
+    return TrainState(
+        accelerator, recipe, backbone, policy, parameters, optimizer, average, reference_policy, monitor, old
+    )
 
 
 def for_processes(recipe: Recipe, processes: int) -> Recipe:

@@ -25,7 +25,7 @@ from fastguard.train.metrics import (
 )
 from fastguard.train.monitor import Monitor
 from fastguard.train.recorder import Recorder
-from fastguard.train.rollout import training_schedule
+from fastguard.train.rollout import epoch_schedule
 from fastguard.train.state import TrainState, build_state, for_processes
 from fastguard.train.update import check_parity, has_moved_too_far, minibatches, update_weights
 from fastguard.utils.sealed import DamagedError
@@ -96,7 +96,7 @@ def run_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder) -> Epo
             if has_moved_too_far(updates[-1], state):
                 break
         state.require_finite()  # one reading an epoch of what each update reads, before it is evaluated or rolled out
-    state.epoch += 1
+    state.end_epoch()
     state.baselines = rolled.advantages.baselines
     log = summarize(state, rolled, updates, clock)
     recorder.end_epoch(log, rolled.images, state)
@@ -108,7 +108,8 @@ def summarize(state: TrainState, rolled: SampledEpoch, updates: Sequence[Update]
     recipe, accelerator = state.recipe, state.accelerator
     everyone = gather_updates(updates, accelerator)
     last_pass = everyone[-recipe.update.minibatches :]
-    schedule = training_schedule(recipe.sampler, state.backbone.shift, recipe.run.seed, state.epoch - 1)
+    window = epoch_schedule(recipe, state.backbone.shift, state.epoch - 1).window
+    steps = window if recipe.objective.process == "reverse" else range(recipe.update.draws)
     overall = ratio_log(everyone)
     counted = rolled.rewards[~torch.isnan(rolled.rewards)]
     groups = recipe.prompts.per_epoch - rolled.dropped_groups
@@ -128,8 +129,8 @@ def summarize(state: TrainState, rolled: SampledEpoch, updates: Sequence[Update]
         zero_spread_share=rolled.advantages.zero_spread_groups.item() / groups,
         dropped_groups=rolled.dropped_groups,
         updates=tuple(UpdateLog(ratio_log([u]), u.grad_norm.item(), u.skipped) for u in everyone),
-        steps=tuple(schedule.window),
-        per_step=tuple(ratio_log(last_pass, step) for step in schedule.window),
+        steps=tuple(steps),
+        per_step=tuple(ratio_log(last_pass, step) for step in steps),
         clip_fraction_positive=overall.clip_fraction_positive,
         clip_fraction_negative=overall.clip_fraction_negative,
         clip_range_for_30_percent=clip_range_for(0.3, everyone),

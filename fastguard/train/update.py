@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastguard.config import ObjectiveConfig
 from fastguard.errors import NotFiniteError, UserError
-from fastguard.loss import GuardLoss, guard_loss
-from fastguard.loss.objectives import Given
+from fastguard.loss import GuardLoss, guard_loss, matching_loss
+from fastguard.loss.objectives import Given, MatchingObjective, Noised
 from fastguard.ops.transition import total_variation
 from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
@@ -44,30 +44,38 @@ class Minibatch:
 def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
     """Every transition that a pass trains on, once per pass.
 
-    An objective of whole trajectories gets all steps of an image in one update. Each rollout batch is shuffled and
-    shared out on its own, seeded by its place in the whole rollout: an update sees the same transitions on 1, 2 or 8
-    processes.
+    An objective of whole trajectories gets all steps of an image in one update, one of groups all images of a draw.
+    Each rollout batch is shuffled and shared out on its own, seeded by its place in the whole rollout: an update sees
+    the same transitions on 1, 2 or 8 processes.
     """
     recipe = state.recipe
-    images, steps = recipe.sampler.batch_size, recipe.sampler.sde_steps
+    images, steps, scope = recipe.sampler.batch_size, recipe.trained_steps, recipe.objective.scope
     batches = recipe.images_per_process // images
     first = state.accelerator.process_index * batches
     words = [[recipe.run.seed, state.epoch, first + i] for i in range(batches)]
     generators = [np.random.default_rng(np.random.SeedSequence(w)) for w in words]
-    for _ in range(recipe.update.inner_epochs):
+    common = np.random.default_rng(np.random.SeedSequence([recipe.run.seed, state.epoch]))
+    for number in range(recipe.update.inner_epochs):
         shares, weights = [], torch.zeros(recipe.images_per_process, device="cpu")
+        first_step = number * steps if recipe.stored_steps > steps else 0
+        order_of_steps = common.permutation(steps)
         for i, generator in enumerate(generators):
             chosen = np.arange(images)
             if recipe.update.subsample < 1:
                 chosen, factors = choose(advantages[i * images :][:images].numpy(), recipe.trained_images, generator)
                 weights[i * images + chosen] = torch.from_numpy(factors).float()
             # A rollout batch lies step by step. What is shuffled are rows of transitions that stay together.
-            rows = chosen[:, None] + images * np.arange(steps)
-            rows = rows if recipe.objective.scope == "trajectory" else rows.T.reshape(-1, 1)
-            order = torch.from_numpy(rows[generator.permutation(len(rows))] + i * images * steps)
+            rows = chosen[:, None] + images * (first_step + np.arange(steps))
+            if scope == "group":  # an image of a group may be in any batch
+                rows = rows.T[order_of_steps]
+            else:
+                rows = rows if scope == "trajectory" else rows.T.reshape(-1, 1)
+                rows = rows[generator.permutation(len(rows))]
+            order = torch.from_numpy(rows + i * images * recipe.stored_steps)
             shares.append(order.tensor_split(recipe.update.minibatches))
         for parts in zip(*shares, strict=True):
-            yield Minibatch(torch.cat(parts).flatten(), weights if recipe.update.subsample < 1 else None)
+            index = torch.cat([part.flatten() for part in parts])
+            yield Minibatch(index, weights if recipe.update.subsample < 1 else None)
 
 
 def policy_loss(
@@ -81,16 +89,22 @@ def policy_loss(
     """`guard_loss` of a minibatch, with the velocity from the rollout's own step function.
 
     weights: (N,) of the transitions, for their policy loss and their KL.
-    given: derivatives of an objective of whole trajectories. Without them each step is taken as the policy gradient has
-    it, which is the objective's gradient as long as no ratio has moved.
+    given: derivatives of an objective of whole trajectories or groups. Without them each step is taken as the policy
+    gradient has it, which is a trajectory objective's gradient as long as no ratio has moved.
     """
-    if objective.scope == "trajectory" and given is None:
+    if objective.scope != "transition" and given is None:
         still = torch.zeros_like(advantages)
         given = Given(
             by_log_ratio=-advantages, by_drift=still, clipped=still.bool(), log_ratio=objective.log_ratio,
             moves_drift=False,
         )  # fmt: skip
     velocity = predict_velocity(policy, batch.latents, batch.sigma, batch.prompt_indices)
+    kl_weight = objective.kl_weight if weights is None or not objective.kl_weight else objective.kl_weight * weights
+    if objective.process == "forward":
+        return matching_loss(
+            velocity, batch.velocity, batch.noise, advantages, batch.sigma, objective=given or objective,
+            sample_weight=weights, ref_velocity=batch.ref_velocity, kl_weight=kl_weight,
+        )  # fmt: skip
     return guard_loss(
         velocity,
         batch.velocity,
@@ -101,7 +115,7 @@ def policy_loss(
         reweight=objective.reweight,
         sample_weight=weights,
         ref_velocity=batch.ref_velocity,
-        kl_weight=objective.kl_weight if weights is None or not objective.kl_weight else objective.kl_weight * weights,
+        kl_weight=kl_weight,
         kl_type=objective.kl_type,
     )
 
@@ -109,11 +123,11 @@ def policy_loss(
 def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None:
     """Score rollout steps again in training mode, once before a process's first update.
 
-    Nothing has changed since the rollout, so that every ratio should be 1. Raises UserError on all processes if one
-    is further away than `update.parity` times the objective's limit, or not finite.
+    Nothing has changed since the rollout, so that every ratio should be 1, unless it is one to another policy. Raises
+    UserError on all processes if one is further away than `update.parity` times the objective's limit, or not finite.
     """
     recipe, accelerator = state.recipe, state.accelerator
-    if state.checked or recipe.update.parity == 0:
+    if state.checked or recipe.update.parity == 0 or recipe.objective.anchor != "rollout":
         return
     first = next(minibatches(state, torch.zeros(recipe.images_per_process, device="cpu"))).index
     batch = RolloutBatch.select(transitions, first[: recipe.micro_batch]).to(accelerator.device)
@@ -152,53 +166,56 @@ def _why_not_finite(state: TrainState) -> str:
     )
 
 
-class Trajectories:
-    """Derivatives of an objective of whole trajectories, of the images of one update.
+def joint_derivatives(
+    state: TrainState, transitions: Sequence[RolloutBatch], parts: Sequence[Tensor], advantages: Tensor, moved: bool
+) -> list[Given]:
+    """Derivatives of an objective whose loss joins the transitions of an image, or of a group; one entry per part.
 
-    The gradient is `sum over t of c_t d l_t`, and c_t depends on the other steps through their log-ratios alone. So a
-    pass without gradients finds the log-ratios, and the gradient then needs the memory of one step, not of all. It is
-    exact. As long as no weight has moved since the rollout, all log-ratios are 0, and the first pass is left out.
+    The gradient is `sum of c_i d l_i`, and c_i depends on the other transitions through their log-ratios alone. So a
+    pass without gradients finds the log-ratios, and the gradient then needs the memory of one transition. It is exact.
+    As long as the policy is the one that it is compared with, all log-ratios are 0, and this pass is left out.
+
+    Args:
+        parts: the micro-batches of an update.
+        moved: whether weights have changed since the rollout.
     """
-
-    def __init__(
-        self,
-        state: TrainState,
-        transitions: Sequence[RolloutBatch],
-        parts: Sequence[Tensor],
-        advantages: Tensor,
-        moved: bool,
-    ) -> None:
-        """moved: whether weights have changed since the rollout. The rest as in `update_weights`."""
-        objective, device = state.recipe.objective, state.accelerator.device
-        shape = (state.recipe.images_per_process, state.recipe.sampler.num_steps)
-        log_ratio, drift = (torch.zeros(shape, device=device) for _ in range(2))
-        trained = torch.zeros(shape, dtype=torch.bool, device=device)
-        for part in parts:
-            batch = RolloutBatch.select(transitions, part)
-            place = batch.sample.to(device), batch.denoising_step.to(device)
-            trained[place] = True
-            if moved:
-                batch = batch.to(device)
-                with torch.no_grad():
-                    result = policy_loss(state.policy, batch, torch.zeros_like(batch.sigma), objective)
-                log_ratio[place], drift[place] = result.log_ratio, result.drift
-        chosen = trained.any(1)
-        log_ratio, drift = (numbers[trained].view(int(chosen.sum()), -1) for numbers in (log_ratio, drift))
-        n_elements = math.prod(state.backbone.latent_shape)
-        terms = objective.terms(log_ratio, drift, advantages.to(device)[chosen], n_elements=n_elements)
-        # A loss of n images is the mean over n; the loss of a minibatch divides by n T transitions.
-        n_steps = log_ratio.shape[1]
-        found = {"by_log_ratio": n_steps * terms.by_log_ratio, "by_drift": n_steps * terms.by_drift}
-        self._terms = {}
-        for name, numbers in {**found, "clipped": terms.clipped}.items():
-            self._terms[name] = numbers.new_zeros(shape)
-            self._terms[name][trained] = numbers.flatten()
-        self._objective = objective
-
-    def derivatives(self, batch: RolloutBatch) -> Given:
-        """Those of some transitions."""
-        terms = {name: numbers[batch.sample, batch.denoising_step] for name, numbers in self._terms.items()}
-        return Given(**terms, log_ratio=self._objective.log_ratio, moves_drift=self._objective.moves_drift)
+    recipe, accelerator, objective = state.recipe, state.accelerator, state.recipe.objective
+    of_groups = objective.scope == "group"
+    columns: list[tuple[Tensor, ...]] = []
+    for part in parts:
+        batch = RolloutBatch.select(transitions, part).to(accelerator.device)
+        log_ratio = drift = torch.zeros_like(batch.sigma)
+        if moved or objective.anchor != "rollout":
+            with torch.no_grad():
+                result = policy_loss(state.policy, batch, torch.zeros_like(batch.sigma), objective)
+            log_ratio, drift = result.log_ratio, result.drift
+        unit = torch.stack([batch.prompt_indices if of_groups else batch.sample, batch.denoising_step], 1)
+        a = advantages[batch.sample.cpu()].to(accelerator.device)
+        columns.append((log_ratio, drift, a, batch.sigma, unit))
+    log_ratio, drift, a, sigma, unit = (torch.cat(column) for column in zip(*columns, strict=True))
+    own = slice(0, len(log_ratio))
+    if of_groups:  # images of a group may be on other processes
+        own = slice(accelerator.process_index * len(log_ratio), (accelerator.process_index + 1) * len(log_ratio))
+        log_ratio, drift, a, sigma, unit = (accelerator.gather(x) for x in (log_ratio, drift, a, sigma, unit))
+    order = torch.argsort(unit[:, 0] * recipe.trained_steps + unit[:, 1], stable=True)
+    width = recipe.sampler.group_size if of_groups else recipe.trained_steps
+    log_ratio, drift, a, sigma = (x[order].view(-1, width) for x in (log_ratio, drift, a, sigma))
+    n_elements = math.prod(state.backbone.latent_shape)
+    if of_groups:
+        assert isinstance(objective, MatchingObjective)
+        terms = objective.terms(log_ratio, drift, a, n_elements=n_elements, noised=Noised(sigma))
+    else:
+        terms = objective.terms(log_ratio, drift, a[:, 0], n_elements=n_elements)
+    # A loss of n images or groups is the mean over n; that of a minibatch divides by its transitions.
+    found = (width * terms.by_log_ratio, width * terms.by_drift, terms.clipped)
+    back = torch.argsort(order)
+    sizes = [len(part) for part in parts]
+    pieces = zip(*(x.flatten()[back][own].split(sizes) for x in found), strict=True)
+    return [
+        Given(by_log_ratio=by_log_ratio, by_drift=by_drift, clipped=clipped, log_ratio=objective.log_ratio,
+              moves_drift=objective.moves_drift)
+        for by_log_ratio, by_drift, clipped in pieces
+    ]  # fmt: skip
 
 
 def update_weights(
@@ -220,15 +237,14 @@ def update_weights(
     results, batches, batch_advantages, losses = [], [], [], []
     index, image_weights = minibatch.index, minibatch.weights
     parts = index.split(recipe.micro_batch)
-    trajectories = None
-    if recipe.objective.scope == "trajectory":
-        trajectories = Trajectories(state, transitions, parts, advantages, moved)
-    for part in parts:
+    known: Sequence[Given | None] = [None] * len(parts)
+    if recipe.objective.scope != "transition":
+        known = joint_derivatives(state, transitions, parts, advantages, moved)
+    for part, given in zip(parts, known, strict=True):
         batch = RolloutBatch.select(transitions, part).to(device)
         batch_advantages.append(advantages[batch.sample.cpu()].to(device))
         # DDP sums gradients over the processes once per update; FSDP2 each time, which keeps them sharded.
         with accelerator.no_sync(policy) if part is not parts[-1] and not accelerator.is_fsdp2 else nullcontext():
-            given = trajectories.derivatives(batch) if trajectories is not None else None
             weights = None if image_weights is None else image_weights[batch.sample.cpu()].to(device)
             result = policy_loss(policy, batch, batch_advantages[-1], recipe.objective, given, weights)
             loss = result.loss * (len(part) / len(index))

@@ -46,6 +46,10 @@ def results(api: Any, device: str, backend: str) -> dict[str, Tensor]:
     for name in (name for name, objective in OBJECTIVES.items() if objective.scope == "transition"):
         velocity = x.clone().requires_grad_()
         options = {**own_options(name, clip_range=0.5, kl_threshold=1.0), "backend": backend}
+        if OBJECTIVES[name].process == "forward":
+            sigma = torch.tensor([0.9, 0.5, 0.2], device=device)
+            add(name, api.matching_loss(velocity, old, noise, advantages, sigma, **options), velocity)
+            continue
         loss = api.guard_loss(velocity, old, noise, advantages, step, ref_velocity=ref, kl_weight=0.1, **options)
         add(name, loss, velocity)
         mean = x.clone().requires_grad_()

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastguard.config import MonitorConfig, Recipe, RewardConfig, objective_config
+from fastguard.loss.objectives import OPTIONS
 from fastguard.rewards import RewardPool
 from fastguard.train import checkpoint
 from fastguard.train.monitor import Monitor
@@ -63,11 +64,12 @@ class SharedPolicy(nn.Module):
 
 
 def recipe_for(arguments: argparse.Namespace) -> Recipe:
+    clipped = {"clip_range": 1e-2} if "clip_range" in OPTIONS[arguments.objective] else {}
     return replace(
         RECIPE,
         run=replace(RECIPE.run, dir=Path(arguments.dir), epochs=arguments.epochs, save_every=1, images_every=2),
         sampler=replace(RECIPE.sampler, batch_size=8),
-        objective=objective_config(arguments.objective, clip_range=1e-2, kl_weight=0.1),
+        objective=objective_config(arguments.objective, kl_weight=0.1, **clipped),
         update=replace(
             RECIPE.update,
             optimizer=arguments.optimizer,

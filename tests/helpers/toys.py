@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,7 +28,8 @@ from fastguard.prompts import Prompt
 from fastguard.rewards import RewardPool
 from fastguard.train.metrics import EpochLog
 from fastguard.train.monitor import Verdict
-from fastguard.train.state import TrainState
+from fastguard.train.state import TrainState, build_state
+from fastguard.train.trainer import train
 
 SHAPE = (2, 8)
 RECIPE = Recipe(
@@ -132,3 +135,25 @@ def pool(
     functions = [reward] * len(recipe.rewards) + list(gold)
     with RewardPool(list(zip(configs, functions, strict=True)), recipe.scoring, backbone.prompts) as opened:
         yield opened
+
+
+def with_(recipe: Recipe = RECIPE, **sections: dict[str, Any]) -> Recipe:
+    """The recipe with some fields changed: with_(sampler={"group_size": 2})."""
+    changed = {name: replace(getattr(recipe, name), **fields) for name, fields in sections.items()}
+    return replace(recipe, **changed)
+
+
+def cpu() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def run(recipe: Recipe, backbone: Any = None, reward: Any = towards, stop: int | None = None) -> Any:
+    """Train; returns (logs, backbone, run)."""
+    backbone, where = backbone or ToyBackbone(), MemoryRecorder(stop)
+    with pool(recipe, backbone, reward) as rewards:
+        logs = train(backbone, recipe, rewards, where, cpu())
+    return logs, backbone, where
+
+
+def state_of(backbone: Any, recipe: Recipe) -> TrainState:
+    return build_state(backbone, recipe, cpu(), None)

@@ -138,9 +138,10 @@ def test_the_updates_of_a_rollout_end_together(tmp_path: Path, two: Two) -> None
     assert all(1 < count < 8 for count in counts[0])  # the first update is made by the policy of the rollout
 
 
-def test_trajectories_on_two_processes_and_through_a_resume(tmp_path: Path, two: Two) -> None:
-    """Their images are whole on each process; a resume changes no bit."""
-    options = ("--objective", "tic_grpo")
+@pytest.mark.parametrize("objective", ["tic_grpo", "diffusion_nft", "dgpo"])
+def test_objectives_on_two_processes_and_through_a_resume(tmp_path: Path, two: Two, objective: str) -> None:
+    """Trajectories are whole on a process, a group is not; the averaged policy resumes; a resume changes no bit."""
+    options = ("--objective", objective)
     alone(tmp_path / "one", "2", *options)
     alone(tmp_path / "halves", "1", *options)
     alone(tmp_path / "halves", "2", *options, "--resume", "auto")

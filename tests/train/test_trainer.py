@@ -10,9 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers.objective_formulas import FORMULAS
-from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, brightness, pool, towards
+from helpers.toys import (
+    RECIPE,
+    MemoryRecorder,
+    ToyBackbone,
+    ToyPolicy,
+    brightness,
+    cpu,
+    pool,
+    run,
+    state_of,
+    towards,
+    with_,
+)
 from torch import Tensor, nn
 
 from fastguard.advantages import ESTIMATORS
@@ -36,32 +47,9 @@ from fastguard.train.metrics import Update, clip_fractions, clip_range_for, rati
 from fastguard.train.monitor import Monitor
 from fastguard.train.optim import AdamW
 from fastguard.train.rollout import RolloutBatch, predict_velocity, rollout, training_schedule
-from fastguard.train.state import TrainState, build_state
 from fastguard.train.trainer import train
-from fastguard.train.update import Trajectories, has_moved_too_far, minibatches, policy_loss
+from fastguard.train.update import has_moved_too_far, joint_derivatives, minibatches, policy_loss
 from fastguard.utils.sealed import DamagedError
-
-
-def with_(recipe: Recipe = RECIPE, **sections: dict[str, Any]) -> Recipe:
-    """The recipe with some fields changed: with_(sampler={"group_size": 2})."""
-    changed = {name: replace(getattr(recipe, name), **fields) for name, fields in sections.items()}
-    return replace(recipe, **changed)
-
-
-def cpu() -> Accelerator:
-    return Accelerator(cpu=True)
-
-
-def run(recipe: Recipe, backbone: Any = None, reward: Any = towards, stop: int | None = None) -> Any:
-    """Train; returns (logs, backbone, run)."""
-    backbone, where = backbone or ToyBackbone(), MemoryRecorder(stop)
-    with pool(recipe, backbone, reward) as rewards:
-        logs = train(backbone, recipe, rewards, where, cpu())
-    return logs, backbone, where
-
-
-def state_of(backbone: Any, recipe: Recipe) -> TrainState:
-    return build_state(backbone, recipe, cpu(), None)
 
 
 def transitions_of(backbone: Any, recipe: Recipe) -> list[RolloutBatch]:
@@ -76,13 +64,15 @@ TRAINED: dict[str, dict[str, Any]] = {
     "flow_dppo": {"kl_threshold": 1e-2}, "dppo": {"threshold": 0.3}, "copg": {"clip_range": 5e-2},
     "hinge": {"margin": 5e-2}, "ppo_rpe": {"threshold": 2.5e-2}, "fr_ppo": {"tau": 0.1}, "surrogate": {},
     "power_mean": {}, "cispo": {"clip_range": 5e-2}, "sapo": {}, "spo": {"epsilon": 5e-2}, "dro": {"beta": 20.0},
-    "tic_grpo": {"clip_range": 5e-2}, "gmpo": {"clip_range": 5e-2},
+    "tic_grpo": {"clip_range": 5e-2}, "gmpo": {"clip_range": 5e-2}, "diffusion_nft": {"adv_clip": 1.0},
+    "awm": {"clip_range": 5e-2}, "dgpo": {"beta": 1.0}, "dpo": {"beta": 10.0, "pairs": "all"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_training_raises_the_reward(name: str) -> None:
-    objective: ObjectiveConfig = objective_config(name, **{"reweight": "none", **TRAINED[name]})
+    own = {"reweight": "none"} if OBJECTIVES[name].process == "reverse" else {}
+    objective: ObjectiveConfig = objective_config(name, **{**own, **TRAINED[name]})
     logs, backbone, _ = run(replace(RECIPE, objective=objective))
     assert len(logs) == RECIPE.run.epochs
     assert logs[-1].reward_mean > logs[0].reward_mean + 0.3
@@ -117,12 +107,10 @@ def test_a_trajectory_objective_has_the_gradient_of_one_graph(name: str) -> None
     (want,) = torch.autograd.grad(loss, backbone.policy.image)
 
     parts = index.split(recipe.micro_batch)
-    trajectories = Trajectories(state, transitions, parts, advantages, moved=True)
-    for part in parts:
+    known = joint_derivatives(state, transitions, parts, advantages, moved=True)
+    for part, given in zip(parts, known, strict=True):
         batch = RolloutBatch.select(transitions, part)
-        result = policy_loss(
-            backbone.policy, batch, advantages[batch.sample], objective, trajectories.derivatives(batch)
-        )
+        result = policy_loss(backbone.policy, batch, advantages[batch.sample], objective, given)
         (result.loss * (len(part) / len(index))).backward()
     torch.testing.assert_close(backbone.policy.image.grad, want, rtol=1e-5, atol=1e-7)
 

@@ -19,10 +19,12 @@ from fastguard.options import check_at_least_0, check_positive, is_number
 
 Scope = Literal["transition", "trajectory", "group"]
 Process = Literal["reverse", "forward"]
+Anchor = Literal["rollout", "average", "reference"]
 LogRatio = Literal["normalized", "plain"]
 ClipRange = float | tuple[float, float]
 
 __all__ = [
+    "Anchor",
     "ClipRange",
     "ClipRanged",
     "EitherLogRatio",
@@ -55,6 +57,8 @@ class Objective:
     """what a loss is of: "transition" is one step alone, "trajectory" all steps of an image, "group" all of a prompt"""
     process: ClassVar[Process] = "reverse"
     """what it trains on: "reverse" is the steps that sampled an image, "forward" the image with fresh noise"""
+    anchor: ClassVar[Anchor] = "rollout"
+    """the policy that it compares with: of the rollout, an average, which samples then, or the model before training"""
     if TYPE_CHECKING:  # a ClassVar of dataclasses would hide that it is an option of some
         log_ratio: ClassVar[LogRatio]
         """the log-ratio that `terms` receives: "normalized" is RatioNorm's `s cross`, "plain" is `cross - drift / 2`"""

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastguard.loss.objectives.base import Terms, check_at_least_0, check_positive
-from fastguard.loss.objectives.matching import Anchor, MatchingObjective, Noised
+from fastguard.loss.objectives.base import Anchor, Terms, check_at_least_0, check_positive
+from fastguard.loss.objectives.matching import MatchingObjective, Noised
 from fastguard.options import check_share
 
 SMALLEST_ERROR = 1e-5

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastguard.loss.objectives.base import Scope, Terms, check_positive
-from fastguard.loss.objectives.matching import Anchor, MatchingObjective, Noised
+from fastguard.loss.objectives.base import Anchor, Scope, Terms, check_positive
+from fastguard.loss.objectives.matching import MatchingObjective, Noised
 
 Pairs = Literal["extremes", "all"]
 

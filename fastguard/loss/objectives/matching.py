@@ -13,13 +13,11 @@ Axes: N noised latents; g groups of n images, noised alike; D elements of one im
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from fastguard.loss.objectives.base import LogRatio, Objective, Process, Terms
-
-Anchor = Literal["rollout", "average", "reference"]
 
 
 class Noised(NamedTuple):
@@ -41,9 +39,6 @@ class MatchingObjective(Objective):
 
     process: ClassVar[Process] = "forward"
     log_ratio: ClassVar[LogRatio] = "plain"
-    anchor: ClassVar[Anchor] = "rollout"
-    """the policy of v_old: the one that sampled the images, an average of the policies so far, which samples them then,
-    or the model before training"""
 
     def error_spread(self) -> float | None:
         """The spread of the absolute errors that `terms` asks for, or None. They take no gradient."""
