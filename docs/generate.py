@@ -135,6 +135,8 @@ def objectives() -> Iterator[str]:
         ratios = {"normalized": "`std * cross`", "plain": "`cross - drift / 2`"}
         words = f"The log-ratio is {ratios[cls.log_ratio]}"
         words += ", or `std * cross` by the option `log_ratio`." if issubclass(cls, EitherLogRatio) else "."
+        if cls.process == "forward":
+            words = "It trains on [final latents](#final-latents)."
         if cls.limit_name is not None:
             what = "an image" if cls.scope == "trajectory" else "a sample"
             words += f" `{cls.limit_name}` limits how far {what} may move."

@@ -466,7 +466,7 @@ class UpdateConfig:
     ema_every: int = 8
     """optimizer updates between steps of the average"""
     copies: Literal["cpu", "device"] = "device"
-    """where copies of weights are stored: the average, and for a KL in full fine-tuning the model before training"""
+    """where copies of weights are stored: averages, and in full fine-tuning the model before it, if it is needed"""
     parity: float = 0.5
     """before the first update, rollout steps scored again may differ by this share of the clip range; 0 skips it"""
     max_bad_updates: int = 3
@@ -683,7 +683,9 @@ class Recipe:
               for field in ("reweight", "kl_type")),
             (not forward, "update.draws", f"objective.name = {objective.name} trains on denoising steps"),
             (
-                self.update.ema_decay == 0 and (objective.kl_weight == 0 or model.train == "lora"),
+                self.update.ema_decay == 0
+                and objective.anchor != "average"
+                and (model.train == "lora" or (objective.kl_weight == 0 and objective.anchor != "reference")),
                 "update.copies",
                 "there is no average (update.ema_decay) and no model before full fine-tuning (objective.kl_weight)",
             ),

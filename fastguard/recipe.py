@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -208,13 +208,32 @@ def _by_name(before: Any, after: Any) -> tuple[Any, Any]:
     return before, after
 
 
-def _extra_passes(recipe: Recipe) -> Sequence[tuple[str, str]]:
-    """What an objective of whole trajectories costs beside the others."""
-    if recipe.objective.scope == "transition":
-        return ()
-    updates = recipe.update.inner_epochs * recipe.update.minibatches
-    cost = "1 forward pass a transition without gradients, before its forward and backward pass"
-    return (("first pass of an update", f"{cost}; not in the first of the {updates} updates of a rollout"),)
+def _extra_passes(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What an objective costs beside the forward and backward pass of each transition."""
+    objective, one = recipe.objective, "1 forward pass a transition without gradients"
+    if objective.process == "forward":
+        whose = {
+            "rollout": "the policy that sampled",
+            "average": "the averaged policy, which samples too",
+            "reference": "the model before training",
+        }[objective.anchor]
+        yield "after a rollout", f"{one}, for the velocities of {whose}"
+    if objective.scope != "transition":
+        updates = recipe.update.inner_epochs * recipe.update.minibatches
+        saved = f"; not in the first of the {updates} updates of a rollout" if objective.anchor == "rollout" else ""
+        yield "first pass of an update", f"{one}, before its forward and backward pass{saved}"
+
+
+def _trained(recipe: Recipe) -> tuple[str, str]:
+    """The transitions of an image."""
+    sampler = recipe.sampler
+    if recipe.objective.process == "forward":
+        of = f"{recipe.update.draws} flow times and noises of an image a pass"
+        return "trained draws", f"{of}; images are sampled in {sampler.num_steps} steps without noise"
+    end = sampler.window_start + sampler.sde_steps - 1
+    moving = "" if sampler.window == "fixed" else f", {sampler.window} from step {sampler.window_start} on"
+    window = f"steps {sampler.window_start} to {end}" if sampler.window == "fixed" else f"{sampler.sde_steps} steps"
+    return "trained steps", f"{window} of {sampler.num_steps} ({sampler.kind}){moving}"
 
 
 def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
@@ -223,14 +242,11 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
     updates = update.inner_epochs * update.minibatches
     fewer = "" if update.stop == "none" else f", or fewer by update.stop = {update.stop}"
     trained = "" if update.subsample == 1 else f"; a pass trains on {recipe.trained_images} of each"
-    end = sampler.window_start + sampler.sde_steps - 1
-    moving = "" if sampler.window == "fixed" else f", {sampler.window} from step {sampler.window_start} on"
-    window = f"steps {sampler.window_start} to {end}" if sampler.window == "fixed" else f"{sampler.sde_steps} steps"
     per_update = recipe.transitions_per_update
     return (
         ("images per epoch", f"{recipe.images_per_epoch} = {recipe.prompts.per_epoch} prompts x {sampler.group_size}"),
         ("images per GPU", f"{recipe.images_per_process}, in rollout batches of {sampler.batch_size}{trained}"),
-        ("trained steps", f"{window} of {sampler.num_steps} ({sampler.kind}){moving}"),
+        _trained(recipe),
         ("updates per epoch", f"{updates} = {update.inner_epochs} passes x {update.minibatches} minibatches{fewer}"),
         (
             "transitions per update",

@@ -233,23 +233,25 @@ def _buckets(recipe: Recipe, trained: Sizes) -> int:
 
 
 def _copies(recipe: Recipe, weights: Weights) -> tuple[int, int]:
-    """(device, host) bytes of the average, in float32, and of the model before full fine-tuning, in its dtype."""
+    """(device, host) bytes of the averages, in float32, and of the model before full fine-tuning, in its dtype."""
     trained, share = weights.trained, _share(recipe, weights.trained)
     n_bytes = 0
-    if recipe.update.ema_decay > 0:
-        n_bytes += int(4 * trained.count * share)
+    n_averages = (recipe.update.ema_decay > 0) + (recipe.objective.anchor == "average")
+    n_bytes += int(4 * trained.count * share) * n_averages
     if _has_reference_copy(recipe):
         n_bytes += int(trained.n_bytes * share)
     return (n_bytes, 0) if recipe.update.copies == "device" else (0, n_bytes)
 
 
 def _has_reference_copy(recipe: Recipe) -> bool:
-    return recipe.objective.kl_weight > 0 and recipe.model.train == "full"
+    asked_for = recipe.objective.kl_weight > 0 or recipe.objective.anchor == "reference"
+    return asked_for and recipe.model.train == "full"
 
 
 def _swapped(recipe: Recipe, weights: Weights) -> int:
     """Trained weights put aside on the GPU while a copy scores or samples in their place."""
-    swaps = _has_reference_copy(recipe) or (recipe.update.ema_decay > 0 and recipe.monitor.every > 0)
+    swaps = _has_reference_copy(recipe) or recipe.objective.anchor == "average"
+    swaps |= recipe.update.ema_decay > 0 and recipe.monitor.every > 0
     on_device = swaps and recipe.update.copies == "device"
     return int(weights.trained.n_bytes * _share(recipe, weights.trained)) if on_device else 0
 
@@ -263,8 +265,9 @@ def _trajectories(recipe: Recipe, weights: Weights, sampling: bool) -> tuple[int
     sampler = recipe.sampler
     tokens, channels = weights.latent_shape
     itemsize = dtype_of(recipe.model).itemsize
-    one = sampler.batch_size * sampler.sde_steps * tokens * channels * itemsize
-    tensors = 3 + (recipe.objective.kl_weight > 0)  # latents, velocity, noise; the reference's velocity
+    one = sampler.batch_size * recipe.stored_steps * tokens * channels * itemsize
+    # Latents, velocity, noise; the reference's velocity, unless it is the one that the objective compares with.
+    tensors = 3 + (recipe.objective.kl_weight > 0 and recipe.objective.anchor != "reference")
     batches = recipe.images_per_process // sampler.batch_size
     prompts = min(recipe.prompts.per_epoch, recipe.images_per_process // sampler.group_size + 2)
     text, pooled = weights.text
