@@ -17,6 +17,7 @@ from helpers.forks import FASTGUARD, Fork
 from PIL import Image
 
 from fastguard import cli
+from fastguard.loss.objectives import OBJECTIVES
 from fastguard.train.run_folder import checkpoint_of
 from fastguard.utils.rows import read_rows
 
@@ -63,6 +64,36 @@ def here(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         return said
 
     return run
+
+
+# One rollout of four images, and two updates.
+SHORTEST = (
+    "--run.epochs", "1", "--run.trackers", "--monitor.every", "0", "--prompts.per-epoch", "2",
+    "--sampler.group-size", "2", "--sampler.batch-size", "4", "--sampler.num-steps", "4", "--sampler.sde-steps", "3",
+    "--update.minibatches", "2", "--update.inner-epochs", "1",
+)  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["digits", "flux_tiny"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains(here: Here, tmp_path: Path, recipe: str, name: str) -> None:
+    own = ("--sampler.shift", "3") if recipe == "digits" else ()
+    here("train", recipe, "--objective.name", name, "--run.dir", str(tmp_path), *SHORTEST, *own)
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert len(row["updates"]) == 2
+    assert all(update["grad_norm"] > 0 for update in row["updates"])
+    assert not any(update["skipped"] for update in row["updates"])
+
+
+def test_it_says_what_an_objective_of_final_latents_costs(here: Here, tmp_path: Path) -> None:
+    said = here("train", "digits", "--objective.name", "dgpo", "--run.dir", str(tmp_path), *SHORTEST)
+    for line in (
+        "trained draws: 4 flow times and noises of an image a pass; images are sampled in 4 steps without noise",
+        "after a rollout: 1 forward pass a transition without gradients, for the velocities of the model before",
+        "first pass of an update: 1 forward pass a transition without gradients, before its forward and backward pass",
+    ):
+        assert line in said
 
 
 @pytest.fixture(scope="module")

@@ -445,6 +445,22 @@ def test_copies_of_weights_are_counted_where_they_wait() -> None:
     assert host.host == 4 * n.count + n.n_bytes
 
 
+def test_what_objectives_of_final_latents_store_is_counted() -> None:
+    """Draws of each pass in the place of steps; an average that samples; the model before training without a KL."""
+    steps = plan(tiny()).phase("update")
+    for name, extra in (("awm", 0), ("diffusion_nft", 1)):
+        recipe = replace(tiny(update={"inner_epochs": 3, "draws": 2}), objective=objective_config(name))
+        drawn = plan(recipe).phase("update")
+        stored = 2 * 4 * 2 * 3 * (8 * 8) * 16 * 4  # of 2 steps, as above; here 2 draws in each of 3 passes
+        assert drawn.trajectories - steps.trajectories == 2 * stored
+        n = weights_of(as_built(recipe.model), recipe.lora).trained
+        assert drawn.weights - steps.weights == extra * 4 * n.count
+    full = tiny(model={"train": "full"}, update={"draws": 2})
+    n = weights_of(as_built(full.model), full.lora).trained
+    plain, preferred = (plan(replace(full, objective=objective_config(name))) for name in ("awm", "dgpo"))
+    assert preferred.phase("update").weights - plain.phase("update").weights == n.n_bytes
+
+
 def test_more_processes_take_buckets_or_shares() -> None:
     one = plan(tiny(model={"train": "full"})).phase("update")
     ddp = plan(tiny(model={"train": "full"}, hardware={"processes": 2})).phase("update")
