@@ -193,6 +193,7 @@ def _general_loss(
             velocity_kl=velocity_kl,
             invert_weight=invert_weight,
             reduction=reduction,
+            bandwidth=objective.bandwidth,
         )
 
     return loss

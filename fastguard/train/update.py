@@ -96,7 +96,7 @@ def policy_loss(
         still = torch.zeros_like(advantages)
         given = Given(
             by_log_ratio=-advantages, by_drift=still, clipped=still.bool(), log_ratio=objective.log_ratio,
-            moves_drift=False,
+            bandwidth=objective.bandwidth, moves_drift=False,
         )  # fmt: skip
     velocity = predict_velocity(policy, batch.latents, batch.sigma, batch.prompt_indices)
     kl_weight = objective.kl_weight if weights is None or not objective.kl_weight else objective.kl_weight * weights
@@ -213,7 +213,7 @@ def joint_derivatives(
     pieces = zip(*(x.flatten()[back][own].split(sizes) for x in found), strict=True)
     return [
         Given(by_log_ratio=by_log_ratio, by_drift=by_drift, clipped=clipped, log_ratio=objective.log_ratio,
-              moves_drift=objective.moves_drift)
+              bandwidth=objective.bandwidth, moves_drift=objective.moves_drift)
         for by_log_ratio, by_drift, clipped in pieces
     ]  # fmt: skip
 

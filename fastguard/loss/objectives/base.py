@@ -62,6 +62,10 @@ class Objective:
     if TYPE_CHECKING:  # a ClassVar of dataclasses would hide that it is an option of some
         log_ratio: ClassVar[LogRatio]
         """the log-ratio that `terms` receives: "normalized" is RatioNorm's `s cross`, "plain" is `cross - drift / 2`"""
+        bandwidth: ClassVar[float]
+        """width h of a kernel that smooths both policies: that log-ratio is `s^2 / (s^2 + h^2)` times as large"""
+    else:
+        bandwidth = 0.0
     moves_drift: ClassVar[bool] = False
     """whether `terms` has a derivative with respect to the drift"""
     limit_name: ClassVar[str | None] = None
@@ -142,9 +146,12 @@ class EitherLogRatio(Objective):
 
     log_ratio: LogRatio = "plain"  # type: ignore[misc]
     """"plain" is `cross - drift / 2`, as published; "normalized" is RatioNorm's `std * cross`"""
+    bandwidth: float = 0.0  # type: ignore[misc]
+    """h of policy convolution, in units of the latents: multiplies the log-ratio by `std^2 / (std^2 + h^2)`; 0 is off"""
 
     def __post_init__(self) -> None:
         check_log_ratio(self.log_ratio)
+        check_at_least_0("bandwidth", self.bandwidth)
 
 
 def terms_of(

@@ -21,6 +21,8 @@ class Given(Objective):
     """(N,) bool"""
     log_ratio: LogRatio = "plain"  # type: ignore[misc]
     """of the objective that they are of"""
+    bandwidth: float = 0.0  # type: ignore[misc]
+    """as log_ratio"""
     moves_drift: bool = True  # type: ignore[misc]
     """whether by_drift can differ from 0"""
 
