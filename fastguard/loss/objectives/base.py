@@ -147,7 +147,7 @@ class EitherLogRatio(Objective):
     log_ratio: LogRatio = "plain"  # type: ignore[misc]
     """"plain" is `cross - drift / 2`, as published; "normalized" is RatioNorm's `std * cross`"""
     bandwidth: float = 0.0  # type: ignore[misc]
-    """h of policy convolution, in units of the latents: multiplies the log-ratio by `std^2 / (std^2 + h^2)`; 0 is off"""
+    """h of policy convolution, in units of the latents: the log-ratio gets the factor `std^2 / (std^2 + h^2)`"""
 
     def __post_init__(self) -> None:
         check_log_ratio(self.log_ratio)
