@@ -22,6 +22,7 @@ from fastguard.memory.phases import (
     update_settings,
 )
 from fastguard.memory.suggestions import suggest
+from fastguard.recipe import scored_images
 
 
 @dataclass(frozen=True)
@@ -126,5 +127,7 @@ def _notes(recipe: Recipe, recompute: Recompute, roomy: bool) -> Iterator[str]:
         yield "FSDP2: blocks are shared out, two are gathered at once, gradients are summed in float32"
     elif recipe.hardware.processes > 1:
         yield "DDP keeps its buckets, one more copy of the trained gradients"
+    if recipe.advantages.per_step:
+        yield scored_images(recipe)
     yield "convolutions are taken to copy their input, weight and output to channels last"
     yield "not counted: the CUDA context, NCCL, fragmentation, and reward models on the same GPU"

@@ -19,8 +19,10 @@ from torch import Tensor
 from fastguard.config import ObjectiveConfig
 from fastguard.errors import NotFiniteError, UserError
 from fastguard.loss import GuardLoss, guard_loss
+from fastguard.loss.checks import Reweight
 from fastguard.loss.objectives import Given
 from fastguard.ops.transition import total_variation
+from fastguard.train.advantages import advantages_of, size_of_each
 from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import Policy, RolloutBatch, predict_velocity
@@ -49,6 +51,7 @@ def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
     processes.
     """
     recipe = state.recipe
+    sizes = size_of_each(advantages).numpy()
     images, steps = recipe.sampler.batch_size, recipe.sampler.sde_steps
     batches = recipe.images_per_process // images
     first = state.accelerator.process_index * batches
@@ -59,7 +62,7 @@ def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
         for i, generator in enumerate(generators):
             chosen = np.arange(images)
             if recipe.update.subsample < 1:
-                chosen, factors = choose(advantages[i * images :][:images].numpy(), recipe.trained_images, generator)
+                chosen, factors = choose(sizes[i * images :][:images], recipe.trained_images, generator)
                 weights[i * images + chosen] = torch.from_numpy(factors).float()
             # A rollout batch lies step by step. What is shuffled are rows of transitions that stay together.
             rows = chosen[:, None] + images * np.arange(steps)
@@ -98,12 +101,20 @@ def policy_loss(
         advantages,
         batch.step.to(velocity.device),
         objective=given or objective,
-        reweight=objective.reweight,
+        reweight=step_factor(batch, objective),
         sample_weight=weights,
         ref_velocity=batch.ref_velocity,
         kl_weight=objective.kl_weight if weights is None or not objective.kl_weight else objective.kl_weight * weights,
         kl_type=objective.kl_type,
     )
+
+
+def step_factor(batch: RolloutBatch, objective: ObjectiveConfig) -> Reweight | Tensor:
+    """The factor on the policy loss: a name that the loss knows, or a number of each transition, (N,)."""
+    if objective.reweight == "tempflow" or objective.reweight == "noise_level":
+        assert batch.step_weight is not None  # `sample_epoch` found it from the schedule
+        return batch.step_weight
+    return objective.reweight
 
 
 def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None:
@@ -225,7 +236,7 @@ def update_weights(
         trajectories = Trajectories(state, transitions, parts, advantages, moved)
     for part in parts:
         batch = RolloutBatch.select(transitions, part).to(device)
-        batch_advantages.append(advantages[batch.sample.cpu()].to(device))
+        batch_advantages.append(advantages_of(batch, advantages))
         # DDP sums gradients over the processes once per update; FSDP2 each time, which keeps them sharded.
         with accelerator.no_sync(policy) if part is not parts[-1] and not accelerator.is_fsdp2 else nullcontext():
             given = trajectories.derivatives(batch) if trajectories is not None else None
@@ -295,7 +306,7 @@ def blame(state: TrainState, transitions: Sequence[RolloutBatch], index: Tensor,
     guilty = []
     for i in index.tolist():
         one = RolloutBatch.select(transitions, torch.tensor([i], device="cpu")).to(accelerator.device)
-        weight = advantages[one.sample.cpu()].to(accelerator.device)
+        weight = advantages_of(one, advantages)
         with nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(state.policy):
             loss = policy_loss(state.policy, one, weight, objective).loss
             loss.backward()
