@@ -51,7 +51,6 @@ def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
     processes.
     """
     recipe = state.recipe
-    sizes = size_of_each(advantages).numpy()
     images, steps = recipe.sampler.batch_size, recipe.sampler.sde_steps
     batches = recipe.images_per_process // images
     first = state.accelerator.process_index * batches
@@ -62,7 +61,8 @@ def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
         for i, generator in enumerate(generators):
             chosen = np.arange(images)
             if recipe.update.subsample < 1:
-                chosen, factors = choose(sizes[i * images :][:images], recipe.trained_images, generator)
+                sizes = size_of_each(advantages[i * images :][:images]).numpy()
+                chosen, factors = choose(sizes, recipe.trained_images, generator)
                 weights[i * images + chosen] = torch.from_numpy(factors).float()
             # A rollout batch lies step by step. What is shuffled are rows of transitions that stay together.
             rows = chosen[:, None] + images * np.arange(steps)
