@@ -217,13 +217,13 @@ def _extra_passes(recipe: Recipe) -> Sequence[tuple[str, str]]:
     return (("first pass of an update", f"{cost}; not in the first of the {updates} updates of a rollout"),)
 
 
-def scored_images(recipe: Recipe) -> str:
-    """What advantages per step cost, in words."""
+def _scored_images(recipe: Recipe) -> Sequence[tuple[str, str]]:
+    """What advantages per step cost beside the others."""
+    if not recipe.advantages.per_step:
+        return ()
     each, images = recipe.scored_per_image, recipe.images_per_epoch
-    return (
-        f"advantages.name = {recipe.advantages.name} decodes an image and calls each reward {each} times per sample, "
-        f"once after each trained step: {each * images} times per epoch, not {images}"
-    )
+    reason = f"advantages.name = {recipe.advantages.name} decodes and scores one after each trained step"
+    return (("images scored per epoch", f"{each * images} = {images} x {each}: {reason}"),)
 
 
 def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
@@ -239,7 +239,7 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
     return (
         ("images per epoch", f"{recipe.images_per_epoch} = {recipe.prompts.per_epoch} prompts x {sampler.group_size}"),
         ("images per GPU", f"{recipe.images_per_process}, in rollout batches of {sampler.batch_size}{trained}"),
-        *((("images scored", scored_images(recipe)),) if recipe.advantages.per_step else ()),
+        *_scored_images(recipe),
         ("trained steps", f"{window} of {sampler.num_steps} ({sampler.kind}){moving}"),
         ("updates per epoch", f"{updates} = {update.inner_epochs} passes x {update.minibatches} minibatches{fewer}"),
         (

@@ -209,6 +209,35 @@ def test_a_reward_that_changes_the_process_while_it_is_built_changes_nothing(
     assert rows[0] == rows[1]
 
 
+VGPO = (
+    "train",
+    "flux_tiny",
+    "--run.epochs",
+    "1",
+    "--run.trackers",
+    "--monitor.every",
+    "0",
+    "--advantages.name",
+    "vgpo",
+)
+
+
+def test_advantages_per_step_train_and_their_cost_is_said(
+    tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JPEG sizes are negative here, which vgpo refuses until they are rescaled."""
+    options = ("--run.dir", str(tmp_path / "run"), "--advantages.rescale", "minmax", "--objective.reweight", "tempflow")
+    said = here(*VGPO, *options)
+    assert "images scored per epoch: 160 = 32 x 5: advantages.name = vgpo decodes and scores one" in said
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(row["updates"]) == 4
+    assert all(update["grad_norm"] > 0 for update in row["updates"])
+    assert cli.main([*VGPO, "--run.dir", str(tmp_path / "refused")]) == 1
+    error = capsys.readouterr().err
+    assert "advantages: vgpo takes rewards that are not negative; reward function 0 gave -" in error
+    assert '(reward function 0 is "jpeg_compressibility", prompt ' in error
+
+
 def test_mistakes_end_in_one_line(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
         (["train", "flux_tiny", "--run.trackers", "wandb"], "pip install wandb"),
