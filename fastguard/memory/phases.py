@@ -270,8 +270,8 @@ def _trajectories(recipe: Recipe, weights: Weights, sampling: bool) -> tuple[int
     prompts = min(recipe.prompts.per_epoch, recipe.images_per_process // sampler.group_size + 2)
     text, pooled = weights.text
     table = prompts * (recipe.prompts.max_tokens * text + pooled) * itemsize
-    images = (recipe.scored_per_image - 1) * allocated(one // sampler.sde_steps)
-    batch = tensors * allocated(one) + images if sampling else 0
+    images = 2 * (recipe.scored_per_image - 1) * allocated(one // sampler.sde_steps) if sampling else 0
+    batch = tensors * allocated(one) if sampling else 0
     if sampler.store == "cpu":
-        return table + 2 * batch, batches * tensors * 2 ** (one - 1).bit_length()
-    return table + batch + batches * tensors * allocated(one), 0
+        return table + images + 2 * batch, batches * tensors * 2 ** (one - 1).bit_length()
+    return table + images + batch + batches * tensors * allocated(one), 0
