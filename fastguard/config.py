@@ -48,6 +48,8 @@ MOST_DRAWS = 100_000_000
 MOST_UPDATES = 100_000
 """Of an epoch, which writes a few hundred bytes about each of them into one line of metrics.jsonl."""
 
+StepWeights = Literal[Reweight, "tempflow", "noise_level"]
+"""`guard_loss` knows the first ones; `train.step_weights` finds the others from the schedule."""
 ModelKind = Literal["flux", "digits"]
 """The names in `backbones.build.FAMILIES`, as types."""
 
@@ -300,8 +302,8 @@ class ObjectiveConfig(_Named, Objective):
 
     name: str = DEFAULT_OBJECTIVE
     """the objective; its options are the other fields, and start from their defaults when another one is named"""
-    reweight: Reweight = "inverse_dt"
-    """factor on the loss of each denoising step: 1 / |dt| (GRPO-Guard), 1 / |velocity_coef|, or none (Flow-GRPO)"""
+    reweight: StepWeights = "inverse_dt"
+    """factor on a step's loss: 1/|dt|, 1/|velocity_coef|, 1, std / mean std (tempflow), std / sqrt|dt| (noise_level)"""
     kl_weight: float = 0.0
     """weight of the KL to the model before training; 0 computes none"""
     kl_type: KlType = "gaussian"
@@ -602,6 +604,7 @@ class Recipe:
             draws = self.update.inner_epochs * self.update.draws
             _check_images(self.images_per_epoch, images, draws, "update.inner_epochs * update.draws")
         self._check_divisions()
+        self._check_per_step()
         sharded = self.hardware.sharding == "fsdp2"
         for name, works, value in (
             ("optimizer", "adamw", self.update.optimizer),
@@ -664,6 +667,22 @@ class Recipe:
             f"update.minibatches = {self.update.minibatches}",
         )
 
+    def _check_per_step(self) -> None:
+        """Advantages per step go with a loss per step, and with rewards as they are."""
+        name = self.advantages.name
+        if not self.advantages.per_step:
+            return
+        _require(
+            self.objective.scope == "transition" and self.objective.process == "reverse",
+            f"advantages.name = {name} gives each denoising step its own advantage, and objective.name = "
+            f"{self.objective.name} takes one for each image: set another one of the two",
+        )
+        _require(
+            not self.scoring.normalize_each,
+            f"scoring.normalize_each centers rewards at 0, and advantages.name = {name} needs rewards that are not "
+            "negative: set scoring.normalize_each = false",
+        )
+
     def unread(self, by_model: Mapping[str, str]) -> dict[str, str]:
         """`section.field` -> reason, for values that are not the default and that nothing reads.
 
@@ -705,6 +724,11 @@ class Recipe:
     def images_per_process(self) -> int:
         """Images per rollout and process."""
         return self.images_per_epoch // self.hardware.processes
+
+    @property
+    def scored_per_image(self) -> int:
+        """Images that are decoded and scored for each one that is sampled."""
+        return self.sampler.sde_steps if self.advantages.per_step else 1
 
     @property
     def trained_images(self) -> int:

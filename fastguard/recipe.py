@@ -236,6 +236,15 @@ def _trained(recipe: Recipe) -> tuple[str, str]:
     return "trained steps", f"{window} of {sampler.num_steps} ({sampler.kind}){moving}"
 
 
+def _scored_images(recipe: Recipe) -> Sequence[tuple[str, str]]:
+    """What advantages per step cost beside the others."""
+    if not recipe.advantages.per_step:
+        return ()
+    each, images = recipe.scored_per_image, recipe.images_per_epoch
+    reason = f"advantages.name = {recipe.advantages.name} decodes and scores one after each trained step"
+    return (("images scored per epoch", f"{each * images} = {images} x {each}: {reason}"),)
+
+
 def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
     """What follows from a recipe, as (name, value) lines."""
     sampler, update, processes = recipe.sampler, recipe.update, recipe.hardware.processes
@@ -246,6 +255,7 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
     return (
         ("images per epoch", f"{recipe.images_per_epoch} = {recipe.prompts.per_epoch} prompts x {sampler.group_size}"),
         ("images per GPU", f"{recipe.images_per_process}, in rollout batches of {sampler.batch_size}{trained}"),
+        *_scored_images(recipe),
         _trained(recipe),
         ("updates per epoch", f"{updates} = {update.inner_epochs} passes x {update.minibatches} minibatches{fewer}"),
         (

@@ -138,7 +138,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("[objective]\nclip_rang = 0.1", r"objective\.clip_rang: there is no such field; did you mean clip_range"),
         ("[objective]\nclip_range = [0.1]", r"objective\.clip_range"),
         ("[scoring]\nstd = 'global'", r"scoring\.std: there is no such field; did you mean advantages\.name"),
-        ("[advantages]\nname = 'std'", r"advantages\.name: must be one of group, global, .*running, got 'std'"),
+        ("[advantages]\nname = 'std'", r"advantages\.name: must be one of group, global, .*running, vgpo, got 'std'"),
         (
             "[advantages]\nname = 'running'\neps = 0.1",
             r"advantages\.eps: running has no option 'eps'; it is an option of group, .*Known: momentum",
@@ -514,8 +514,39 @@ def test_an_estimator_is_chosen_with_its_options(tmp_path: Path) -> None:
     command = parse_command(["train", str(file), *names, "--advantages.momentum", "0.5"])
     assert command.recipe.advantages == advantages_config("running", momentum=0.5)
     assert command.recipe.objective == objective_config("flow_grpo")
-    with pytest.raises(UserError, match="advantages.name must be one of group, global, .*running, got 'std'"):
+    with pytest.raises(UserError, match="advantages.name must be one of group, global, .*running, vgpo, got 'std'"):
         parse_command(["train", str(file), "--advantages.name=std"])
+
+
+PER_STEP = "[sampler]\nsde_steps = 5\n[advantages]\nname = 'vgpo'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[objective]\nname = 'tic_grpo'",
+            "advantages.name = vgpo gives each.*objective.name = tic_grpo takes one for",
+        ),
+        ("[scoring]\nnormalize_each = true", "scoring.normalize_each centers rewards at 0, and advantages.name = vgpo"),
+        (
+            "[objective]\nreweight = 'mean'",
+            "objective.reweight: input should be 'none', .* 'tempflow' or 'noise_level'",
+        ),
+    ],
+)
+def test_advantages_per_step_go_with_losses_per_step(tmp_path: Path, text: str, message: str) -> None:
+    recipe = load_recipe(written(tmp_path, PER_STEP))
+    assert (recipe.advantages.per_step, recipe.scored_per_image) == (True, 5)
+    with pytest.raises(UserError, match=message):
+        load_recipe(written(tmp_path, PER_STEP + text))
+
+
+def test_the_cost_of_advantages_per_step_is_said(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, PER_STEP))
+    said = dict(totals(recipe))["images scored per epoch"]
+    assert said == "5760 = 1152 x 5: advantages.name = vgpo decodes and scores one after each trained step"
+    assert "images scored per epoch" not in dict(totals(load_recipe(find_recipe("flux_lora"))))
 
 
 def test_a_recipe_without_advantages_standardizes_by_group(tmp_path: Path) -> None:

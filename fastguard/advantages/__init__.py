@@ -10,6 +10,7 @@ from fastguard.advantages.centered import Centered, LeaveOneOut
 from fastguard.advantages.rewards import Gdpo, StdScaled
 from fastguard.advantages.running import Running
 from fastguard.advantages.standardized import Global, Group, Trim
+from fastguard.advantages.vgpo import NegativeRewardError, Vgpo
 from fastguard.options import check_options, options_of
 
 ESTIMATORS: dict[str, type[Estimator]] = {
@@ -22,12 +23,21 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "gdpo": Gdpo,
     "std_scaled": StdScaled,
     "running": Running,
+    "vgpo": Vgpo,
 }
 DEFAULT_ESTIMATOR = "group"
 ESTIMATOR_OPTIONS = options_of(ESTIMATORS)
 """The names of each estimator's own options."""
 
-__all__ = ["DEFAULT_ESTIMATOR", "ESTIMATORS", "ESTIMATOR_OPTIONS", "Estimator", "Groups", "build_estimator"]
+__all__ = [
+    "DEFAULT_ESTIMATOR",
+    "ESTIMATORS",
+    "ESTIMATOR_OPTIONS",
+    "Estimator",
+    "Groups",
+    "NegativeRewardError",
+    "build_estimator",
+]
 
 
 def build_estimator(name: str, **options: Any) -> Estimator:

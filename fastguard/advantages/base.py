@@ -1,6 +1,6 @@
 """What an advantage estimator answers: how much better an image is than was to be expected of its prompt.
 
-Axes: N image, R reward function, G group (the images of one prompt).
+Axes: N image, R reward function, G group (the images of one prompt), T trained denoising step.
 """
 
 from __future__ import annotations
@@ -71,16 +71,18 @@ class Estimator:
     """name in the documentation"""
     within_groups: ClassVar[bool] = True
     """whether it compares the images of a group alone, so that a group whose rewards are all equal teaches nothing"""
+    per_step: ClassVar[bool] = False
+    """whether it takes a reward of each trained step, (N, T), and gives each step its own advantage"""
 
     def __post_init__(self) -> None:
         """Check the options. Raises ValueError or TypeError."""
 
     def combine(self, rewards: Tensor, weights: Tensor, groups: Groups) -> Tensor:
-        """One reward from several: (R, N) and (R,) -> (N,)."""
+        """One reward from several: (R, N) and (R,) -> (N,); per step, (R, N, T) -> (N, T)."""
         return weights @ rewards
 
     def compare(self, reward: Tensor, groups: Groups, baselines: Mapping[int, float]) -> Tensor:
-        """Advantages (N,) of the combined reward (N,), before flat groups get 0."""
+        """Advantages (N,) of the combined reward (N,), before flat groups get 0; per step, both are (N, T)."""
         raise NotImplementedError
 
     def next_baseline(self, mean: float, before: float | None) -> float | None:
@@ -95,6 +97,8 @@ class Estimator:
         baselines: Mapping[int, float] | None = None,
     ) -> Tensor:
         """The advantage of each image, (N,) float32 on the device of the rewards; computed on the host in float64.
+
+        An estimator with `per_step` takes rewards (N, T) or (R, N, T), and gives (N, T).
 
         Args:
             rewards: (N,) finite scores, or (R, N) of R reward functions; any real dtype.
@@ -114,8 +118,14 @@ class Estimator:
         return values.float().to(rewards.device)
 
     def flat_groups(self, rewards: Tensor, prompt_indices: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-        """The groups whose rewards are all equal, (G,) bool on the host, in the order of their indices."""
-        return all_equal(*self._combined(rewards, prompt_indices, weights))
+        """The groups whose rewards are all equal, (G,) bool on the host, in the order of their indices.
+
+        Of an estimator with `per_step`, those whose rewards after the last step are all equal.
+        """
+        scores, combined, groups = self._combined(rewards, prompt_indices, weights)
+        if self.per_step:
+            scores, combined = scores[..., -1], combined[..., -1]
+        return all_equal(scores, combined, groups)
 
     def next_baselines(
         self,
@@ -126,6 +136,7 @@ class Estimator:
     ) -> dict[int, float]:
         """The baselines after this rollout, for the next call; arguments as in a call. Empty except for `running`."""
         _, combined, groups = self._combined(rewards, prompt_indices, weights)
+        combined = combined[..., -1] if self.per_step else combined
         after = dict(baselines or {})
         for prompt, mean in zip(groups.prompts.tolist(), groups.mean(combined).tolist(), strict=True):
             baseline = self.next_baseline(mean, after.get(prompt))
@@ -136,8 +147,8 @@ class Estimator:
     def _combined(
         self, rewards: Tensor, prompt_indices: Tensor, weights: Sequence[float] | None
     ) -> tuple[Tensor, Tensor, Groups]:
-        """Rewards (R, N), their combination (N,), and the groups."""
-        scores, factors, groups = checked(rewards, prompt_indices, weights)
+        """Rewards (R, N), their combination (N,), and the groups; per step, (R, N, T) and (N, T)."""
+        scores, factors, groups = checked(rewards, prompt_indices, weights, self.per_step)
         return scores, self.combine(scores, factors, groups) if scores.numel() else scores[0], groups
 
 
@@ -148,13 +159,20 @@ def all_equal(scores: Tensor, combined: Tensor, groups: Groups) -> Tensor:
     return each | groups.flat(combined)
 
 
-def checked(rewards: Tensor, prompt_indices: Tensor, weights: Sequence[float] | None) -> tuple[Tensor, Tensor, Groups]:
-    """Rewards (R, N) and weights (R,) in float64 on the host, and the groups. Raises ValueError."""
-    scores = rewards[None] if rewards.ndim == 1 else rewards
-    if scores.ndim != 2 or not len(scores) or prompt_indices.shape != scores.shape[1:]:
+def checked(
+    rewards: Tensor, prompt_indices: Tensor, weights: Sequence[float] | None, per_step: bool = False
+) -> tuple[Tensor, Tensor, Groups]:
+    """Rewards (R, N), or (R, N, T) per step, and weights (R,) in float64 on the host, and the groups.
+
+    Raises ValueError.
+    """
+    axes = 3 if per_step else 2
+    scores = rewards[None] if rewards.ndim == axes - 1 else rewards
+    if scores.ndim != axes or 0 in (len(scores), *scores.shape[2:]) or prompt_indices.shape != scores.shape[1:2]:
+        of_one, of_all = ("(N, T) of T steps", "(R, N, T)") if per_step else ("(N,)", "(R, N)")
         raise ValueError(
-            "rewards must be (N,), or (R, N) of R reward functions, and prompt_indices (N,), one entry per image; "
-            f"got {tuple(rewards.shape)} and {tuple(prompt_indices.shape)}"
+            f"rewards must be {of_one}, or {of_all} of R reward functions, and prompt_indices (N,), one entry per "
+            f"image; got {tuple(rewards.shape)} and {tuple(prompt_indices.shape)}"
         )
     if rewards.is_complex():
         raise ValueError(f"rewards must be real numbers; got {rewards.dtype}")
@@ -162,7 +180,8 @@ def checked(rewards: Tensor, prompt_indices: Tensor, weights: Sequence[float] | 
         raise ValueError(f"prompt_indices must be whole numbers, int64; got {prompt_indices.dtype}")
     scores = scores.detach().cpu().double()
     for number, row in enumerate(scores):
-        if bad := (~torch.isfinite(row)).nonzero().flatten().tolist():
+        finite = torch.isfinite(row).all(1) if per_step else torch.isfinite(row)
+        if bad := (~finite).nonzero().flatten().tolist():
             which = "" if len(scores) == 1 else f" {number}"
             raise ValueError(f"the reward function{which} returned NaN or infinite scores for the images {bad}")
     factors = [1.0] * len(scores) if weights is None else [float(weight) for weight in weights]

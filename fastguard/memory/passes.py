@@ -202,8 +202,9 @@ def _transitions(backbone: Backbone, n: int, with_reference: bool) -> RolloutBat
     latents, velocity, noise, ref = (torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype) for _ in range(4))
     index = torch.empty(n, dtype=torch.int64)
     return RolloutBatch(
-        latents, velocity, noise, torch.empty(n), index, index, index, _some_step(n), ref if with_reference else None
-    )
+        latents, velocity, noise, torch.empty(n), index, index, index, _some_step(n), ref if with_reference else None,
+        step_weight=torch.empty(n),
+    )  # fmt: skip
 
 
 def _some_step(n: int) -> Transition:

@@ -260,7 +260,8 @@ def _trajectories(recipe: Recipe, weights: Weights, sampling: bool) -> tuple[int
     """(device, host) bytes of an epoch's transitions, and of its prompts on the device.
 
     A rollout batch stores each of its tensors at once. While a batch is sampled, its transitions exist once more, and
-    those of the batch before are still referenced. Pinned memory is handed out in powers of two.
+    those of the batch before are still referenced. So do the images after each step, where advantages are per step.
+    Pinned memory is handed out in powers of two.
     """
     sampler = recipe.sampler
     tokens, channels = weights.latent_shape
@@ -272,7 +273,8 @@ def _trajectories(recipe: Recipe, weights: Weights, sampling: bool) -> tuple[int
     prompts = min(recipe.prompts.per_epoch, recipe.images_per_process // sampler.group_size + 2)
     text, pooled = weights.text
     table = prompts * (recipe.prompts.max_tokens * text + pooled) * itemsize
+    images = 2 * (recipe.scored_per_image - 1) * allocated(one // sampler.sde_steps) if sampling else 0
     batch = tensors * allocated(one) if sampling else 0
     if sampler.store == "cpu":
-        return table + 2 * batch, batches * tensors * 2 ** (one - 1).bit_length()
-    return table + batch + batches * tensors * allocated(one), 0
+        return table + images + 2 * batch, batches * tensors * 2 ** (one - 1).bit_length()
+    return table + images + batch + batches * tensors * allocated(one), 0

@@ -126,5 +126,11 @@ def _notes(recipe: Recipe, recompute: Recompute, roomy: bool) -> Iterator[str]:
         yield "FSDP2: blocks are shared out, two are gathered at once, gradients are summed in float32"
     elif recipe.hardware.processes > 1:
         yield "DDP keeps its buckets, one more copy of the trained gradients"
+    if recipe.advantages.per_step:
+        each, images = recipe.scored_per_image, recipe.images_per_epoch
+        yield (
+            f"advantages.name = {recipe.advantages.name}: {each} images per sample wait on the GPU to be decoded and "
+            f"scored, {each * images} per epoch in place of {images}"
+        )
     yield "convolutions are taken to copy their input, weight and output to channels last"
     yield "not counted: the CUDA context, NCCL, fragmentation, and reward models on the same GPU"

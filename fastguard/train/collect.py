@@ -1,6 +1,6 @@
 """One epoch's images: sampled, decoded and scored, with their advantages.
 
-Axes: B image, C channel, R reward.
+Axes: B image, C channel, R reward, T trained denoising step.
 """
 
 from __future__ import annotations
@@ -11,14 +11,23 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from fastguard.advantages import NegativeRewardError
 from fastguard.rewards import RewardError, RewardPool, Scores
 from fastguard.rewards.collect import collect_scores
-from fastguard.train.advantages import Advantages, advantages_without_failures, combine_rewards, standardize_each
+from fastguard.train.advantages import (
+    Advantages,
+    advantages_without_failures,
+    combine_rewards,
+    over_all_steps,
+    scores_by_step,
+    standardize_each,
+)
 from fastguard.train.forward import draw_times, noised
 from fastguard.train.metrics import Clock
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import (
     RolloutBatch,
+    Schedule,
     epoch_prompts,
     epoch_schedule,
     predict_velocity,
@@ -26,6 +35,7 @@ from fastguard.train.rollout import (
     sample_seeds,
 )
 from fastguard.train.state import TrainState
+from fastguard.train.step_weights import step_weights
 from fastguard.utils.processes import on_all
 from fastguard.utils.sealed import DamagedError
 
@@ -37,9 +47,9 @@ class SampledEpoch:
     transitions: tuple[RolloutBatch, ...]
     """one entry per rollout batch: its transitions, step by step"""
     advantages: Advantages
-    """values (B,) on the host"""
+    """values (B,), or (B, denoising steps) by an estimator with `per_step`, on the host"""
     scores: Scores
-    """of all processes: values (R, B)"""
+    """of all processes: values (R, B), those of the final images"""
     rewards: Tensor
     """(B,) weighted sum, of all processes"""
     dropped_groups: int
@@ -55,6 +65,9 @@ def sample_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder, clo
     """
     recipe, backbone, device = state.recipe, state.backbone, state.accelerator.device
     schedule = epoch_schedule(recipe, backbone.shift, state.epoch)
+    forward = recipe.objective.process == "forward"
+    weights = None if forward else step_weights(recipe.objective.reweight, schedule)
+    per_step = recipe.advantages.per_step
     prompt_indices, seeds = images_to_sample(state)
     on_all(state.accelerator, DamagedError, lambda: backbone.load_prompts(prompt_indices.tolist()))
     transitions: list[RolloutBatch] = []
@@ -66,21 +79,26 @@ def sample_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder, clo
             part = slice(first, first + recipe.sampler.batch_size)
             with clock.phase("rollout"):
                 on_device, drawn = prompt_indices[part].to(device), seeds[part, : len(schedule) + 1]
-                rolled = rollout(state.policy, on_device, drawn, backbone.latent_shape, schedule, backbone.dtype)
-                if recipe.objective.process == "forward":
+                rolled = rollout(
+                    state.policy, on_device, drawn, backbone.latent_shape, schedule, backbone.dtype, per_step
+                )
+                if forward:
                     batch = noised_batch(state, rolled.latents, prompt_indices[part], seeds[part, 1:])
                 else:
                     batch = RolloutBatch.cat(rolled.transitions)
                 batch = replace(batch, sample=batch.sample + first)
+                if weights is not None:
+                    batch = replace(batch, step_weight=weights.to(device)[batch.denoising_step])
                 transitions.append(batch if recipe.sampler.store == "device" else batch.to("cpu"))
-            with clock.phase("decode"):
-                images = backbone.decode(rolled.latents)
-            rewards.submit(images, prompt_indices[part])
+            for latents in rolled.one_step or (rolled.latents,):
+                with clock.phase("decode"):
+                    images = backbone.decode(latents)
+                rewards.submit(images, prompt_indices[part])
             first_images = images if first_images is None else first_images
     with clock.phase("rewards"):
         scores = collect_scores(rewards, state.accelerator)
     assert first_images is not None
-    return score_epoch(state, tuple(transitions), scores, prompt_indices, first_images)
+    return score_epoch(state, schedule, tuple(transitions), scores, prompt_indices, first_images)
 
 
 def images_to_sample(state: TrainState) -> tuple[Tensor, Tensor]:
@@ -108,17 +126,26 @@ def noised_batch(state: TrainState, final: Tensor, prompt_indices: Tensor, seeds
 
 
 def score_epoch(
-    state: TrainState, transitions: tuple[RolloutBatch, ...], scores: Scores, prompt_indices: Tensor, images: Tensor
+    state: TrainState,
+    schedule: Schedule,
+    transitions: tuple[RolloutBatch, ...],
+    scores: Scores,
+    prompt_indices: Tensor,
+    images: Tensor,
 ) -> SampledEpoch:
     """Advantages with group statistics over all processes."""
     recipe, accelerator = state.recipe, state.accelerator
-    device = accelerator.device
+    device, per_step = accelerator.device, recipe.advantages.per_step
 
-    def everyone(x: Tensor) -> Tensor:  # (..., B) -> (..., B of all processes)
-        return accelerator.gather(x.movedim(-1, 0).contiguous().to(device)).movedim(0, -1).cpu()
+    def everyone(x: Tensor, images: int) -> Tensor:  # with the images of all processes along that axis
+        return accelerator.gather(x.movedim(images, 0).contiguous().to(device)).movedim(0, images).cpu()
 
-    values, prompts = everyone(scores.values), everyone(prompt_indices)
-    whole = Scores(values, tuple(gather_object(list(scores.failures))))
+    values = scores.values
+    if per_step:
+        values = scores_by_step(values, recipe.sampler.batch_size, recipe.scored_per_image)
+    values, prompts = everyone(values, 1), everyone(prompt_indices, 0)
+    final = values[..., -1] if per_step else values
+    whole = Scores(final, tuple(gather_object(list(scores.failures))))
     weights = [reward.weight for reward in recipe.rewards]
     compared = standardize_each(values, prompts) if recipe.scoring.normalize_each else values
     try:
@@ -126,7 +153,7 @@ def score_epoch(
             compared, prompts, recipe.advantages, weights, state.baselines
         )
     except ValueError as error:  # rewards that this estimator cannot take
-        raise RewardError(f"advantages: {error}") from error
+        raise RewardError(f"advantages: {error}{_whose(error, state)}") from error
     if not counted.any():
         failure = whole.failures[0]
         raise RewardError(
@@ -135,8 +162,18 @@ def score_epoch(
         )
     first = accelerator.process_index * len(prompt_indices)
     own = replace(advantages, values=advantages.values[first : first + len(prompt_indices)])
+    if per_step:
+        own = replace(own, values=over_all_steps(own.values, schedule))
     dropped = len(prompts[~counted].unique())
-    return SampledEpoch(transitions, own, whole, combine_rewards(values, weights), dropped, images)
+    return SampledEpoch(transitions, own, whole, combine_rewards(final, weights), dropped, images)
+
+
+def _whose(error: ValueError, state: TrainState) -> str:
+    """The names behind the numbers of a refused reward."""
+    if not isinstance(error, NegativeRewardError):
+        return ""
+    label, prompt = state.recipe.rewards[error.function].label, state.backbone.prompts[error.prompt].text
+    return f' (reward function {error.function} is "{label}", prompt {error.prompt} is {prompt[:60]!r})'
 
 
 @torch.no_grad()

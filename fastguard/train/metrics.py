@@ -81,7 +81,7 @@ class EpochLog:
     rewards: dict[str, RewardLog]
     """each reward by its name"""
     zero_spread_share: float
-    """share of groups whose rewards were all equal; they were not trained on"""
+    """share of groups whose rewards were all equal, which teach nothing except by `running` and `vgpo`"""
     dropped_groups: int
     """groups that were not trained on because a reward failed"""
     updates: tuple[UpdateLog, ...]

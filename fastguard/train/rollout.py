@@ -49,6 +49,8 @@ class RolloutBatch:
     """coefficients of the steps, (N,) each"""
     ref_velocity: Tensor | None = None
     """(N, S, C): velocity of the model before training, where a KL is asked for"""
+    step_weight: Tensor | None = None
+    """(N,) float32: factor on the policy loss, where `step_weights` has one"""
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -122,6 +124,8 @@ class Rollout:
     """(B, S, C): the final latents"""
     transitions: tuple[RolloutBatch, ...]
     """one entry of B transitions per stochastic step, first step first"""
+    one_step: tuple[Tensor, ...] = ()
+    """if asked for, latents (B, S, C) of the image after each stochastic step"""
 
 
 def training_schedule(config: SamplerConfig, model_shift: float, seed: int, epoch: int) -> Schedule:
@@ -220,6 +224,7 @@ def rollout(
     latent_shape: tuple[int, ...],
     schedule: Schedule,
     dtype: torch.dtype = torch.float32,
+    one_step: bool = False,
 ) -> Rollout:
     """Sample one image per prompt index.
 
@@ -228,6 +233,9 @@ def rollout(
         seeds: (B, steps + 1) int64 on the host, from `sample_seeds`.
         latent_shape: shape (S, C) of one image's latents.
         dtype: of the latents and the noise; the policy's own, so that what is stored is what was used.
+        one_step: also return the image after each stochastic step, `x - sigma v` of the latents x after it. The
+            velocity is that of the step which follows, so the policy is not evaluated for it. After the last stochastic
+            step it is the final image, which is then determined.
     """
     if seeds.shape != (len(prompt_indices), len(schedule) + 1):
         expected = (len(prompt_indices), len(schedule) + 1)
@@ -235,10 +243,12 @@ def rollout(
     device = prompt_indices.device
     sample = torch.arange(len(prompt_indices), device=device)
     latents = initial_latents(seeds[:, 0], latent_shape, device, dtype)
-    transitions = []
+    transitions, images = [], []
     for i in range(len(schedule)):
         sigma, step = schedule.sigmas[i], schedule.step(i)
         velocity = predict_velocity(policy, latents, sigma, prompt_indices)
+        if one_step and i in schedule.window[1:]:  # the step before is stochastic, and not the last one
+            images.append(sde_step(latents, velocity, ode(sigma, 0.0).to(device)).latents)
         if i not in schedule.window:
             latents = sde_step(latents, velocity, step.to(device)).latents
             continue
@@ -257,7 +267,7 @@ def rollout(
             )
         )
         latents = out.latents
-    return Rollout(latents, tuple(transitions))
+    return Rollout(latents, tuple(transitions), (*images, latents) if one_step else ())
 
 
 def evaluation_images(prompts: int, per_prompt: int, num_steps: int) -> tuple[Tensor, Tensor]:

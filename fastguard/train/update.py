@@ -19,8 +19,10 @@ from torch import Tensor
 from fastguard.config import ObjectiveConfig
 from fastguard.errors import NotFiniteError, UserError
 from fastguard.loss import GuardLoss, guard_loss, matching_loss
+from fastguard.loss.checks import Reweight
 from fastguard.loss.objectives import Given, MatchingObjective, Noised
 from fastguard.ops.transition import total_variation
+from fastguard.train.advantages import advantages_of, size_of_each
 from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import Policy, RolloutBatch, predict_velocity
@@ -62,7 +64,8 @@ def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
         for i, generator in enumerate(generators):
             chosen = np.arange(images)
             if recipe.update.subsample < 1:
-                chosen, factors = choose(advantages[i * images :][:images].numpy(), recipe.trained_images, generator)
+                sizes = size_of_each(advantages[i * images :][:images]).numpy()
+                chosen, factors = choose(sizes, recipe.trained_images, generator)
                 weights[i * images + chosen] = torch.from_numpy(factors).float()
             # A rollout batch lies step by step. What is shuffled are rows of transitions that stay together.
             rows = chosen[:, None] + images * (first_step + np.arange(steps))
@@ -112,12 +115,20 @@ def policy_loss(
         advantages,
         batch.step.to(velocity.device),
         objective=given or objective,
-        reweight=objective.reweight,
+        reweight=step_factor(batch, objective),
         sample_weight=weights,
         ref_velocity=batch.ref_velocity,
         kl_weight=kl_weight,
         kl_type=objective.kl_type,
     )
+
+
+def step_factor(batch: RolloutBatch, objective: ObjectiveConfig) -> Reweight | Tensor:
+    """The factor on the policy loss: a name that the loss knows, or a number of each transition, (N,)."""
+    if objective.reweight == "tempflow" or objective.reweight == "noise_level":
+        assert batch.step_weight is not None  # `sample_epoch` found it from the schedule
+        return batch.step_weight
+    return objective.reweight
 
 
 def check_parity(transitions: Sequence[RolloutBatch], state: TrainState) -> None:
@@ -190,7 +201,7 @@ def joint_derivatives(
                 result = policy_loss(state.policy, batch, torch.zeros_like(batch.sigma), objective)
             log_ratio, drift = result.log_ratio, result.drift
         unit = torch.stack([batch.prompt_indices if of_groups else batch.sample, batch.denoising_step], 1)
-        a = advantages[batch.sample.cpu()].to(accelerator.device)
+        a = advantages_of(batch, advantages)
         columns.append((log_ratio, drift, a, batch.sigma, unit))
     log_ratio, drift, a, sigma, unit = (torch.cat(column) for column in zip(*columns, strict=True))
     own = slice(0, len(log_ratio))
@@ -242,7 +253,7 @@ def update_weights(
         known = joint_derivatives(state, transitions, parts, advantages, moved)
     for part, given in zip(parts, known, strict=True):
         batch = RolloutBatch.select(transitions, part).to(device)
-        batch_advantages.append(advantages[batch.sample.cpu()].to(device))
+        batch_advantages.append(advantages_of(batch, advantages))
         # DDP sums gradients over the processes once per update; FSDP2 each time, which keeps them sharded.
         with accelerator.no_sync(policy) if part is not parts[-1] and not accelerator.is_fsdp2 else nullcontext():
             weights = None if image_weights is None else image_weights[batch.sample.cpu()].to(device)
@@ -311,7 +322,7 @@ def blame(state: TrainState, transitions: Sequence[RolloutBatch], index: Tensor,
     guilty = []
     for i in index.tolist():
         one = RolloutBatch.select(transitions, torch.tensor([i], device="cpu")).to(accelerator.device)
-        weight = advantages[one.sample.cpu()].to(accelerator.device)
+        weight = advantages_of(one, advantages)
         with nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(state.policy):
             loss = policy_loss(state.policy, one, weight, objective).loss
             loss.backward()

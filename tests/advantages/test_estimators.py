@@ -15,6 +15,8 @@ from torch import Tensor
 from fastguard.advantages import DEFAULT_ESTIMATOR, ESTIMATOR_OPTIONS, ESTIMATORS, build_estimator
 
 EPS = 1e-4
+OF_IMAGES = [name for name, kind in ESTIMATORS.items() if not kind.per_step]
+"""Those that take one reward of an image; `test_vgpo.py` has the other one."""
 PROMPTS = np.array([4, 9, 4, 2, 9, 9, 4, 2, 9, 4, 4, 7, 7, 9, 2])
 MEMBERS = {prompt: np.flatnonzero(np.equal(PROMPTS, prompt)) for prompt in set(PROMPTS.tolist())}
 """The places of the images of each prompt: groups of 5, 5, 3 and 2, mixed."""
@@ -94,7 +96,7 @@ def estimate(name: str, rewards: Any, prompts: Any = PROMPTS, weights: Any = Non
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_it_is_its_formula(name: str, rows: int) -> None:
     rewards, weights = some_rewards(rows), WEIGHTS[:rows]
     result = estimate(name, rewards, weights=weights)
@@ -102,7 +104,7 @@ def test_it_is_its_formula(name: str, rows: int) -> None:
     np.testing.assert_allclose(result.numpy(), reference(name, rewards, weights), rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_one_row_is_no_row_and_weights_are_1_without_them(name: str) -> None:
     rewards = some_rewards(3)
     assert torch.equal(estimate(name, rewards[0]), estimate(name, rewards[:1]))
@@ -110,7 +112,7 @@ def test_one_row_is_no_row_and_weights_are_1_without_them(name: str) -> None:
     assert not torch.equal(estimate(name, rewards), estimate(name, rewards, weights=[1.0, 1.0, -1.0]))
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_shuffled_images_have_shuffled_advantages(name: str) -> None:
     rewards, order = some_rewards(3), np.random.default_rng(1).permutation(len(PROMPTS))
     shuffled = estimate(name, rewards[:, order], PROMPTS[order], WEIGHTS)
@@ -118,7 +120,7 @@ def test_shuffled_images_have_shuffled_advantages(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int64])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_rewards_of_any_dtype_are_computed_in_float64(name: str, dtype: torch.dtype) -> None:
     rewards = (
         torch.as_tensor(some_rewards(3, scale=(10.0, 30.0, 50.0))).to(dtype).requires_grad_(dtype.is_floating_point)
@@ -129,7 +131,7 @@ def test_rewards_of_any_dtype_are_computed_in_float64(name: str, dtype: torch.dt
     assert not result.requires_grad
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_a_flat_group_gets_exactly_0(name: str) -> None:
     """The mean of seven times 0.1 rounds away from 0.1, and a weighted sum may round by its place."""
     rewards = np.concatenate([np.tile([[0.1], [0.7], [1 / 3]], 7), some_rewards(3, scale=(1.0, 1.0, 1.0))], axis=1)
@@ -145,7 +147,7 @@ def test_a_flat_group_gets_exactly_0(name: str) -> None:
     assert (result[7:] != 0).any()
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_a_rollout_without_spread_teaches_nothing(name: str) -> None:
     rewards = np.full(len(PROMPTS), 0.3)
     prompts = PROMPTS + 100  # without a baseline
@@ -199,7 +201,7 @@ def test_loo_is_the_gradient_of_the_u_statistic() -> None:
         np.testing.assert_allclose(advantages[own] @ scores[own] / len(own), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"running", "bnpo"}))
+@pytest.mark.parametrize("name", sorted(set(OF_IMAGES) - {"running", "bnpo"}))
 def test_a_group_of_one_gets_0(name: str) -> None:
     result = estimate(name, [5.0, 1.0, 2.0], [3, 8, 8])
     assert result[0] == 0
@@ -289,7 +291,7 @@ def test_running_baselines_follow_the_means_of_their_prompts() -> None:
     assert running.next_baselines(second, prompts, None, after) == {6: -1.0, 3: 0.75 * 4 + 0.25 * 8, 8: 7.0}
 
 
-@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"running"}))
+@pytest.mark.parametrize("name", sorted(set(OF_IMAGES) - {"running"}))
 def test_all_others_remember_nothing_and_read_no_baselines(name: str) -> None:
     estimator = build_estimator(name, **OPTIONS.get(name, {}))
     rewards, prompts = torch.as_tensor(some_rewards()[0]), torch.as_tensor(PROMPTS)
@@ -297,7 +299,7 @@ def test_all_others_remember_nothing_and_read_no_baselines(name: str) -> None:
     assert torch.equal(estimator(rewards, prompts), estimator(rewards, prompts, None, BASELINES))
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_an_estimator_is_a_frozen_value(name: str) -> None:
     estimator = build_estimator(name)
     assert estimator == build_estimator(name)
@@ -309,7 +311,7 @@ def test_an_estimator_is_a_frozen_value(name: str) -> None:
         assert build_estimator(name, **{option: 0.5}) != estimator
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rewards_that_are_not_finite_are_named(name: str, bad: float) -> None:
     with pytest.raises(ValueError, match=r"the reward function returned NaN or .* the images \[1, 3\]"):
@@ -353,7 +355,7 @@ def test_bnpo_refuses_rewards_beyond_its_bounds() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "kind", "message"),
     [
-        ("grup", {}, ValueError, "estimator must be one of group, global, none, .*, running; got 'grup'"),
+        ("grup", {}, ValueError, "estimator must be one of group, global, none, .*, running, vgpo; got 'grup'"),
         (
             "none",
             {"eps": 1e-4},
@@ -382,7 +384,7 @@ def test_wrong_names_and_options_are_refused(
         build_estimator(name, **options)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_the_defaults_of_torch_do_not_matter(name: str, other_defaults: Any) -> None:
     rewards, prompts = torch.as_tensor(some_rewards(3)), torch.as_tensor(PROMPTS)
     estimator = build_estimator(name, **OPTIONS.get(name, {}))

@@ -66,36 +66,6 @@ def here(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     return run
 
 
-# One rollout of four images, and two updates.
-SHORTEST = (
-    "--run.epochs", "1", "--run.trackers", "--monitor.every", "0", "--prompts.per-epoch", "2",
-    "--sampler.group-size", "2", "--sampler.batch-size", "4", "--sampler.num-steps", "4", "--sampler.sde-steps", "3",
-    "--update.minibatches", "2", "--update.inner-epochs", "1",
-)  # fmt: skip
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("recipe", ["digits", "flux_tiny"])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_trains(here: Here, tmp_path: Path, recipe: str, name: str) -> None:
-    own = ("--sampler.shift", "3") if recipe == "digits" else ()
-    here("train", recipe, "--objective.name", name, "--run.dir", str(tmp_path), *SHORTEST, *own)
-    (row,) = read_rows(tmp_path / "metrics.jsonl")
-    assert len(row["updates"]) == 2
-    assert all(update["grad_norm"] > 0 for update in row["updates"])
-    assert not any(update["skipped"] for update in row["updates"])
-
-
-def test_it_says_what_an_objective_of_final_latents_costs(here: Here, tmp_path: Path) -> None:
-    said = here("train", "digits", "--objective.name", "dgpo", "--run.dir", str(tmp_path), *SHORTEST)
-    for line in (
-        "trained draws: 4 flow times and noises of an image a pass; images are sampled in 4 steps without noise",
-        "after a rollout: 1 forward pass a transition without gradients, for the velocities of the model before",
-        "first pass of an update: 1 forward pass a transition without gradients, before its forward and backward pass",
-    ):
-        assert line in said
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str]:
     """A finished run of recipes/flux_tiny.toml, and what it printed."""
@@ -240,6 +210,35 @@ def test_a_reward_that_changes_the_process_while_it_is_built_changes_nothing(
     assert rows[0] == rows[1]
 
 
+VGPO = (
+    "train",
+    "flux_tiny",
+    "--run.epochs",
+    "1",
+    "--run.trackers",
+    "--monitor.every",
+    "0",
+    "--advantages.name",
+    "vgpo",
+)
+
+
+def test_advantages_per_step_train_and_their_cost_is_said(
+    tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JPEG sizes are negative here, which vgpo refuses until they are rescaled."""
+    options = ("--run.dir", str(tmp_path / "run"), "--advantages.rescale", "minmax", "--objective.reweight", "tempflow")
+    said = here(*VGPO, *options)
+    assert "images scored per epoch: 160 = 32 x 5: advantages.name = vgpo decodes and scores one" in said
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(row["updates"]) == 4
+    assert all(update["grad_norm"] > 0 for update in row["updates"])
+    assert cli.main([*VGPO, "--run.dir", str(tmp_path / "refused")]) == 1
+    error = capsys.readouterr().err
+    assert "advantages: vgpo takes rewards that are not negative; reward function 0 gave -" in error
+    assert '(reward function 0 is "jpeg_compressibility", prompt ' in error
+
+
 def test_mistakes_end_in_one_line(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
         (["train", "flux_tiny", "--run.trackers", "wandb"], "pip install wandb"),
@@ -251,3 +250,33 @@ def test_mistakes_end_in_one_line(cache: Path, capsys: pytest.CaptureFixture[str
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
+
+
+# One rollout of four images, and two updates.
+SHORTEST = (
+    "--run.epochs", "1", "--run.trackers", "--monitor.every", "0", "--prompts.per-epoch", "2",
+    "--sampler.group-size", "2", "--sampler.batch-size", "4", "--sampler.num-steps", "4", "--sampler.sde-steps", "3",
+    "--update.minibatches", "2", "--update.inner-epochs", "1",
+)  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["digits", "flux_tiny"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains(here: Here, tmp_path: Path, recipe: str, name: str) -> None:
+    own = ("--sampler.shift", "3") if recipe == "digits" else ()
+    here("train", recipe, "--objective.name", name, "--run.dir", str(tmp_path), *SHORTEST, *own)
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert len(row["updates"]) == 2
+    assert all(update["grad_norm"] > 0 for update in row["updates"])
+    assert not any(update["skipped"] for update in row["updates"])
+
+
+def test_it_says_what_an_objective_of_final_latents_costs(here: Here, tmp_path: Path) -> None:
+    said = here("train", "digits", "--objective.name", "dgpo", "--run.dir", str(tmp_path), *SHORTEST)
+    for line in (
+        "trained draws: 4 flow times and noises of an image a pass; images are sampled in 4 steps without noise",
+        "after a rollout: 1 forward pass a transition without gradients, for the velocities of the model before",
+        "first pass of an update: 1 forward pass a transition without gradients, before its forward and backward pass",
+    ):
+        assert line in said

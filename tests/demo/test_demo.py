@@ -108,6 +108,25 @@ def test_pretraining_learns(models: Models) -> None:
     assert experiment.look(models.policy, models, config).metrics == after
 
 
+def test_digits_learn_from_advantages_per_step(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The proxy's logits are negative now and then: vgpo refuses them by name, and takes them rescaled."""
+    monkeypatch.setattr(backbone, "DemoConfig", quick_demo)
+    monkeypatch.setattr(backbone, "_trained_models", lambda: models)
+    options = ["train", "digits", "--run.epochs", "1", "--run.trackers", "--monitor.every", "0"]
+    options += ["--advantages.name", "vgpo"]
+    assert cli.main([*options, "--run.dir", str(tmp_path / "refused")]) == 1
+    error = capsys.readouterr().err
+    assert "vgpo takes rewards that are not negative" in error
+    assert 'reward function 0 is "proxy"' in error
+    assert cli.main([*options, "--run.dir", str(tmp_path / "run"), "--advantages.rescale", "minmax"]) == 0
+    assert "images scored per epoch: 1080 = 120 x 9" in capsys.readouterr().out
+    (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["steps"] == list(range(9))
+    assert all(update["grad_norm"] > 0 for update in row["updates"])
+
+
 def test_worker_processes_give_the_same_runs(models: Models, capfd: pytest.CaptureFixture[str]) -> None:
     """And print nothing: not what libraries say when they are imported, either."""
     config = quick_demo()

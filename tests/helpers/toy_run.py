@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastguard.config import MonitorConfig, Recipe, RewardConfig, objective_config
+from fastguard.config import MonitorConfig, Recipe, RewardConfig, advantages_config, objective_config
 from fastguard.loss.objectives import OPTIONS
 from fastguard.rewards import RewardPool
 from fastguard.train import checkpoint
@@ -69,7 +69,8 @@ def recipe_for(arguments: argparse.Namespace) -> Recipe:
         RECIPE,
         run=replace(RECIPE.run, dir=Path(arguments.dir), epochs=arguments.epochs, save_every=1, images_every=2),
         sampler=replace(RECIPE.sampler, batch_size=8),
-        objective=objective_config(arguments.objective, kl_weight=0.1, **clipped),
+        objective=objective_config(arguments.objective, kl_weight=0.1, reweight=arguments.reweight, **clipped),
+        advantages=advantages_config(**json.loads(arguments.advantages)),
         update=replace(
             RECIPE.update,
             optimizer=arguments.optimizer,
@@ -100,6 +101,8 @@ def main() -> int:
     parser.add_argument("--poison-on", type=int, help="the process whose first update is not finite")
     parser.add_argument("--ruin-on", type=int, help="the process whose optimizer state the first update ruins")
     parser.add_argument("--objective", default="grpo_guard")
+    parser.add_argument("--reweight", default="inverse_dt")
+    parser.add_argument("--advantages", default="{}", help="the section as JSON")
     parser.add_argument("--stop-at", type=float, help="where the updates of a rollout end")
     parser.add_argument("--fsdp2", action="store_true")
     parser.add_argument("--out")

@@ -29,6 +29,7 @@ from fastguard.config import (
     RewardConfig,
     SamplerConfig,
     UpdateConfig,
+    advantages_config,
     objective_config,
     recompute_levels,
 )
@@ -432,6 +433,27 @@ def test_trajectories_are_counted_where_they_are_stored() -> None:
     assert on_device.phase("decode").trajectories > stored
     with_reference = plan(recipe_with(small, "objective", kl_weight=0.1)).phase("decode").trajectories
     assert with_reference - on_device.phase("decode").trajectories == (stored + stored // 2) // 3
+
+
+def test_images_after_each_step_are_counted_while_they_wait_to_be_decoded() -> None:
+    small = tiny(sampler={"sde_steps": 3, "num_steps": 4, "group_size": 4, "batch_size": 4})
+    per_step = replace(small, advantages=advantages_config("vgpo"))
+    plain, more = plan(small), plan(per_step)
+    image = 4 * (8 * 8) * 16 * 4  # images, tokens, channels, bytes
+    for name in ("rollout", "decode"):
+        difference = more.phase(name).trajectories - plain.phase(name).trajectories
+        assert difference == 2 * 2 * image  # of two rollout batches; the last image of each is there anyway
+    assert more.phase("update") == plain.phase("update")
+    (note,) = set(more.notes) - set(plain.notes)
+    assert "advantages.name = vgpo: 3 images per sample wait" in note
+    assert "24 per epoch in place of 8" in note
+
+
+@pytest.mark.parametrize("name", ["tempflow", "noise_level"])
+def test_weights_of_the_schedule_are_planned_as_others(name: str) -> None:
+    small = tiny()
+    weighted = recipe_with(small, "objective", reweight=name)
+    assert plan(weighted).peak == pytest.approx(plan(small).peak, rel=1e-3)
 
 
 def test_copies_of_weights_are_counted_where_they_wait() -> None:

@@ -10,7 +10,16 @@ import torch
 
 from fastguard.advantages import build_estimator
 from fastguard.rewards.base import call_reward
-from fastguard.train.advantages import advantages_without_failures, combine_rewards, standardize_each
+from fastguard.train.advantages import (
+    advantages_of,
+    advantages_without_failures,
+    combine_rewards,
+    over_all_steps,
+    scores_by_step,
+    size_of_each,
+    standardize_each,
+)
+from fastguard.train.rollout import RolloutBatch, Schedule
 
 NAN = math.nan
 
@@ -52,6 +61,51 @@ def test_a_rollout_of_failures_alone_gives_zeros() -> None:
         )
         assert not counted.any()
         assert torch.equal(advantages.values, torch.zeros(4))
+
+
+def test_one_failed_step_image_drops_its_group() -> None:
+    scores = torch.rand(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    scores[1, 3, 0] = NAN
+    prompts, estimator = torch.tensor([7, 7, 5, 5, 9, 9]), build_estimator("vgpo")
+    advantages, counted = advantages_without_failures(scores, prompts, estimator, [1.0, 2.0])
+    assert counted.tolist() == [True, True, False, False, True, True]
+    assert torch.equal(advantages.values[counted], estimator(scores[:, counted], prompts[counted], [1.0, 2.0]))
+    assert (advantages.values[counted] != 0).all()
+    assert torch.equal(advantages.values[~counted], torch.zeros(2, 3))
+    assert advantages.baselines == {}
+
+
+def test_scores_of_steps_are_put_in_the_order_of_images() -> None:
+    """Two rollout batches of three images and two steps: batch by batch, step by step, image by image."""
+    asked = [(image, step) for first in (0, 3) for step in range(2) for image in range(first, first + 3)]
+    scores = torch.tensor([[100.0 * r + 10 * image + step for image, step in asked] for r in range(2)])
+    placed = scores_by_step(scores, batch_size=3, steps=2)
+    assert placed.shape == (2, 6, 2)
+    expected = [[[100 * r + 10 * image + step for step in range(2)] for image in range(6)] for r in range(2)]
+    assert placed.tolist() == expected
+
+
+def test_a_transition_has_the_advantage_of_its_step_wherever_the_window_lies() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
+    for start in range(4):
+        schedule = Schedule((1.0, 0.8, 0.6, 0.4, 0.2, 0.0), range(start, start + 2))
+        placed = over_all_steps(values, schedule)
+        assert placed.shape == (2, 5)
+        assert placed.abs().sum() == 10
+        batch = transitions(sample=[1, 0, 1], denoising_step=[start, start + 1, start + 1])
+        assert advantages_of(batch, placed).tolist() == [3.0, 2.0, -4.0]
+        assert size_of_each(placed).tolist() == [3.0, 7.0]
+    assert advantages_of(batch, torch.tensor([5.0, -6.0])).tolist() == [-6.0, 5.0, -6.0]
+    assert size_of_each(torch.tensor([5.0, -6.0])).tolist() == [5.0, 6.0]
+
+
+def transitions(sample: list[int], denoising_step: list[int]) -> RolloutBatch:
+    n, still = len(sample), torch.zeros(len(sample), 1, 1)
+    index = torch.zeros(n, dtype=torch.int64)
+    step = Schedule((1.0, 0.5, 0.0), range(1), "dance_sde", 0.5).step(0).expand(n)
+    return RolloutBatch(
+        still, still, still, torch.ones(n), index, torch.tensor(sample), torch.tensor(denoising_step), step
+    )
 
 
 def test_the_defaults_of_torch_do_not_matter(other_defaults) -> None:

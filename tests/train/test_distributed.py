@@ -154,6 +154,29 @@ def test_objectives_on_two_processes_and_through_a_resume(tmp_path: Path, two: T
         assert relative(tensor, both[name]) < 1e-6, name
 
 
+def test_advantages_per_step_on_two_processes_and_through_a_resume(tmp_path: Path, two: Two) -> None:
+    """Their rewards and their scale are global, and so are the weights of the steps; a resume changes no bit."""
+    options = ("--advantages", '{"name": "vgpo", "rescale": "minmax"}', "--reweight", "tempflow")
+    alone(tmp_path / "one", "2", *options, "--out", tmp_path / "one_out")
+    alone(tmp_path / "halves", "1", *options)
+    alone(tmp_path / "halves", "2", *options, "--resume", "auto")
+    two("ddp", tmp_path / "two", "2", *options, "--micro-batch", "5", "--out", tmp_path / "two_out")
+    whole, parts = load_file(tmp_path / "one_out.0"), [load_file(tmp_path / f"two_out.{rank}") for rank in (0, 1)]
+    assert whole["advantages"].shape == (32, 5)
+    assert (whole["advantages"][:, 4] == 0).all()  # the last step is not trained
+    assert torch.equal(whole["advantages"], torch.cat([part["advantages"] for part in parts]))
+    gradients = [name for name in whole if name.startswith("gradient")]
+    assert len(gradients) == 3
+    for name in gradients:
+        assert relative(whole[name], parts[0][name]) < 1e-6, name
+    one, halves, both = (
+        read_tensors(checkpoint_of(tmp_path / name, "newest"), "weights") for name in ("one", "halves", "two")
+    )
+    for name, tensor in one.items():
+        assert torch.equal(tensor, halves[name]), name
+        assert relative(tensor, both[name]) < 1e-6, name
+
+
 def _numbers(value: object) -> list[float]:
     if isinstance(value, dict):
         value = list(value.values())

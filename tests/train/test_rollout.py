@@ -107,6 +107,39 @@ def test_without_sde_steps_sampling_is_the_euler_ode() -> None:
     assert torch.allclose(result.latents, x, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [range(6), range(5), range(1, 4), range(2, 3)])
+def test_images_after_each_step_are_those_of_the_velocity_that_follows(window: range) -> None:
+    """`x - sigma v` of the latents after the step, without another evaluation of the policy."""
+    schedule = replace(SCHEDULE, window=window)
+    calls = []
+
+    def counted(latents: Tensor, sigma: Tensor, prompt_indices: Tensor) -> Tensor:
+        calls.append(latents)
+        return policy(latents, sigma, prompt_indices)
+
+    prompts = torch.tensor([3, 1])
+    seeds = sample_seeds(11, 0, prompts, torch.tensor([0, 4]), len(schedule))
+    rolled = rollout(counted, prompts, seeds, SHAPE, schedule, one_step=True)
+    assert len(calls) == len(schedule)
+    assert len(rolled.one_step) == len(window)
+    for step, image in zip(window[:-1], rolled.one_step, strict=False):
+        after, sigma = calls[step + 1], schedule.sigmas[step + 1]
+        velocity = after * sigma + 0.1 * prompts[:, None, None]
+        torch.testing.assert_close(image, after - sigma * velocity, rtol=1e-6, atol=1e-6)
+    assert torch.equal(rolled.one_step[-1], rolled.latents)
+    if window.stop == 5:  # what the policy's last, deterministic step makes of the latents
+        torch.testing.assert_close(rolled.latents, calls[5] - schedule.sigmas[5] * policy(
+            calls[5], torch.full((2,), schedule.sigmas[5]), prompts
+        ))  # fmt: skip
+
+    plain = rollout(policy, prompts, seeds, SHAPE, schedule)
+    assert plain.one_step == ()
+    assert torch.equal(plain.latents, rolled.latents)
+    for ours, theirs in zip(plain.transitions, rolled.transitions, strict=True):
+        assert torch.equal(ours.latents, theirs.latents)
+        assert torch.equal(ours.noise, theirs.noise)
+
+
 def test_cat_and_selection_keep_rows_together() -> None:
     result = sample([4, 5], [0, 0])
     joined = RolloutBatch.cat(result.transitions)

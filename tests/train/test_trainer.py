@@ -159,8 +159,8 @@ def test_the_distance_that_ends_updates_is_the_mean_change_of_the_ratio() -> Non
         assert has_moved_too_far(update, state) == ends
 
 
-BOUNDS = {"bnpo": {"low": -10.0, "high": 0.0}}
-"""Of the toy's reward."""
+BOUNDS: dict[str, dict[str, Any]] = {"bnpo": {"low": -10.0, "high": 0.0}, "vgpo": {"rescale": "minmax"}}
+"""Of the toy's reward, which is negative."""
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -169,6 +169,23 @@ def test_training_raises_the_reward_with_each_estimator(name: str) -> None:
     assert logs[-1].reward_mean > logs[0].reward_mean + 0.3
     assert backbone.policy.image[0].mean() > 0.2
     assert backbone.policy.image[1].mean() < -0.2
+
+
+@pytest.mark.parametrize("name", ["tempflow", "noise_level"])
+@pytest.mark.parametrize("objective", ["grpo_guard", "tic_grpo"])
+def test_training_raises_the_reward_with_weights_of_the_schedule(name: str, objective: str) -> None:
+    """With an objective of single steps and with one of whole trajectories."""
+    logs, _, _ = run(replace(RECIPE, objective=objective_config(objective, clip_range=5e-2, reweight=name)))
+    assert logs[-1].reward_mean > logs[0].reward_mean + 0.3
+
+
+@pytest.mark.parametrize("advantages", [{}, {"name": "vgpo", "rescale": "minmax"}])
+def test_bad_transitions_are_named_with_any_advantages(advantages: dict[str, str]) -> None:
+    """Alone, each with its own advantage and the weight of its step."""
+    recipe = replace(SMALL, advantages=advantages_config(**advantages))
+    with pytest.raises(FloatingPointError, match="denoising step 2 of sample 2 on process 0") as caught:
+        run(with_(recipe, objective={"reweight": "tempflow"}), ToyBackbone(PoisonedUpdate(forward=True)))
+    assert str(caught.value).count("denoising step") == 2
 
 
 @pytest.mark.parametrize("name", ["gdpo", "std_scaled"])
@@ -212,11 +229,13 @@ def test_rewards_that_an_estimator_cannot_take_save_and_stop() -> None:
     assert where.saved == [0]
 
 
+@pytest.mark.parametrize("estimator", ["group", "vgpo"])
 @pytest.mark.parametrize("kind", ["dance_sde", "cps"])
 @pytest.mark.parametrize("window", ["random", "sliding"])
-def test_every_sampler_and_window_learns(kind: str, window: str) -> None:
+def test_every_sampler_and_window_learns(kind: str, window: str, estimator: str) -> None:
     sampler = {"kind": kind, "window": window, "sde_steps": 2} | ({"window_epochs": 2} if window == "sliding" else {})
-    logs, _, _ = run(with_(sampler=sampler, objective={"clip_range": 5e-2}))
+    recipe = with_(sampler=sampler, objective={"clip_range": 5e-2})
+    logs, _, _ = run(replace(recipe, advantages=advantages_config(estimator, **BOUNDS.get(estimator, {}))))
     assert logs[-1].reward_mean > logs[0].reward_mean + 0.1
     assert len({log.steps for log in logs}) == 3  # windows of 2 among the first 4 of 5 steps
     assert all(len(log.per_step) == 2 for log in logs)
