@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from dataclasses import FrozenInstanceError, fields
@@ -10,89 +11,48 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.estimator_formulas import (
+    BASELINES,
+    EPS,
+    MEMBERS,
+    OPTIONS,
+    PATH,
+    PROMPTS,
+    WEIGHTS,
+    cases,
+    reference,
+    some_rewards,
+    trimmed,
+)
 from torch import Tensor
 
 from fastguard.advantages import DEFAULT_ESTIMATOR, ESTIMATOR_OPTIONS, ESTIMATORS, build_estimator
 
-EPS = 1e-4
 OF_IMAGES = [name for name, kind in ESTIMATORS.items() if not kind.per_step]
 """Those that take one reward of an image; `test_vgpo.py` has the other one."""
-PROMPTS = np.array([4, 9, 4, 2, 9, 9, 4, 2, 9, 4, 4, 7, 7, 9, 2])
-MEMBERS = {prompt: np.flatnonzero(np.equal(PROMPTS, prompt)) for prompt in set(PROMPTS.tolist())}
-"""The places of the images of each prompt: groups of 5, 5, 3 and 2, mixed."""
-WEIGHTS = [0.7, -1.5, 2.0]
-
-
-def some_rewards(rows: int = 1, seed: int = 0, scale: tuple[float, ...] = (20.0, 30.0, 0.01)) -> np.ndarray:
-    """(rows, N) in float64 that float32 holds exactly."""
-    drawn = np.random.default_rng(seed).normal(size=(rows, len(PROMPTS)))
-    return (np.array(scale[:rows])[:, None] * drawn).astype(np.float32).astype(np.float64)
-
-
-def each_group(rewards: np.ndarray, of: Any) -> np.ndarray:
-    """`of(rewards of one group)`, back in the places of its images."""
-    result = np.empty_like(rewards)
-    for own in MEMBERS.values():
-        result[own] = of(rewards[own])
-    return result
-
-
-def standardized(r: np.ndarray, eps: float = EPS) -> np.ndarray:
-    return (r - r.mean()) / (r.std() + eps)
-
-
-def trimmed(r: np.ndarray, share: float) -> np.ndarray:
-    kept = sorted(r)[math.floor(len(r) * share) :]
-    return (r - np.mean(kept)) / (np.std(kept) + EPS)
-
-
-def beta_normalized(rewards: np.ndarray, low: float, high: float, cap: float) -> np.ndarray:
-    x = (rewards - low) / (high - low)
-    p = np.array([x[own].mean() for own in MEMBERS.values()])
-    mean, variance = p.mean(), ((p - p.mean()) ** 2).sum() / (len(p) - 1)
-    a = mean * (mean * (1 - mean) / variance - 1)
-    b = a * (1 - mean) / mean
-    alpha, beta = max(1, 1 + a / 3), max(1, 1 + b / 3)
-
-    def of(x: np.ndarray) -> np.ndarray:
-        constant = math.exp(math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta))
-        density = constant * x.mean() ** (alpha - 1) * (1 - x.mean()) ** (beta - 1)
-        return (x - x.mean()) * min(1 / density, cap)
-
-    return each_group(x, of)
-
-
-def reference(name: str, rewards: np.ndarray, weights: list[float]) -> np.ndarray:
-    """Advantages in float64 of (R, N) rewards, with the options of `OPTIONS`."""
-    total = np.array(weights) @ rewards
-    if name == "group":
-        return each_group(total, standardized)
-    if name == "global":
-        return each_group(total, lambda r: r - r.mean()) / (total.std() + EPS)
-    if name == "none":
-        return each_group(total, lambda r: r - r.mean())
-    if name == "loo":
-        return each_group(total, lambda r: np.array([r[i] - np.delete(r, i).mean() for i in range(len(r))]))
-    if name == "trim":
-        return each_group(total, lambda r: trimmed(r, 0.4))
-    if name == "bnpo":
-        return beta_normalized(total, -200.0, 200.0, 10.0)
-    if name == "gdpo":
-        return standardized(sum(w * each_group(r, standardized) for w, r in zip(weights, rewards, strict=True)))
-    if name == "std_scaled":
-        return each_group(sum(w * r / r.std() for w, r in zip(weights, rewards, strict=True)), standardized)
-    assert name == "running"
-    means = {prompt: total[own].mean() for prompt, own in MEMBERS.items()}
-    return total - np.array([BASELINES.get(prompt, means[prompt]) for prompt in PROMPTS])
-
-
-OPTIONS: dict[str, dict[str, float]] = {"trim": {"share": 0.4}, "bnpo": {"low": -200.0, "high": 200.0}}
-BASELINES = {4: 0.5, 9: -2.0}
 
 
 def estimate(name: str, rewards: Any, prompts: Any = PROMPTS, weights: Any = None, **options: Any) -> Tensor:
     estimator = build_estimator(name, **(OPTIONS.get(name, {}) | options))
     return estimator(torch.as_tensor(rewards), torch.as_tensor(prompts), weights, BASELINES)
+
+
+CASES = json.loads(PATH.read_text())
+
+
+def test_the_golden_cases_are_those_of_the_formulas() -> None:
+    assert {case["estimator"] for case in CASES} == set(ESTIMATORS)
+    for made, stored in zip(json.loads(json.dumps(cases())), CASES, strict=True):
+        np.testing.assert_allclose(made.pop("advantages"), stored["advantages"], rtol=1e-12)
+        assert made == {key: value for key, value in stored.items() if key != "advantages"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["estimator"] for case in CASES])
+def test_advantages_of_golden_cases(case: dict[str, Any]) -> None:
+    result = build_estimator(case["estimator"], **case["options"])(
+        torch.tensor(case["rewards"], dtype=torch.float64), torch.as_tensor(PROMPTS), case["weights"], BASELINES
+    )
+    np.testing.assert_allclose(result.numpy(), case["advantages"], rtol=3e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.estimator_formulas import value_anchored
 from torch import Tensor
 
 from fastguard.advantages import ESTIMATOR_OPTIONS, NegativeRewardError, build_estimator
 
-EPS = 1e-4
 PROMPTS = np.array([4, 9, 4, 2, 9, 9, 4, 2, 9, 4, 4])
 STEPS = 5
 WEIGHTS = [0.7, 2.0]
@@ -30,20 +30,8 @@ def estimate(rewards: Any, prompts: Any = PROMPTS, weights: Any = None, **option
     return build_estimator("vgpo", **options)(torch.as_tensor(rewards), torch.as_tensor(prompts), weights)
 
 
-def formula(
-    rewards: np.ndarray, prompts: np.ndarray = PROMPTS, gamma: float = 0.99, k: float = 0.1, absolute: int = 2
-) -> np.ndarray:
-    """Eqs. 9 to 13 with alpha = k (std + eps), image by image and step by step; rewards (N, T)."""
-    steps = rewards.shape[1]
-    q = np.array([[sum(gamma ** (j - t) * r[j] for j in range(t, steps)) for t in range(steps)] for r in rewards])
-    result = np.empty_like(q)
-    for i, prompt in enumerate(prompts):
-        own = q[np.equal(prompts, prompt)]
-        for t in range(steps):
-            alpha = k * (own[:, t].std() + EPS) if t < absolute else 0.0
-            omega = q[i, t] / q[i].mean()
-            result[i, t] = omega * ((1 + alpha) * q[i, t] - own[:, t].mean()) / (own[:, t].std() + EPS)
-    return result
+def formula(rewards: np.ndarray, prompts: np.ndarray = PROMPTS, **options: Any) -> np.ndarray:
+    return value_anchored(rewards, prompts, **options)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
