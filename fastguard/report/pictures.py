@@ -56,12 +56,10 @@ def _from_zero(lines: Sequence[Line]) -> tuple[float, float]:
 
 def reward_pictures(run: TrainingRun, out: Path) -> list[Picture]:
     names = [reward.label for reward in run.recipe.rewards]
-    pictures = []
-    if not run.recipe.scoring.normalize_each:
-        line = _over_epochs(run, "mean", BLUE, lambda log: log.reward_mean, band=[log.reward_std for log in run.epochs])
-        title = names[0] if len(names) == 1 and run.recipe.rewards[0].weight == 1 else "Weighted sum of the rewards"
-        pictures += _curve(out / "reward.png", title, "reward", [line])
-    if len(names) == 1 and pictures:
+    line = _over_epochs(run, "mean", BLUE, lambda log: log.reward_mean, band=[log.reward_std for log in run.epochs])
+    title = names[0] if len(names) == 1 and run.recipe.rewards[0].weight == 1 else "Weighted sum of the rewards"
+    pictures = _curve(out / "reward.png", title, "reward", [line])
+    if len(names) == 1:
         return pictures
     for i, name in enumerate(names):
         logs = [log.rewards.get(name, RewardLog(math.nan, math.nan)) for log in run.epochs]
@@ -119,7 +117,9 @@ def ratio_pictures(run: TrainingRun, out: Path) -> list[Picture]:
     objective = run.recipe.objective
     clips = objective.limit_name == "clip_range"
     used = (objective.limit, f"clip range {objective.limit:g}") if clips else None
-    steps = "denoising step (0 starts from noise)"
+    of_steps = objective.process == "reverse"
+    steps = "denoising step (0 starts from noise)" if of_steps else "draw (0 has the least noise)"
+    each = "denoising step" if of_steps else "draw"
     shown = list(zip(_spread([log for log in run.epochs if log.steps], 3), EARLY_TO_LATE, strict=False))
     pictures = []
     for field, title in (("ratio_bias", "mean"), ("ratio_std", "standard deviation")):
@@ -129,7 +129,7 @@ def ratio_pictures(run: TrainingRun, out: Path) -> list[Picture]:
         ]
         scale = _log_if_positive(lines) if field == "ratio_std" else "linear"
         pictures += _curve(
-            out / f"{field}.png", f"Ratio − 1 per denoising step: {title} over the last pass of an epoch",
+            out / f"{field}.png", f"Ratio − 1 per {each}: {title} over the last pass of an epoch",
             f"{title} of ratio − 1", lines, steps, integer_x=True, yscale=scale,
             marker_y=used if scale == "log" else (0.0, "unbiased") if field == "ratio_bias" else None,
         )  # fmt: skip
@@ -210,8 +210,7 @@ def training_grids(run: TrainingRun, out: Path) -> list[Picture]:
     rewards = {log.epoch: log.reward_mean for log in run.epochs}
     pictures = []
     for epoch, file in _spread(_grids(run, "epoch"), MOST_GRIDS):
-        known = epoch in rewards and not run.recipe.scoring.normalize_each
-        reward = f", mean reward {as_number(rewards[epoch])}" if known else ""
+        reward = f", mean reward {as_number(rewards[epoch])}" if epoch in rewards else ""
         pictures += _grid(file, out, f"Rollout of epoch {epoch}{reward}")
     return pictures
 

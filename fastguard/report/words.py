@@ -85,12 +85,9 @@ def summary(run: TrainingRun) -> list[str]:
 def _reward_points(run: TrainingRun) -> list[str]:
     first, last = run.epochs[0], run.epochs[-1]
     names = [name for name in first.rewards if name in last.rewards]
-    if run.recipe.scoring.normalize_each:
-        pairs = [(f"Reward {name}", first.rewards[name], last.rewards[name]) for name in names]
-    else:
-        pairs = [("Reward", _total(first), _total(last))]
-        if len(names) > 1:
-            pairs += [(f"Reward {name}", first.rewards[name], last.rewards[name]) for name in names]
+    pairs = [("Reward", _total(first), _total(last))]
+    if len(names) > 1:
+        pairs += [(f"Reward {name}", first.rewards[name], last.rewards[name]) for name in names]
     if first is last:
         return [
             f"{name}: {as_number(a.mean)} ± {as_number(a.std)} in the only rollout (± over its images)."
@@ -178,8 +175,8 @@ def reward_text(run: TrainingRun) -> list[str]:
     )
     if run.recipe.scoring.normalize_each:
         text += (
-            " With scoring.normalize_each every reward is centred within its group before the sum, so that the "
-            "weighted reward is near 0 throughout: only the rewards by name can rise."
+            " The policy learns from rewards in units of their spread in the group (scoring.normalize_each). What is "
+            "shown is the rewards as they are."
         )
     return [text]
 
@@ -189,10 +186,15 @@ def ratio_text(run: TrainingRun) -> list[str]:
     if not updates:
         return []
     per_epoch = run.recipe.update.inner_epochs * run.recipe.update.minibatches
-    text = (
-        "The ratio compares the policy with the one that sampled the rollout. Its distances from 1 are of the order of "
-        "the clip range, so ratio − 1 is shown. "
-    )
+    compared = {
+        "rollout": "the one that sampled the rollout",
+        "average": "an average of the policies so far, which sampled the rollout",
+        "reference": "the model before training",
+    }[run.recipe.objective.anchor]
+    text = f"The ratio compares the policy with {compared}. It is close to 1, so ratio − 1 is shown."
+    if run.recipe.objective.anchor != "rollout":
+        return [text]
+    text += " "
     furthest = max(max(abs(u.ratio.bias), u.ratio.std) for u in updates)
     if furthest == 0:
         text += (

@@ -33,7 +33,7 @@ from fastguard.recipe import as_dict
 from fastguard.report.data import TrainingRun, read_run
 from fastguard.report.pictures import GRID_WIDTH
 from fastguard.report.run import write_run_report
-from fastguard.report.words import clip_advice, summary
+from fastguard.report.words import as_number, clip_advice, summary
 from fastguard.train.metrics import EpochLog, RatioLog, RewardLog, UpdateLog
 from fastguard.train.monitor import EvaluationLog
 from fastguard.utils.grids import save_grid
@@ -175,16 +175,30 @@ def test_pictures_that_only_some_runs_have(tmp_path: Path) -> None:
     assert "No gold score was measured yet." in points
 
 
-def test_centred_rewards_are_not_taken_for_a_reward_that_does_not_rise(tmp_path: Path) -> None:
+def test_rewards_are_shown_as_they_are_however_they_are_compared(tmp_path: Path) -> None:
     recipe = replace(RECIPE, scoring=ScoringConfig(normalize_each=True))
-    logs = [replace(epoch_log(i), reward_mean=1e-17, reward_std=1.0) for i in range(2)]
-    run = run_folder(tmp_path / "run", logs, recipe=recipe)
-    points = "\n".join(summary(read_run(run)))
-    assert "Reward jpeg_compressibility: −4 ± 0.5 in the first rollout, −3 ± 0.5" in points
-    assert "1e" not in points
+    run = run_folder(tmp_path / "run", [epoch_log(i) for i in range(2)], recipe=recipe)
+    first, last = (epoch_log(i).reward_mean for i in range(2))
+    assert f"Reward: {as_number(first)} ± " in "\n".join(summary(read_run(run)))
     page = page_of(run)
-    assert "near 0 throughout" in page
-    assert titles(page)[0] == "jpeg_compressibility"
+    assert "in units of their spread in the group (scoring.normalize_each)" in page
+    assert as_number(last) in page
+
+
+@pytest.mark.parametrize(
+    ("name", "compared"),
+    [
+        ("awm", "the one that sampled the rollout"),
+        ("diffusion_nft", "an average of the policies so far, which sampled the rollout"),
+        ("dgpo", "the model before training"),
+    ],
+)
+def test_what_the_ratio_of_an_objective_of_final_latents_compares(tmp_path: Path, name: str, compared: str) -> None:
+    recipe = replace(RECIPE, objective=objective_config(name))
+    page = page_of(run_folder(tmp_path / "run", [epoch_log(i) for i in range(2)], recipe=recipe))
+    assert f"The ratio compares the policy with {compared}." in page
+    assert ("every ratio" in page) == (name == "awm")
+    assert "Ratio − 1 per draw: mean over the last pass of an epoch" in titles(page)
 
 
 def test_no_epoch_one_epoch_and_lines_cut_short(tmp_path: Path) -> None:
