@@ -1,0 +1,131 @@
+"""Training runs as processes: each has its own, so that its memory is its own and a crash ends no other."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastguard.config import Recipe
+from fastguard.errors import UserError
+from fastguard.utils.files import write_text
+from fastguard.utils.signals import INTERRUPTED, when_parent_ends
+from fastguard.utils.terminal import say
+
+Train = Callable[[Recipe, str], int]
+"""what trains: a recipe and how to resume -> exit code; a function of a module, for other processes to import"""
+LOG, PEAK = "train.log", "peak_bytes.txt"
+"""In the folder of a run: what it said, and the largest memory of its process."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run whose process has ended."""
+
+    recipe: Recipe
+    exit_code: int
+
+    @property
+    def last_words(self) -> str:
+        """The last line of what it said."""
+        lines = (self.recipe.run.dir / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+def run_all(recipes: Sequence[Recipe], workers: int, train: Train) -> Generator[Ended, None, None]:
+    """Train the recipes in order, at most `workers` at once; each is given as its process ends.
+
+    The first one is alone until it trains: what it makes on its way there (a cache of weights, of encoded prompts) is
+    there for the others. Closing the generator, as a KeyboardInterrupt here does, asks the runs to save and to stop,
+    and waits for that; a second interrupt ends them at once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastguard.compare.server", train.__module__])
+    waiting, running = deque(recipes), dict[Any, Recipe]()
+    alone = True
+    try:
+        while waiting or running:
+            while waiting and len(running) < (1 if alone else workers):
+                recipe = waiting.popleft()
+                process = context.Process(target=_work, args=(train, recipe, os.getcwd(), dict(os.environ)))
+                process.start()
+                running[process] = recipe
+            connection.wait([process.sentinel for process in running], timeout=1.0)
+            over = [process for process in running if not process.is_alive()]
+            alone = alone and not over and not any(trains(recipe) for recipe in running.values())
+            for process in over:
+                yield Ended(running.pop(process), process.exitcode)
+    finally:
+        _stop(list(running))
+
+
+def trains(recipe: Recipe) -> bool:
+    """Whether a run has done its first epoch."""
+    metrics = recipe.run.dir / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
+def _stop(processes: Sequence[Any]) -> None:
+    try:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise
+
+
+def _work(train: Train, recipe: Recipe, folder: str, environment: dict[str, str]) -> None:
+    """The life of a run's process; what it says goes to the log in the run's folder."""
+    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    os.chdir(folder)  # the server may have another one, and another environment
+    os.environ.clear()
+    os.environ.update(environment)
+    log = os.open(recipe.run.dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    sys.exit(_train(train, recipe))
+
+
+def _train(train: Train, recipe: Recipe) -> int:
+    """The exit code, as that of `fastguard train`."""
+    try:
+        return train(recipe, "auto")
+    except UserError as error:
+        say(f"fastguard: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        say(traceback.format_exc())
+        return 1
+    finally:
+        _note_peak(recipe.run.dir / PEAK)
+
+
+def _note_peak(file: Path) -> None:
+    """Write down this process's peak memory, unless an earlier process of the run had a larger one."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    write_text(file, str(max(peak, peak_of(file.parent) or 0)))
+
+
+def peak_of(folder: Path) -> int | None:
+    """Bytes, by `_note_peak`; None where nothing is written down."""
+    file = folder / PEAK
+    text = file.read_text() if file.is_file() else ""
+    return int(text) if text.isdigit() else None
