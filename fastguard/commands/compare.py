@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastguard.commands import RecipeFields
+from fastguard.recipe import find_recipe
 
 
 @dataclass(frozen=True)
@@ -33,5 +34,6 @@ class Compare:
         from fastguard.compare.arms import build_arms
         from fastguard.compare.run import compare
 
-        arms = build_arms(self.recipe, self.objectives, self.arms)
+        file = None if self.arms is None else find_recipe(str(self.arms))
+        arms = build_arms(self.recipe, self.objectives, file)
         return compare(arms, self.seeds, self.out, train_recipe, self.workers)

@@ -1,6 +1,5 @@
 """The page of a comparison, its pictures, and results.json."""
 
-# ruff: noqa: RUF001 (minus signs are meant)
 from __future__ import annotations
 
 import json

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -19,14 +22,24 @@ import torch
 
 from fastguard.config import Recipe
 from fastguard.errors import UserError
-from fastguard.utils.files import write_text
+from fastguard.utils.rows import read_rows
 from fastguard.utils.signals import INTERRUPTED, when_parent_ends
 from fastguard.utils.terminal import say
 
 Train = Callable[[Recipe, str], int]
 """what trains: a recipe and how to resume -> exit code; a function of a module, for other processes to import"""
-LOG, PEAK = "train.log", "peak_bytes.txt"
-"""In the folder of a run: what it said, and the largest memory of its process."""
+LOG, COSTS = "train.log", "processes.jsonl"
+"""In the folder of a run: what it said, and what each of its processes took (several, if it was resumed)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took."""
+
+    seconds: float
+    """wall time, with the loading of models, evaluations and checkpoints"""
+    peak_bytes: int
+    """largest resident set of a process, with its libraries"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,7 @@ def _work(train: Train, recipe: Recipe, folder: str, environment: dict[str, str]
 
 def _train(train: Train, recipe: Recipe) -> int:
     """The exit code, as that of `fastguard train`."""
+    start = time.monotonic()
     try:
         return train(recipe, "auto")
     except UserError as error:
@@ -115,17 +129,15 @@ def _train(train: Train, recipe: Recipe) -> int:
         say(traceback.format_exc())
         return 1
     finally:
-        _note_peak(recipe.run.dir / PEAK)
+        # Linux counts in KiB.
+        cost = Cost(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        with (recipe.run.dir / COSTS).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(dataclasses.asdict(cost)) + "\n")
 
 
-def _note_peak(file: Path) -> None:
-    """Write down this process's peak memory, unless an earlier process of the run had a larger one."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    write_text(file, str(max(peak, peak_of(file.parent) or 0)))
-
-
-def peak_of(folder: Path) -> int | None:
-    """Bytes, by `_note_peak`; None where nothing is written down."""
-    file = folder / PEAK
-    text = file.read_text() if file.is_file() else ""
-    return int(text) if text.isdigit() else None
+def cost_of(folder: Path) -> Cost | None:
+    """What the processes of a run took together; None where nothing is written down."""
+    rows = read_rows(folder / COSTS)
+    if not rows:
+        return None
+    return Cost(sum(row["seconds"] for row in rows), max(row["peak_bytes"] for row in rows))

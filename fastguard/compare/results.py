@@ -1,11 +1,12 @@
 """What the runs of a comparison left in their folders, and what follows from it: one row of numbers for each arm."""
 
+# ruff: noqa: RUF001 (the dash is meant)
 from __future__ import annotations
 
 import dataclasses
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 
 from fastguard.compare.arms import Arm
-from fastguard.compare.processes import peak_of
+from fastguard.compare.processes import cost_of
+from fastguard.config import ObjectiveConfig
 from fastguard.recipe import as_dict, differences
 from fastguard.report.data import read_run
-from fastguard.report.equal_proxy import Spread, first_reach, highest_common, rises, spread, value_at
+from fastguard.report.equal_proxy import Spread, highest_common, rises, spread, value_at
 from fastguard.train.metrics import EpochLog
 from fastguard.train.monitor import EvaluationLog
 
@@ -37,6 +39,8 @@ class FinishedRun:
     epochs: list[EpochLog]
     peak_bytes: int | None
     """of the GPU where there is one, else of the process (its resident set); None where it was not written down"""
+    wall_s: float | None
+    """of its processes, with the loading of models, evaluations and checkpoints; None where it was not written down"""
 
     @property
     def proxies(self) -> list[float]:
@@ -67,7 +71,9 @@ def read_finished(arm: str, seed: int, folder: Path) -> FinishedRun:
     run = read_run(folder)
     evaluations = [e for e in run.evaluations if math.isfinite(e.proxy) and math.isfinite(e.gold)]
     peaks = [log.peak_memory_gib for log in run.epochs if log.peak_memory_gib is not None]
-    return FinishedRun(arm, seed, evaluations, run.epochs, int(max(peaks) * 2**30) if peaks else peak_of(folder))
+    cost = cost_of(folder)
+    peak = int(max(peaks) * 2**30) if peaks else None if cost is None else cost.peak_bytes
+    return FinishedRun(arm, seed, evaluations, run.epochs, peak, None if cost is None else cost.seconds)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,8 @@ class Row:
     """per epoch, by phase"""
     peak_bytes: int | None
     """the largest of its runs"""
+    wall_s: float | None
+    """of a run"""
 
 
 @dataclass(frozen=True)
@@ -110,8 +118,6 @@ class Results:
     failures: dict[tuple[str, int], str]
     """(arm, seed) of runs that failed -> their last words"""
     workers: int
-    wall_s: float
-    """of this call; finished runs were not repeated"""
 
     def of(self, arm: str) -> list[FinishedRun]:
         return [run for run in self.runs if run.arm == arm]
@@ -144,6 +150,7 @@ class Results:
         runs = self.of(arm)
         phases = dict.fromkeys(phase for run in runs for phase in run.seconds())
         peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+        walls = [run.wall_s for run in runs if run.wall_s is not None]
         return Row(
             arm=arm,
             seeds=len(runs),
@@ -152,6 +159,7 @@ class Results:
             clip_fraction={sign: fmean(run.clip_fraction(sign) for run in runs) for sign in ("positive", "negative")},
             seconds={phase: fmean(run.seconds().get(phase, 0.0) for run in runs) for phase in phases},
             peak_bytes=max(peaks, default=None),
+            wall_s=fmean(walls) if walls else None,
         )
 
     def _compared(
@@ -188,11 +196,18 @@ class Results:
         """Every number of the page, as JSON values; NaN becomes null."""
         base = as_dict(self.arms[0].recipe)
         content = {
-            "recipe": {"title": self.title, "epochs": self.arms[0].recipe.run.epochs, **_machine()},
+            "title": self.title,
+            "epochs": self.arms[0].recipe.run.epochs,
+            **_machine(),
             "workers": self.workers,
-            "wall_s": self.wall_s,
-            "arms": {arm.name: as_dict(arm.recipe)["objective"] for arm in self.arms},
-            "differences": {arm.name: differences(base, as_dict(arm.recipe)) for arm in self.arms[1:]},
+            "arms": {
+                arm.name: {
+                    "limit": limit(arm.recipe.objective),
+                    "objective": as_dict(arm.recipe)["objective"],
+                    "differences": differences(base, as_dict(arm.recipe)),
+                }
+                for arm in self.arms
+            },
             "seeds": self.seeds,
             "levels": {str(seed): level for seed, level in self.levels.items()},
             "rows": [dataclasses.asdict(row) for row in self.rows],
@@ -212,9 +227,15 @@ def _run_as_json(run: FinishedRun) -> dict[str, Any]:
         "arm": run.arm,
         "seed": run.seed,
         "peak_bytes": run.peak_bytes,
+        "wall_s": run.wall_s,
         "evaluations": [dataclasses.asdict(evaluation) for evaluation in run.evaluations],
         "epochs": [{name: getattr(log, name) for name in kept} for log in run.epochs],
     }
+
+
+def limit(objective: ObjectiveConfig) -> str:
+    """The option that limits how far a transition may move, with its value."""
+    return "–" if objective.limit_name is None else f"{objective.limit_name} {objective.limit:g}"
 
 
 def _machine() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -54,21 +53,21 @@ def compare(arms: Sequence[Arm], seeds: int, out: Path, train: Train, workers: i
     if len(open_) < len(runs):
         say(f"{len(runs) - len(open_)} of {len(runs)} runs are finished already")
     failures: dict[tuple[str, int], str] = {}
-    start, interrupted = time.monotonic(), False
+    interrupted = False
     try:
         _train_all(runs, open_, workers, train, failures)
     except KeyboardInterrupt:
         interrupted = True
     found = [read_finished(*key, recipe.run.dir) for key, recipe in runs.items() if is_finished(recipe)]
     seen = list(dict.fromkeys(seed for _, seed in runs))
-    results = Results(_title(arms[0].recipe), arms, seen, found, failures, workers, time.monotonic() - start)
+    results = Results(_title(arms[0].recipe), arms, seen, found, failures, workers)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         page = write_comparison(results, out)
     if interrupted:
         print(f"\ninterrupted: {len(found)} of {len(runs)} runs are finished, see {page}; the same command resumes")
         return INTERRUPTED
-    print(f"{results.wall_s:.0f} s in all; report: {page.resolve()}")
+    print(f"report: {page.resolve()}")
     return 1 if failures else 0
 
 
@@ -85,8 +84,8 @@ def _checked(arms: Sequence[Arm], seeds: int, workers: int | None) -> int:
         raise UserError(f"--workers must be 1 on a GPU and lie in [1, 256] elsewhere, got {workers}")
     if not recipe.monitor.every:
         raise UserError(
-            "monitor.every = 0: proxy, gold and diversity come from the monitor's evaluations. Set monitor.every, and a "
-            "reward in [[monitor.gold]]"
+            "monitor.every = 0: proxy, gold and diversity come from the monitor's evaluations. Set monitor.every, and "
+            "a reward in [[monitor.gold]]"
         )
     if recipe.monitor.every > recipe.run.epochs:
         raise UserError(
@@ -158,7 +157,7 @@ def _train_all(
                 what = f"proxy {last.proxy:.4g}, gold {last.gold:.4g}"
             else:
                 failures[arm, seed] = run.last_words
-                what = f"failed with exit code {run.exit_code}: {run.last_words}"
+                what = f"not finished (exit code {run.exit_code}): {run.last_words}"
             say(f"{done} of {len(runs)} runs: {arm}, seed {seed}: {what}")
 
 

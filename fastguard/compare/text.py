@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastguard.compare.results import Compared, Results, Row
+from fastguard.compare.results import Compared, Results, Row, limit
 from fastguard.recipe import as_dict, differences
 from fastguard.report.equal_proxy import Spread
 from fastguard.report.page import Table
@@ -17,8 +17,8 @@ DIGITS = {"proxy": 2, "gold": 2, "diversity": 3, "epochs": 1}
 NAMES = {"proxy": "proxy", "gold": "gold score", "diversity": "diversity", "epochs": "epochs"}
 FIRST_UPDATE = (
     "The first update after a rollout is identical for all one-step objectives. No weight has moved, every ratio is 1, "
-    "and the gradient with respect to the log-ratio is minus the advantage. What remains is a factor for each denoising "
-    "step: objective.reweight, and RatioNorm's standard deviation."
+    "and the gradient with respect to the log-ratio is minus the advantage. What remains is a factor for each "
+    "denoising step: objective.reweight, and RatioNorm's standard deviation."
 )
 SAME_INSIDE = (
     "Log-ratios are means over the D elements of a latent, so ratios stay close to 1: 1 ± 1e-5 for Flux at 512 x 512, "
@@ -27,9 +27,9 @@ SAME_INSIDE = (
 )
 EQUAL_PROXY = (
     "At an equal number of updates the policy that moved less tends to look better by the gold score, whatever its "
-    "objective. So the fair comparison is at equal proxy: for each seed, the highest proxy that all its runs reached in "
-    "their evaluations, with the other numbers interpolated linearly between the evaluations where a run first reaches "
-    "it. A run whose proxy never rose above its start has no such place, and is left out there."
+    "objective. So the fair comparison is at equal proxy: for each seed, the highest proxy that all its runs reached "
+    "in their evaluations, with the other numbers interpolated linearly between the evaluations where a run first "
+    "reaches it. A run whose proxy never rose above its start has no such place, and is left out there."
 )
 EVALUATIONS = (
     "Evaluations draw the same prompts from the same noise each time. The proxy is the reward that is trained on. The "
@@ -61,7 +61,7 @@ def notice(results: Results) -> str:
     planned, notes = len(results.arms) * len(results.seeds), []
     if len(results.runs) + len(results.failures) < planned:
         notes.append(f"Partial report: {len(results.runs)} of {planned} runs are finished. The same command resumes.")
-    notes += [f"{arm}, seed {seed}, failed: {said}" for (arm, seed), said in results.failures.items()]
+    notes += [f"{arm}, seed {seed}, did not finish: {said}" for (arm, seed), said in results.failures.items()]
     return " ".join(notes)
 
 
@@ -151,8 +151,8 @@ def cost_table(results: Results) -> Table:
     phases = dict.fromkeys(phase for row in results.rows for phase in row.seconds)
     longest = max((sum(row.seconds.values()) for row in results.rows), default=0.0)
     shown = [phase for phase in phases if any(row.seconds.get(phase, 0.0) > 0.005 * longest for row in results.rows)]
-    header = ["arm", "limit", "clipped, a > 0", "clipped, a < 0", "s per epoch", *shown, "peak memory"]
-    limits = {arm.name: limit(arm.recipe) for arm in results.arms}
+    header = ["arm", "limit", "clipped, a > 0", "clipped, a < 0", "s per epoch", *shown, "s per run", "peak memory"]
+    limits = {arm.name: limit(arm.recipe.objective) for arm in results.arms}
     rows = [
         [
             row.arm,
@@ -160,6 +160,7 @@ def cost_table(results: Results) -> Table:
             *(f"{row.clip_fraction[sign]:.1%}" for sign in ("positive", "negative")),
             f"{sum(row.seconds.values()):.2f}",
             *(f"{row.seconds.get(phase, 0.0):.2f}" for phase in shown),
+            "–" if row.wall_s is None else f"{row.wall_s:.0f}",
             peak(row),
         ]
         for row in results.rows
@@ -167,15 +168,12 @@ def cost_table(results: Results) -> Table:
     on_gpu = any(log.peak_memory_gib is not None for run in results.runs for log in run.epochs)
     what = "of the GPU: its largest allocation" if on_gpu else "of the process: its resident set, libraries included"
     note = (
-        "Clipped: the share of transitions that had no gradient, by the sign of their advantage a, mean over epochs and "
-        f"seeds. Objectives without a clip have none. Seconds by phase, mean over epochs. Peak memory is that {what}."
+        "Clipped: the share of transitions that had no gradient, by the sign of their advantage a, mean over epochs "
+        "and seeds. Objectives without a clip have none. Seconds per epoch are by phase; those of a run count "
+        "loading, evaluations and checkpoints too, while other runs share the machine. Peak memory is that "
+        f"{what}."
     )
     return Table(header, rows, note)
-
-
-def limit(recipe: Any) -> str:
-    objective = recipe.objective
-    return "–" if objective.limit_name is None else f"{objective.limit_name} {objective.limit:g}"
 
 
 def peak(row: Row) -> str:
@@ -187,7 +185,8 @@ def arms_table(results: Results) -> Table:
     rows, base = [], as_dict(results.arms[0].recipe)
     for arm in results.arms:
         content = as_dict(arm.recipe)
-        options = ", ".join(f"{name} = {value}" for name, value in content["objective"].items())
+        shown = {name: value for name, value in content["objective"].items() if value is not None}
+        options = ", ".join(f"{name} = {value}" for name, value in shown.items())
         others = [d for d in differences(base, content) if not d.startswith("objective.")]
         rows.append([arm.name, options, "; ".join(others)])
     return Table(["Arm", "[objective]", f"other fields, from {results.arms[0].name}"], rows, prose=True)
@@ -196,7 +195,43 @@ def arms_table(results: Results) -> Table:
 def limits_text(results: Results) -> list[str]:
     """What the numbers cannot carry."""
     return [
-        f"One recipe, one learning rate, {count(len(results.seeds), 'seed')}. The clip ranges were chosen, not tuned: an "
-        "arm that is clipped less moves faster, so a difference between arms may be one between their settings. Another "
-        "model or reward may order the arms otherwise."
+        f"One recipe, one learning rate, {count(len(results.seeds), 'seed')}. The clip ranges were chosen, not tuned: "
+        "an arm that is clipped less moves faster, so a difference between arms may be one between their settings. "
+        "Another model or reward may order the arms otherwise."
     ]
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The result as a caption and a table in Markdown, from what results.json holds."""
+    rows, arms, seeds = content["rows"], content["arms"], content["seeds"]
+    header = ["arm", "limit", "clipped, a > 0 / a < 0", "proxy at the end", "epochs to equal proxy",
+              "gold at equal proxy", "difference", "diversity at equal proxy", "difference", "s per run"]  # fmt: skip
+    lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+    for row in rows:
+        clipped = " / ".join(f"{row['clip_fraction'][sign]:.1%}" for sign in ("positive", "negative"))
+        cells = [f"`{row['arm']}`", arms[row["arm"]]["limit"], clipped, _number(row["final"], "proxy")]
+        cells.append(_number(row["equal"], "epochs"))
+        for metric in ("gold", "diversity"):
+            cells += [_number(row["equal"], metric), _difference(row["equal"], metric)]
+        cells.append("–" if row["wall_s"] is None else f"{row['wall_s']:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    levels = ", ".join(f"{level:.2f}" for level in content["levels"].values()) or "none"
+    caption = (
+        f"{content['title'][0].upper()}{content['title'][1:]}, {count(len(seeds), 'seed')}, "
+        f"{count(content['epochs'], 'epoch')}, on {content['device']} with torch {content['torch']}, "
+        f"{content['workers']} at once. Equal proxy by seed: {levels}. Differences are to `{next(iter(arms))}`, paired "
+        "by seed, ± half the 95% t-interval."
+    )
+    return caption + "\n\n" + "\n".join(lines)
+
+
+def _number(found: Mapping[str, Any], metric: str) -> str:
+    return f"{found[metric]['mean']['mean']:.{DIGITS[metric]}f}" if metric in found else "–"
+
+
+def _difference(found: Mapping[str, Any], metric: str) -> str:
+    difference = found[metric]["difference"] if metric in found else None
+    if difference is None:
+        return "–"
+    half = math.nan if difference["half_width"] is None else difference["half_width"]
+    return interval(Spread(difference["mean"], half), DIGITS[metric])
