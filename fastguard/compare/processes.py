@@ -23,7 +23,7 @@ import torch
 from fastguard.config import Recipe
 from fastguard.errors import UserError
 from fastguard.utils.rows import read_rows
-from fastguard.utils.signals import INTERRUPTED, when_parent_ends
+from fastguard.utils.signals import ENDING, INTERRUPTED, handled_by, when_parent_ends
 from fastguard.utils.terminal import say
 
 Train = Callable[[Recipe, str], int]
@@ -52,8 +52,9 @@ class Ended:
     @property
     def last_words(self) -> str:
         """The last line of what it said."""
-        lines = (self.recipe.run.dir / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        log = self.recipe.run.dir / LOG
+        said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
+        return said.splitlines()[-1] if said else "it said nothing"
 
 
 def run_all(recipes: Sequence[Recipe], workers: int, train: Train) -> Generator[Ended, None, None]:
@@ -64,15 +65,17 @@ def run_all(recipes: Sequence[Recipe], workers: int, train: Train) -> Generator[
     and waits for that; a second interrupt ends them at once.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastguard.compare.server", train.__module__])
+    context.set_forkserver_preload(["fastguard.compare.server", __name__, train.__module__])
     waiting, running = deque(recipes), dict[Any, Recipe]()
+    heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
     alone = True
     try:
         while waiting or running:
             while waiting and len(running) < (1 if alone else workers):
                 recipe = waiting.popleft()
-                process = context.Process(target=_work, args=(train, recipe, os.getcwd(), dict(os.environ)))
-                process.start()
+                process = context.Process(target=_work, args=(train, recipe, os.getcwd(), dict(os.environ), heard))
+                with handled_by(signal.SIG_IGN):  # which the server keeps: a signal to all processes is not for it
+                    process.start()
                 running[process] = recipe
             connection.wait([process.sentinel for process in running], timeout=1.0)
             over = [process for process in running if not process.is_alive()]
@@ -91,18 +94,20 @@ def trains(recipe: Recipe) -> bool:
 
 def _stop(processes: Sequence[Any]) -> None:
     try:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+        while alive := [process for process in processes if process.is_alive()]:
+            for process in alive:
+                process.terminate()  # again, as one that only starts may not have heard it
+            alive[0].join(1.0)
     except KeyboardInterrupt:
         for process in processes:
             process.kill()
         raise
 
 
-def _work(train: Train, recipe: Recipe, folder: str, environment: dict[str, str]) -> None:
-    """The life of a run's process; what it says goes to the log in the run's folder."""
+def _work(train: Train, recipe: Recipe, folder: str, environment: dict[str, str], heard: Sequence[int]) -> None:
+    """The life of a run's process, which hears these signals; what it says goes to the log in the run's folder."""
+    for number in heard:
+        signal.signal(number, signal.default_int_handler)
     when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
     os.chdir(folder)  # the server may have another one, and another environment
     os.environ.clear()

@@ -18,6 +18,7 @@ import torch
 from fastguard.compare.arms import Arm
 from fastguard.compare.processes import cost_of
 from fastguard.config import ObjectiveConfig
+from fastguard.errors import UserError
 from fastguard.recipe import as_dict, differences
 from fastguard.report.data import read_run
 from fastguard.report.equal_proxy import Spread, highest_common, rises, spread, value_at
@@ -67,8 +68,10 @@ class FinishedRun:
 
 
 def read_finished(arm: str, seed: int, folder: Path) -> FinishedRun:
-    """Read a run's folder. Raises UserError if it is no run."""
+    """Read a run's folder. Raises UserError if it is no run, or its metrics are lost."""
     run = read_run(folder)
+    if not run.epochs:
+        raise UserError(f"{folder / 'metrics.jsonl'} cannot be read any more: remove {folder}, and its run is repeated")
     evaluations = [e for e in run.evaluations if math.isfinite(e.proxy) and math.isfinite(e.gold)]
     peaks = [log.peak_memory_gib for log in run.epochs if log.peak_memory_gib is not None]
     cost = cost_of(folder)

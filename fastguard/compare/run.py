@@ -153,8 +153,8 @@ def _train_all(
             arm, seed = keys[run.recipe.run.dir]
             done += 1
             if is_finished(run.recipe):
-                last = read_finished(arm, seed, run.recipe.run.dir).evaluations[-1]
-                what = f"proxy {last.proxy:.4g}, gold {last.gold:.4g}"
+                evaluations = read_finished(arm, seed, run.recipe.run.dir).evaluations
+                what = "".join(f"proxy {last.proxy:.4g}, gold {last.gold:.4g}" for last in evaluations[-1:])
             else:
                 failures[arm, seed] = run.last_words
                 what = f"not finished (exit code {run.exit_code}): {run.last_words}"

@@ -95,8 +95,8 @@ def _verdict(results: Results, metric: str) -> str:
         "lower": [arm for arm, difference in found.items() if difference.excludes_zero and difference.mean < 0],
     }
     parts = [f"{side} for {', '.join(arms)}" for side, arms in sides.items() if arms]
-    told = " and ".join(parts) + ", by intervals that exclude 0" if parts else "no reliable difference for any arm"
-    chance = f" Of {len(found)} intervals at 95%, about one in twenty excludes 0 by chance." if len(found) > 1 else ""
+    told = " and ".join(parts) + ", by 95% intervals that exclude 0" if parts else "no reliable difference for any arm"
+    chance = f" One in twenty intervals excludes 0 by chance; these are {len(found)}." if len(found) > 1 else ""
     return f"{name.capitalize()} at equal proxy, against {first}: {told}.{chance}"
 
 
