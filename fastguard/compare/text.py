@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -222,7 +223,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"{content['workers']} at once. Equal proxy by seed: {levels}. Differences are to `{next(iter(arms))}`, paired "
         "by seed, ± half the 95% t-interval."
     )
-    return caption + "\n\n" + "\n".join(lines)
+    return "\n".join([*textwrap.wrap(caption, 120), "", *lines])
 
 
 def _number(found: Mapping[str, Any], metric: str) -> str:
