@@ -9,10 +9,14 @@ READY := .venv/.ready
 # The kernels run in Triton's interpreter where there is no GPU. One thread a process: the processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test style types imports sass unit quick test-all test-floors floor-lowest floor-newest bench docs hub clean
+.PHONY: demo compare test style types imports sass unit quick test-all test-floors floor-lowest floor-newest bench docs hub clean
 
 demo: $(READY)
 	$(BIN)/fastguard demo
+
+# Every objective on the digits; about a quarter of an hour on two cores. Ctrl-C leaves a page, and the same resumes.
+compare: $(READY)
+	$(BIN)/fastguard compare digits --seeds 5 --run.epochs 12 --run.save-every 12 --run.images-every 0
 
 test: style types imports sass unit
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from fastguard.commands.compare import Compare
 from fastguard.commands.demo import Demo
 from fastguard.commands.doctor import Doctor
 from fastguard.commands.plan import Plan
@@ -28,15 +29,16 @@ from fastguard.commands.reward_server import RewardServer
 from fastguard.commands.sample import Sample
 from fastguard.commands.train import Train
 from fastguard.errors import UserError
-from fastguard.recipe import find_recipe, load_recipe, overridden, with_names
+from fastguard.recipe import arms_beside, find_recipe, load_recipe, overridden, with_names
 from fastguard.utils.quiet import quiet_libraries
-from fastguard.utils.signals import ENDING, handled_by
+from fastguard.utils.signals import ENDING, INTERRUPTED, handled_by
 from fastguard.utils.terminal import say, unfailing_output
 
 Command = Callable[[], int]
 """a command with its options; returns the exit code"""
 COMMANDS: dict[str, Any] = {
     "train": Train,
+    "compare": Compare,
     "plan": Plan,
     "doctor": Doctor,
     "sample": Sample,
@@ -75,8 +77,10 @@ def parse_recipe_command(name: str, options: Sequence[str]) -> Command:
     """
     kind, prog = COMMANDS[name], f"fastguard {name}"
     if options and not options[0].startswith("-"):
-        recipe, others = with_names(load_recipe(find_recipe(options[0])), options[1:])
-        command: Any = tyro.cli(kind, default=kind(recipe), args=others, prog=f"{prog} {options[0]}")
+        path = find_recipe(options[0])
+        recipe, others = with_names(load_recipe(path), options[1:])
+        beside = {"arms": arms_beside(path)} if "arms" in kind.__dataclass_fields__ else {}
+        command: Any = tyro.cli(kind, default=kind(recipe, **beside), args=others, prog=f"{prog} {options[0]}")
         overridden(recipe, command.recipe)
         return command
     if options and options[0] not in ("-h", "--help"):
@@ -123,7 +127,7 @@ def _run(args: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:  # before the command could take care of it itself
         say("fastguard: interrupted")
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

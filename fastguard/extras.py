@@ -18,9 +18,9 @@ PYTHON = (3, 11)
 _BLOCKS = ("diffusers", "peft")
 _TRAIN = (
     *_BLOCKS, "accelerate", "jinja2", "matplotlib", "numpy", "packaging", "PIL", "pydantic", "requests", "safetensors",
-    "tqdm", "transformers", "tyro", "urllib3",
+    "scipy", "tqdm", "transformers", "tyro", "urllib3",
 )  # fmt: skip
-MODULES = {"blocks": _BLOCKS, "train": _TRAIN, "demo": (*_TRAIN, "scipy", "sklearn")}
+MODULES = {"blocks": _BLOCKS, "train": _TRAIN, "demo": (*_TRAIN, "sklearn")}
 """What each extra of pyproject.toml brings, by the names that are imported."""
 
 

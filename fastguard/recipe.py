@@ -6,6 +6,7 @@ from fastguard.extras import need
 
 need("train")
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -39,8 +40,25 @@ def find_recipe(name: str) -> Path:
     shipped = folder / f"{name.removesuffix('.toml')}.toml"
     if "/" not in name and os.path.isfile(shipped):
         return shipped
-    names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
-    raise UserError(f"there is no recipe {name}; give a TOML file, or one of the shipped ones: {names}")
+    raise UserError(
+        f"there is no recipe {name}; give a TOML file, or one of the shipped ones: {', '.join(shipped_names())}"
+    )
+
+
+def shipped_names() -> list[str]:
+    """The recipes that come with the package, by name."""
+    stems = (path.stem for path in shipped_recipes().glob("*.toml"))
+    return sorted(stem for stem in stems if not stem.endswith(ARMS))
+
+
+ARMS = "_arms"
+"""How the name of a file of arms ends, which `fastguard compare` reads; its beginning is the name of the recipe."""
+
+
+def arms_beside(path: Path) -> Path | None:
+    """The file of arms beside a recipe, if there is one: `digits_arms.toml` for `digits.toml`."""
+    arms = path.with_name(f"{path.stem}{ARMS}.toml")
+    return arms if arms.is_file() else None
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -48,18 +66,28 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises UserError that names every field that is unknown, of a wrong type, or at odds with another.
     """
-    text = read_text(path)
-    try:
-        content = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # besides its own: integers of thousands of digits, nesting
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-    for section, name in (("prompts", "file"), ("monitor", "file")):
-        value = content.get(section, {}).get(name) if isinstance(content.get(section, {}), dict) else None
-        if isinstance(value, str):
-            content[section][name] = str(path.parent / value)
+    content = load_toml(path)
+    _resolve_paths(content, path.parent)
     recipe = parse_recipe(content, str(path))
     refuse_unread(recipe, unread_values(recipe))
     return recipe
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises UserError if it is none."""
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # besides its own: integers of thousands of digits, nesting
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    """Make the paths of a recipe's tables relative to the folder of its file."""
+    for section, name in (("prompts", "file"), ("monitor", "file")):
+        value = content.get(section, {}).get(name) if isinstance(content.get(section, {}), dict) else None
+        if isinstance(value, str):
+            content[section][name] = str(folder / value)
 
 
 def with_names(recipe: Recipe, args: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -110,6 +138,24 @@ def overridden(recipe: Recipe, changed: Recipe) -> Recipe:
             unread[field] = reason
     refuse_unread(changed, unread)
     return changed
+
+
+def with_values(recipe: Recipe, content: dict[str, Any], folder: Path, where: str) -> Recipe:
+    """The recipe with other values of some fields, nested as in a recipe's file; errors begin with `where`.
+
+    As on the command line: another name of a section starts from its defaults. Paths are relative to `folder`.
+    """
+    content = copy.deepcopy(content)
+    _resolve_paths(content, folder)
+    sections = {name: values for name, values in content.items() if isinstance(values, dict)}
+    names = {section: sections.get(section, {}).get("name") for section in NAMED}
+    try:
+        chosen, _ = with_names(recipe, [f"--{s}.name={name}" for s, name in names.items() if isinstance(name, str)])
+        base = as_dict(chosen)
+        merged = {name: {**base.get(name, {}), **values} for name, values in sections.items()}
+        return overridden(recipe, parse_recipe({**base, **content, **merged}, ""))
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(':').strip()}") from None
 
 
 def parse_recipe(content: dict[str, Any], where: str) -> Recipe:

@@ -34,6 +34,7 @@ LONG = (
     "test_cache.py",
     "test_quiet.py",
     "test_output.py",
+    "test_compare.py",
     "test_packaging.py",
     "test_run_report.py",
     "test_damage.py",

@@ -25,7 +25,7 @@ from fastguard.cli import parse_command
 from fastguard.config import Recipe, RewardConfig
 from fastguard.errors import UserError
 from fastguard.memory import passes, plan
-from fastguard.recipe import as_dict, find_recipe, load_recipe, parse_recipe, shipped_recipes, totals
+from fastguard.recipe import as_dict, find_recipe, load_recipe, parse_recipe, shipped_names, totals
 from fastguard.report.data import read_run
 from fastguard.utils.terminal import say
 
@@ -164,7 +164,7 @@ def _literal(value: Any) -> str:
 
 def recipes(rng: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
     """(name of the file, content): of the shipped recipes as TOML, and as a run's recipe.json, level by level."""
-    shipped = [path.read_text() for path in sorted(shipped_recipes().glob("*.toml"))]
+    shipped = [find_recipe(name).read_text() for name in shipped_names()]
     for i in range(count):
         text, run = rng.choice(shipped), i % 2 == 1
         content = tomllib.loads(text)

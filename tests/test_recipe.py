@@ -40,6 +40,7 @@ from fastguard.recipe import (
     find_recipe,
     load_recipe,
     parse_recipe,
+    shipped_names,
     shipped_recipes,
     totals,
     unread_values,
@@ -49,7 +50,7 @@ from fastguard.train.optim import build_optimizer
 from fastguard.train.state import for_processes
 from fastguard.train.trainer import train
 
-SHIPPED = sorted(path.stem for path in shipped_recipes().glob("*.toml"))
+SHIPPED = shipped_names()
 
 
 def written(tmp_path: Path, text: str) -> Path:

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-
-import numpy as np
-from scipy import stats
 
 from fastguard.demo.config import GUARDED, PLAIN
 from fastguard.demo.experiment import DemoRun
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean over seeds and half the width of its 95% t-interval; the latter is NaN for a single seed."""
-
-    mean: float
-    half_width: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval leaves out 0; False for a single seed, which shows nothing about reliability."""
-        return abs(self.mean) > self.half_width
+from fastguard.report.equal_proxy import Spread, first_reach, highest_common, spread, value_at
 
 
 @dataclass(frozen=True)
@@ -33,15 +17,6 @@ class Comparison:
     guarded: Spread
     difference: Spread
     """GRPO-Guard minus Flow-GRPO, paired by seed"""
-
-
-def spread(values: list[float]) -> Spread:
-    """Mean and 95% t-interval of independent values."""
-    n = len(values)
-    if n < 2:
-        return Spread(float(np.mean(values)), math.nan)
-    error = float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Spread(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1)) * error)
 
 
 def paired_runs(runs: list[DemoRun]) -> list[tuple[DemoRun, DemoRun]]:
@@ -58,24 +33,17 @@ def proxies(run: DemoRun) -> list[float]:
 
 def common_proxy(runs: list[DemoRun]) -> float | None:
     """The highest proxy reward that every run reached; None if some run never rose above its start."""
-    level = min((max(proxies(run)) for run in runs), default=-math.inf)
-    start = max((proxies(run)[0] for run in runs), default=math.inf)
-    return level if level > start else None
+    return highest_common(proxies(run) for run in runs)
 
 
 def crossing(run: DemoRun, level: float) -> float:
     """Iterations, interpolated linearly, after which the run's proxy first reaches `level` (which it must reach)."""
-    values = proxies(run)
-    after = next(i for i, value in enumerate(values) if value >= level)
-    if after == 0:
-        return 0.0
-    return after - (values[after] - level) / (values[after] - values[after - 1])
+    return first_reach(proxies(run), level)
 
 
 def at_crossing(run: DemoRun, metric: str, level: float) -> float:
     """A metric, interpolated linearly, where the run's proxy first reaches `level`."""
-    values = [getattr(evaluation.metrics, metric) for evaluation in run.evaluations]
-    return float(np.interp(crossing(run, level), np.arange(len(values)), values))
+    return value_at([getattr(evaluation.metrics, metric) for evaluation in run.evaluations], proxies(run), level)
 
 
 def compare(pairs: list[tuple[DemoRun, DemoRun]], metric: str, level: float) -> Comparison:

@@ -140,7 +140,7 @@ def _clipping(runs: list[DemoRun], out: Path) -> list[Picture]:
             positive = [100 * log.clip_fraction_positive for log in run.logs]
             negative = [100 * log.clip_fraction_negative for log in run.logs]
             lines.append(Line("positive advantages", COLORS[name], xs, positive))
-            lines.append(Line("negative advantages", GREY, xs, negative, dashed=True))
+            lines.append(Line("negative advantages", GREY, xs, negative, style="dashed"))
         if lines:
             path = plot_lines(
                 out / f"clip_{name}.png",

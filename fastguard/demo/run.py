@@ -22,10 +22,8 @@ from fastguard.demo.workers import run_in_workers
 from fastguard.errors import UserError
 from fastguard.report.page import write_page
 from fastguard.utils.files import write_text, writing
+from fastguard.utils.signals import INTERRUPTED
 from fastguard.utils.terminal import say
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 
 def run_demo(config: DemoConfig, out: Path, workers: int | None = None) -> int:

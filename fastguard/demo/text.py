@@ -7,9 +7,10 @@ import math
 
 import numpy as np
 
-from fastguard.demo.analysis import Comparison, Spread, common_proxy, compare, paired_runs
+from fastguard.demo.analysis import Comparison, common_proxy, compare, paired_runs
 from fastguard.demo.config import GUARDED, PLAIN, TITLES
 from fastguard.demo.experiment import DemoRun, Results
+from fastguard.report.equal_proxy import Spread
 from fastguard.report.page import Table
 
 METRICS = {

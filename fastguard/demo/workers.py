@@ -6,15 +6,13 @@ import multiprocessing
 import os
 import queue
 import signal
-import threading
 import traceback
 from collections.abc import Generator
-from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
 
 from fastguard.demo.config import DemoConfig
 from fastguard.utils.quiet import quiet_libraries
-from fastguard.utils.signals import ENDING, handled_by
+from fastguard.utils.signals import ENDING, handled_by, when_parent_ends
 
 if TYPE_CHECKING:  # a worker imports this file before it can be quiet
     from fastguard.demo.experiment import DemoRun, Task, Tick
@@ -69,7 +67,7 @@ def _receive(done: Any, processes: list[Any]) -> tuple[str, Any]:
 
 def _work(config: DemoConfig, todo: Any, done: Any) -> None:
     """A worker's life: tasks until the sentinel; messages are ("tick" | "run" | "error", content)."""
-    _end_with_parent()
+    when_parent_ends(lambda: os._exit(1))  # nobody would read its results
     quiet_libraries()
     try:
         import torch
@@ -84,15 +82,3 @@ def _work(config: DemoConfig, todo: Any, done: Any) -> None:
                 done.put(("run", run))
     except Exception:
         done.put(("error", traceback.format_exc()))
-
-
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is gone, however it went; nobody would read its results."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

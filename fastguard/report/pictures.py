@@ -82,6 +82,10 @@ def gold_section(run: TrainingRun, out: Path) -> Section:
     marker = (float(best.epoch), "best gold") if best is not None else None
     pictures = _curve(out / "gold.png", "Gold score", "gold", [Line("gold", VERMILLION, xs, golds)], marker_x=marker)
     pictures += _curve(out / "proxy.png", "Proxy", "proxy", [Line("proxy", BLUE, xs, proxies)], marker_x=marker)
+    spreads = [math.nan if e.diversity is None else e.diversity for e in evaluations]
+    line = Line("diversity", GREEN, xs, spreads)
+    title = "Diversity: difference between two images of a prompt"
+    pictures += _curve(out / "diversity.png", title, "diversity", [line], marker_x=marker)
     if len(evaluations) > 1:
         path = [Line("evaluations, in order", GREEN, proxies, golds)]
         pictures += _curve(

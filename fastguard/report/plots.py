@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,10 @@ from fastguard.report.palette import REFERENCE
 
 MOST_MARKERS = 60
 """Curves of more points are drawn thin, and without a marker for each."""
+
+LEGEND_INSIDE = 6
+"""Curves with more names have their legend under the plot, as it would hide them."""
+DASHES: dict[str, Any] = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.5))}
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -49,7 +54,7 @@ class Line:
     color: str
     x: list[float]
     y: list[float]
-    dashed: bool = False
+    style: Literal["solid", "dashed", "dotted"] = "solid"
     band: list[float] | None = None
     """half the height of a shaded band around the curve, at each point"""
 
@@ -76,7 +81,9 @@ def plot_lines(
         marker_x, marker_y: position and label of a thin dotted reference line.
     """
     with matplotlib.rc_context(_STYLE):
-        canvas = Canvas(figsize=(4.8, 3.2), dpi=200, layout="constrained")
+        names = len({line.label for line in lines})
+        below = -(-names // 4) if names > LEGEND_INSIDE else 0
+        canvas = Canvas(figsize=(4.8, 3.2 + 0.17 * below), dpi=200, layout="constrained")
         axes = canvas.subplots()
         labelled: set[str] = set()
         for line in lines:
@@ -84,7 +91,7 @@ def plot_lines(
                 line.x,
                 line.y,
                 color=line.color,
-                linestyle=(0, (4, 2)) if line.dashed else "-",
+                linestyle=DASHES[line.style],
                 alpha=0.85,
                 linewidth=1.6 if len(line.x) <= MOST_MARKERS else 0.8,
                 marker="o" if len(line.x) <= MOST_MARKERS else None,
@@ -114,6 +121,30 @@ def plot_lines(
             axes.axvline(marker_x[0], color=REFERENCE, linewidth=0.9, linestyle=":", label=marker_x[1])
         if marker_y is not None:
             axes.axhline(marker_y[0], color=REFERENCE, linewidth=0.9, linestyle=":", label=marker_y[1])
-        axes.legend(loc="best", handlelength=2.2)
+        if below:
+            canvas.legend(loc="outside lower center", ncols=4, handlelength=2.2, fontsize=7, columnspacing=1.2)
+        else:
+            axes.legend(loc="best", handlelength=2.2)
+        canvas.savefig(path, metadata={"Software": None})
+    return path
+
+
+def plot_intervals(
+    path: Path, names: Sequence[str], means: Sequence[float], half_widths: Sequence[float], xlabel: str, color: str
+) -> Path:
+    """Draw a point with its interval for each name, from the top down, beside a line at 0, to a PNG.
+
+    Args:
+        half_widths: of the intervals; NaN draws the point alone.
+    """
+    with matplotlib.rc_context(_STYLE):
+        canvas = Canvas(figsize=(4.8, 1.0 + 0.24 * len(names)), dpi=200, layout="constrained")
+        axes = canvas.subplots()
+        places = np.arange(len(names))
+        axes.axvline(0, color=REFERENCE, linewidth=0.9, linestyle=":")
+        axes.errorbar(means, places, xerr=half_widths, fmt="o", color=color, markersize=4, linewidth=1.4, capsize=2)
+        axes.set_yticks(places, list(names))
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel(xlabel)
         canvas.savefig(path, metadata={"Software": None})
     return path

@@ -21,6 +21,7 @@ from fastguard.recipe import as_dict
 from fastguard.rewards import RewardPool
 from fastguard.rewards.collect import collect_scores
 from fastguard.train.advantages import combine_rewards
+from fastguard.train.diversity import diversity, reduced
 from fastguard.train.rollout import Policy, evaluation_images, ode_schedule, rollout
 from fastguard.utils.processes import on_all
 from fastguard.utils.sealed import DamagedError
@@ -42,6 +43,8 @@ class EvaluationLog:
     """gold minus its best so far, in standard errors of the paired difference over the images; 0 for a new best"""
     warning: str = ""
     """what the monitor has to say, if anything"""
+    diversity: float | None = None
+    """mean difference between two images of a prompt, see `diversity`; None for one image a prompt, and in old logs"""
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,13 @@ class Monitor:
 
     def evaluate(self, policy: Policy, backbone: Backbone, accelerator: Accelerator, epoch: int) -> Verdict:
         """Sample, score with all rewards, and compare with the history; collective."""
-        scores, images = self._score(policy, backbone, accelerator)
-        return self.judge(scores, epoch, images)
+        scores, images, spread = self._score(policy, backbone, accelerator)
+        return self.judge(scores, epoch, images, spread)
 
-    def _score(self, policy: Policy, backbone: Backbone, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, policy: Policy, backbone: Backbone, accelerator: Accelerator
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """Scores (R, B) and diversity of all images, and this process's first images."""
         config, size = self._recipe.monitor, self._recipe.sampler.batch_size
         prompts, seeds = evaluation_images(config.prompts, config.images_per_prompt, config.num_steps)
         prompts = prompts + self._first_prompt
@@ -124,18 +130,20 @@ class Monitor:
         index = index.view(accelerator.num_processes, -1)[accelerator.process_index]
         schedule = ode_schedule(config.num_steps, self._recipe.sampler.shift_for(backbone.shift))
         on_all(accelerator, DamagedError, lambda: backbone.load_prompts(prompts.tolist()))
-        first = None
+        first, small = None, []
         for part in index.split(size):
             on_device = prompts[part].to(accelerator.device)
             rolled = rollout(policy, on_device, seeds[part], backbone.latent_shape, schedule, backbone.dtype)
             images = backbone.decode(rolled.latents)
             self._rewards.submit(images, prompts[part])
+            small.append(reduced(images).to(accelerator.device))
             first = images if first is None else first
         assert first is not None
         values = collect_scores(self._rewards, accelerator).values.T.contiguous().to(accelerator.device)  # (B, R)
-        return accelerator.gather(values)[:total].T.cpu(), first
+        everyone = accelerator.gather(torch.cat(small))[:total].cpu()
+        return accelerator.gather(values)[:total].T.cpu(), first, diversity(everyone, config.images_per_prompt)
 
-    def judge(self, scores: Tensor, epoch: int, images: Tensor) -> Verdict:
+    def judge(self, scores: Tensor, epoch: int, images: Tensor, diversity: float | None = None) -> Verdict:
         """Compare (R, B) scores with the history: does the proxy rise while the gold score falls?"""
         config, trained = self._recipe.monitor, len(self._recipe.rewards)
         proxy = combine_rewards(scores[:trained], [r.weight for r in self._recipe.rewards])
@@ -147,6 +155,7 @@ class Monitor:
             gold=gold.nanmean().item(),
             rewards={label: row.nanmean().item() for label, row in zip(labels, scores, strict=True)},
             gold_change_in_errors=0.0,
+            diversity=diversity,
         )
         is_best = math.isfinite(log.gold) and (self.best is None or log.gold > self.best.gold)
         if is_best:

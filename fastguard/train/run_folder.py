@@ -285,7 +285,8 @@ class RunFolder:
             self._save_images(f"evaluation_{log.epoch:06d}.png", verdict.images)
             if log.warning:
                 say(f"warning: {log.warning}")
-        self._track({"gold/score": log.gold, "gold/proxy": log.proxy}, log.epoch)
+        diversity = {} if log.diversity is None else {"gold/diversity": log.diversity}
+        self._track({"gold/score": log.gold, "gold/proxy": log.proxy, **diversity}, log.epoch)
 
     def end(self) -> None:
         """Write what the trackers still hold; the last call of a run."""

@@ -1,10 +1,13 @@
-"""Signals that ask a command to end."""
+"""Signals that ask a command to end, and processes that end with their parent."""
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import connection
 from typing import Any
 
 ENDING = (
@@ -16,6 +19,21 @@ ENDING = (
     signal.SIGXCPU,  # the soft limit of CPU time
 )
 """SIGQUIT (Ctrl-\\) is left alone, as the way to end a process at once and look at its core."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def when_parent_ends(act: Callable[[], Any]) -> None:
+    """Call `act` in a thread once the process that started this one is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from helpers.deadline import DEADLINE_S
 
 from fastguard import cli
 from fastguard.demo import backbone, cache, config, data, experiment, run, text, workers
-from fastguard.demo.analysis import at_crossing, common_proxy, compare, crossing, spread
+from fastguard.demo.analysis import at_crossing, common_proxy, compare, crossing
 from fastguard.demo.backbone import Models
 from fastguard.demo.config import ClassifierConfig, DemoConfig, PretrainConfig, quick_demo
 from fastguard.demo.experiment import DemoRun, Evaluation, Reference, Results
@@ -403,15 +402,6 @@ def test_common_proxy_is_the_highest_that_all_reached() -> None:
     assert common_proxy(runs) == 4.0
     assert common_proxy([*runs, fake_run("grpo_guard", 1, [1.0, 0.5])]) is None
     assert common_proxy([]) is None
-
-
-def test_spread_is_a_t_interval() -> None:
-    three = spread([1.0, 2.0, 3.0])
-    assert three.mean == 2.0
-    assert three.half_width == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
-    assert not three.excludes_zero
-    assert spread([1.9, 2.0, 2.1]).excludes_zero
-    assert not spread([5.0]).excludes_zero
 
 
 def test_comparison_is_paired_and_signed() -> None:

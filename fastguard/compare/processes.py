@@ -1,0 +1,148 @@
+"""Training runs as processes: each has its own, so that its memory is its own and a crash ends no other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastguard.config import Recipe
+from fastguard.errors import UserError
+from fastguard.utils.rows import read_rows
+from fastguard.utils.signals import ENDING, INTERRUPTED, handled_by, when_parent_ends
+from fastguard.utils.terminal import say
+
+Train = Callable[[Recipe, str], int]
+"""what trains: a recipe and how to resume -> exit code; a function of a module, for other processes to import"""
+LOG, COSTS = "train.log", "processes.jsonl"
+"""In the folder of a run: what it said, and what each of its processes took (several, if it was resumed)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took."""
+
+    seconds: float
+    """wall time, with the loading of models, evaluations and checkpoints"""
+    peak_bytes: int
+    """largest resident set of a process, with its libraries"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run whose process has ended."""
+
+    recipe: Recipe
+    exit_code: int
+
+    @property
+    def last_words(self) -> str:
+        """The last line of what it said."""
+        log = self.recipe.run.dir / LOG
+        said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
+        return said.splitlines()[-1] if said else "it said nothing"
+
+
+def run_all(recipes: Sequence[Recipe], workers: int, train: Train) -> Generator[Ended, None, None]:
+    """Train the recipes in order, at most `workers` at once; each is given as its process ends.
+
+    The first one is alone until it trains: what it makes on its way there (a cache of weights, of encoded prompts) is
+    there for the others. Closing the generator, as a KeyboardInterrupt here does, asks the runs to save and to stop,
+    and waits for that; a second interrupt ends them at once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastguard.compare.server", __name__, train.__module__])
+    waiting, running = deque(recipes), dict[Any, Recipe]()
+    heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    alone = True
+    try:
+        while waiting or running:
+            while waiting and len(running) < (1 if alone else workers):
+                recipe = waiting.popleft()
+                process = context.Process(target=_work, args=(train, recipe, os.getcwd(), dict(os.environ), heard))
+                with handled_by(signal.SIG_IGN):  # which the server keeps: a signal to all processes is not for it
+                    process.start()
+                running[process] = recipe
+            connection.wait([process.sentinel for process in running], timeout=1.0)
+            over = [process for process in running if not process.is_alive()]
+            alone = alone and not over and not any(trains(recipe) for recipe in running.values())
+            for process in over:
+                yield Ended(running.pop(process), process.exitcode)
+    finally:
+        _stop(list(running))
+
+
+def trains(recipe: Recipe) -> bool:
+    """Whether a run has done its first epoch."""
+    metrics = recipe.run.dir / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
+def _stop(processes: Sequence[Any]) -> None:
+    try:
+        while alive := [process for process in processes if process.is_alive()]:
+            for process in alive:
+                process.terminate()  # again, as one that only starts may not have heard it
+            alive[0].join(1.0)
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise
+
+
+def _work(train: Train, recipe: Recipe, folder: str, environment: dict[str, str], heard: Sequence[int]) -> None:
+    """The life of a run's process, which hears these signals; what it says goes to the log in the run's folder."""
+    for number in heard:
+        signal.signal(number, signal.default_int_handler)
+    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    os.chdir(folder)  # the server may have another one, and another environment
+    os.environ.clear()
+    os.environ.update(environment)
+    log = os.open(recipe.run.dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    sys.exit(_train(train, recipe))
+
+
+def _train(train: Train, recipe: Recipe) -> int:
+    """The exit code, as that of `fastguard train`."""
+    start = time.monotonic()
+    try:
+        return train(recipe, "auto")
+    except UserError as error:
+        say(f"fastguard: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        say(traceback.format_exc())
+        return 1
+    finally:
+        # Linux counts in KiB.
+        cost = Cost(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        with (recipe.run.dir / COSTS).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(dataclasses.asdict(cost)) + "\n")
+
+
+def cost_of(folder: Path) -> Cost | None:
+    """What the processes of a run took together; None where nothing is written down."""
+    rows = read_rows(folder / COSTS)
+    if not rows:
+        return None
+    return Cost(sum(row["seconds"] for row in rows), max(row["peak_bytes"] for row in rows))
