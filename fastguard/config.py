@@ -592,6 +592,12 @@ class Recipe:
         images, steps = ("prompts.per_epoch * sampler.group_size", "sampler.num_steps")
         _check_images(self.images_per_epoch, images, self.sampler.num_steps, steps)
         self._check_divisions()
+        _require(
+            self.update.stop == "none" or self.objective.rollouts == 1,
+            f"update.stop = {self.update.stop} measures how far the policy is from the fresh rollout's, and "
+            f"objective.name = {self.objective.name} trains on earlier ones too: set update.stop to none, or "
+            "objective.window to 1",
+        )
         sharded = self.hardware.sharding == "fsdp2"
         for name, works, value in (
             ("optimizer", "adamw", self.update.optimizer),
@@ -635,10 +641,13 @@ class Recipe:
                 f"objective.name = {self.objective.name} takes all steps of an image in one update, and {of} images do "
                 f"not divide into update.minibatches = {self.update.minibatches}",
             )
-        pairs = images * sampler.sde_steps
+        pairs = images * self.trained_steps
+        steps = "sampler.sde_steps"
+        if self.trained_steps != sampler.sde_steps:
+            steps = f"{self.trained_steps} trained steps (objective.keep of sampler.sde_steps)"
         _require(
             pairs % self.update.minibatches == 0,
-            f"{of.split(' =')[0]} * sampler.sde_steps = {pairs} transitions of a rollout batch do not divide into "
+            f"{of.split(' =')[0]} * {steps} = {pairs} transitions of a rollout batch do not divide into "
             f"update.minibatches = {self.update.minibatches}",
         )
 
@@ -684,10 +693,26 @@ class Recipe:
         return round(self.update.subsample * self.sampler.batch_size)
 
     @property
+    def trained_steps(self) -> int:
+        """Stochastic steps of an image that are trained."""
+        return self.objective.trained_steps(self.sampler.sde_steps)
+
+    @property
+    def best_images(self) -> int:
+        """Images of a rollout that the objective keeps as the best of their prompts, over all processes."""
+        if self.objective.rollouts == 1:
+            return 0
+        return self.prompts.per_epoch * self.objective.replayed_images(self.sampler.group_size)
+
+    @property
     def transitions_per_update(self) -> int:
-        """Transitions that one process contributes to an optimizer update."""
+        """Transitions that one process contributes to an optimizer update, once all earlier rollouts are there."""
         batches = self.images_per_process // self.sampler.batch_size
-        return batches * self.trained_images * self.sampler.sde_steps // self.update.minibatches
+        fresh = batches * self.trained_images * self.trained_steps // self.update.minibatches
+        if self.objective.reuse == "rollouts":
+            return fresh * self.objective.rollouts
+        shares = self.update.minibatches * self.hardware.processes
+        return fresh + math.ceil(self.best_images * self.trained_steps / shares)
 
     @property
     def micro_batch(self) -> int:

@@ -25,9 +25,10 @@ from fastguard.train.metrics import (
 )
 from fastguard.train.monitor import Monitor
 from fastguard.train.recorder import Recorder
+from fastguard.train.replay import TrainingSet, remember, training_set
 from fastguard.train.rollout import training_schedule
 from fastguard.train.state import TrainState, build_state, for_processes
-from fastguard.train.update import check_parity, has_moved_too_far, minibatches, update_weights
+from fastguard.train.update import check_parity, has_moved_too_far, update_weights
 from fastguard.utils.sealed import DamagedError
 
 
@@ -90,25 +91,30 @@ def run_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder) -> Epo
     check_parity(transitions, state)
     updates: list[Update] = []
     with clock.phase("update"):
-        for minibatch in minibatches(state, rolled.advantages.values):
+        trained = training_set(state, rolled, transitions)
+        for minibatch in trained.minibatches(state):
             moved = not all(update.skipped for update in updates)
-            updates.append(update_weights(state, transitions, minibatch, rolled.advantages.values, recorder, moved))
+            updates.append(update_weights(state, trained.transitions, minibatch, trained.advantages, recorder, moved))
             if has_moved_too_far(updates[-1], state):
                 break
         state.require_finite()  # one reading an epoch of what each update reads, before it is evaluated or rolled out
+    state.buffer = remember(state, rolled, transitions, recorder)
     state.epoch += 1
     state.baselines = rolled.advantages.baselines
-    log = summarize(state, rolled, updates, clock)
+    log = summarize(state, rolled, trained, updates, clock)
     recorder.end_epoch(log, rolled.images, state)
     return log
 
 
-def summarize(state: TrainState, rolled: SampledEpoch, updates: Sequence[Update], clock: Clock) -> EpochLog:
+def summarize(
+    state: TrainState, rolled: SampledEpoch, trained: TrainingSet, updates: Sequence[Update], clock: Clock
+) -> EpochLog:
     """Reduce an epoch to plain numbers, over all processes; the only host copies of a healthy epoch."""
     recipe, accelerator = state.recipe, state.accelerator
     everyone = gather_updates(updates, accelerator)
     last_pass = everyone[-recipe.update.minibatches :]
     schedule = training_schedule(recipe.sampler, state.backbone.shift, recipe.run.seed, state.epoch - 1)
+    steps = schedule.window[: recipe.trained_steps]
     overall = ratio_log(everyone)
     counted = rolled.rewards[~torch.isnan(rolled.rewards)]
     groups = recipe.prompts.per_epoch - rolled.dropped_groups
@@ -128,8 +134,8 @@ def summarize(state: TrainState, rolled: SampledEpoch, updates: Sequence[Update]
         zero_spread_share=rolled.advantages.zero_spread_groups.item() / groups,
         dropped_groups=rolled.dropped_groups,
         updates=tuple(UpdateLog(ratio_log([u]), u.grad_norm.item(), u.skipped) for u in everyone),
-        steps=tuple(schedule.window),
-        per_step=tuple(ratio_log(last_pass, step) for step in schedule.window),
+        steps=tuple(steps),
+        per_step=tuple(ratio_log(last_pass, step) for step in steps),
         clip_fraction_positive=overall.clip_fraction_positive,
         clip_fraction_negative=overall.clip_fraction_negative,
         clip_range_for_30_percent=clip_range_for(0.3, everyone),
@@ -137,6 +143,7 @@ def summarize(state: TrainState, rolled: SampledEpoch, updates: Sequence[Update]
         seconds=dict(clock.seconds),
         images_per_s=recipe.images_per_epoch / sum(clock.seconds.values()),
         peak_memory_gib=peak,
+        earlier_images=trained.earlier_images(state),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastguard.config import ObjectiveConfig
 from fastguard.errors import NotFiniteError, UserError
 from fastguard.loss import GuardLoss, guard_loss
-from fastguard.loss.objectives import Given
+from fastguard.loss.objectives import Given, Objective, Shifted
 from fastguard.ops.transition import total_variation
 from fastguard.train.metrics import Update
 from fastguard.train.recorder import Recorder
@@ -38,11 +38,13 @@ class Minibatch:
     index: Tensor
     """(N,) int64, on the host: transitions of this process's rollout"""
     weights: Tensor | None = None
-    """of each image of the rollout, on the host, where a pass trains on some of them alone (`update.subsample`)"""
+    """of each image, on the host, where a pass trains on some alone (`update.subsample`) or on earlier ones too"""
+    offsets: Tensor | None = None
+    """(images, steps) on the device: log-ratio of the policy at the start of the updates to the one that drew a step"""
 
 
 def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
-    """Every transition that a pass trains on, once per pass.
+    """Every transition that a pass trains on, once per pass; for the advantages of several rollouts, of all of them.
 
     An objective of whole trajectories gets all steps of an image in one update. Each rollout batch is shuffled and
     shared out on its own, seeded by its place in the whole rollout: an update sees the same transitions on 1, 2 or 8
@@ -52,17 +54,18 @@ def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
     images, steps = recipe.sampler.batch_size, recipe.sampler.sde_steps
     batches = recipe.images_per_process // images
     first = state.accelerator.process_index * batches
-    words = [[recipe.run.seed, state.epoch, first + i] for i in range(batches)]
+    rollouts = len(advantages) // recipe.images_per_process
+    words = [[recipe.run.seed, state.epoch, first + i, age] for age in range(rollouts) for i in range(batches)]
     generators = [np.random.default_rng(np.random.SeedSequence(w)) for w in words]
     for _ in range(recipe.update.inner_epochs):
-        shares, weights = [], torch.zeros(recipe.images_per_process, device="cpu")
+        shares, weights = [], torch.zeros(len(advantages), device="cpu")
         for i, generator in enumerate(generators):
             chosen = np.arange(images)
             if recipe.update.subsample < 1:
                 chosen, factors = choose(advantages[i * images :][:images].numpy(), recipe.trained_images, generator)
                 weights[i * images + chosen] = torch.from_numpy(factors).float()
             # A rollout batch lies step by step. What is shuffled are rows of transitions that stay together.
-            rows = chosen[:, None] + images * np.arange(steps)
+            rows = chosen[:, None] + images * np.arange(recipe.trained_steps)
             rows = rows if recipe.objective.scope == "trajectory" else rows.T.reshape(-1, 1)
             order = torch.from_numpy(rows[generator.permutation(len(rows))] + i * images * steps)
             shares.append(order.tensor_split(recipe.update.minibatches))
@@ -75,14 +78,15 @@ def policy_loss(
     batch: RolloutBatch,
     advantages: Tensor,
     objective: ObjectiveConfig,
-    given: Given | None = None,
+    given: Objective | None = None,
     weights: Tensor | None = None,
 ) -> GuardLoss:
     """`guard_loss` of a minibatch, with the velocity from the rollout's own step function.
 
     weights: (N,) of the transitions, for their policy loss and their KL.
-    given: derivatives of an objective of whole trajectories. Without them each step is taken as the policy gradient has
-    it, which is the objective's gradient as long as no ratio has moved.
+    given: in the place of the objective: it around another policy, or the derivatives of one of whole trajectories.
+    Without these each step is taken as the policy gradient has it, which is the objective's gradient as long as no
+    ratio has moved.
     """
     if objective.scope == "trajectory" and given is None:
         still = torch.zeros_like(advantages)
@@ -228,14 +232,17 @@ def update_weights(
         batch_advantages.append(advantages[batch.sample.cpu()].to(device))
         # DDP sums gradients over the processes once per update; FSDP2 each time, which keeps them sharded.
         with accelerator.no_sync(policy) if part is not parts[-1] and not accelerator.is_fsdp2 else nullcontext():
-            given = trajectories.derivatives(batch) if trajectories is not None else None
+            given: Objective | None = None if trajectories is None else trajectories.derivatives(batch)
+            offset = 0 if minibatch.offsets is None else minibatch.offsets[batch.sample, batch.denoising_step]
+            if isinstance(offset, Tensor):
+                given = Shifted(recipe.objective, offset)
             weights = None if image_weights is None else image_weights[batch.sample.cpu()].to(device)
             result = policy_loss(policy, batch, batch_advantages[-1], recipe.objective, given, weights)
             loss = result.loss * (len(part) / len(index))
             accelerator.backward(loss)
         losses.append(loss.detach())
         batches.append(batch.denoising_step)
-        results.append(result._replace(loss=result.loss.detach()))
+        results.append(result._replace(loss=result.loss.detach(), log_ratio=result.log_ratio - offset))
     grad_norm = full_tensor(accelerator.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm))
     finite = accelerator.gather(torch.isfinite(torch.stack(losses).sum() + grad_norm)[None]).all().item()
     update = Update(

@@ -62,12 +62,17 @@ class SharedPolicy(nn.Module):
         return velocity
 
 
+LIMITED = {"clip_range": 1e-2}
+OBJECTIVES: dict[str, Any] = {"rpg": {"window": 3}, "op_grpo": {**LIMITED, "window": 3, "replayed": 0.2, "keep": 0.75}}
+"""Options by the objective's name; of all others, LIMITED. Three images join a group: an odd number for two processes."""
+
+
 def recipe_for(arguments: argparse.Namespace) -> Recipe:
     return replace(
         RECIPE,
         run=replace(RECIPE.run, dir=Path(arguments.dir), epochs=arguments.epochs, save_every=1, images_every=2),
         sampler=replace(RECIPE.sampler, batch_size=8),
-        objective=objective_config(arguments.objective, clip_range=1e-2, kl_weight=0.1),
+        objective=objective_config(arguments.objective, kl_weight=0.1, **OBJECTIVES.get(arguments.objective, LIMITED)),
         update=replace(
             RECIPE.update,
             optimizer=arguments.optimizer,

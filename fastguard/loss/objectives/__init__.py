@@ -19,9 +19,12 @@ from fastguard.loss.objectives.given import Given
 from fastguard.loss.objectives.gmpo import Gmpo
 from fastguard.loss.objectives.grpo_guard import GrpoGuard
 from fastguard.loss.objectives.hinge import Hinge
+from fastguard.loss.objectives.op_grpo import OpGrpo
 from fastguard.loss.objectives.power_mean import PowerMean
 from fastguard.loss.objectives.ppo_rpe import PpoRpe
+from fastguard.loss.objectives.rpg import Rpg
 from fastguard.loss.objectives.sapo import Sapo
+from fastguard.loss.objectives.shifted import Shifted
 from fastguard.loss.objectives.spo import Spo
 from fastguard.loss.objectives.surrogate import Surrogate
 from fastguard.loss.objectives.tic_grpo import TicGrpo
@@ -44,12 +47,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dro": Dro,
     "tic_grpo": TicGrpo,
     "gmpo": Gmpo,
+    "rpg": Rpg,
+    "op_grpo": OpGrpo,
 }
 DEFAULT_OBJECTIVE = "grpo_guard"
 OPTIONS = options_of(OBJECTIVES)
 """The names of each objective's own options."""
 
-__all__ = ["DEFAULT_OBJECTIVE", "OBJECTIVES", "OPTIONS", "Given", "Objective", "Scope", "Terms", "build_objective"]
+__all__ = [
+    "DEFAULT_OBJECTIVE", "OBJECTIVES", "OPTIONS", "Given", "Objective", "Scope", "Shifted", "Terms", "build_objective",
+]  # fmt: skip
 
 
 def build_objective(name: str, **options: Any) -> Objective:
