@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -208,13 +208,30 @@ def _by_name(before: Any, after: Any) -> tuple[Any, Any]:
     return before, after
 
 
-def _extra_passes(recipe: Recipe) -> Sequence[tuple[str, str]]:
+def _earlier_rollouts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What an objective that trains on earlier rollouts keeps of them, and what that costs."""
+    rollouts, group = recipe.objective.rollouts, recipe.sampler.group_size
+    if rollouts == 1:
+        return
+    kept = f"{rollouts - 1} kept"
+    if recipe.objective.reuse == "rollouts":
+        yield "earlier rollouts", f"{kept}, whole: an update trains on {rollouts} rollouts as soon as there are so many"
+        return
+    count = recipe.objective.replayed_images(group)
+    yield "earlier rollouts", f"{kept}: the best {count} of {group} images of each prompt, on every process"
+    yield (
+        "replayed images",
+        f"at most {recipe.best_images} per epoch, of prompts that come again; 1 forward pass a transition without "
+        "gradients, before the updates",
+    )
+
+
+def _extra_passes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """What an objective of whole trajectories costs beside the others."""
-    if recipe.objective.scope == "transition":
-        return ()
-    updates = recipe.update.inner_epochs * recipe.update.minibatches
-    cost = "1 forward pass a transition without gradients, before its forward and backward pass"
-    return (("first pass of an update", f"{cost}; not in the first of the {updates} updates of a rollout"),)
+    if recipe.objective.scope == "trajectory":
+        updates = recipe.update.inner_epochs * recipe.update.minibatches
+        cost = "1 forward pass a transition without gradients, before its forward and backward pass"
+        yield "first pass of an update", f"{cost}; not in the first of the {updates} updates of a rollout"
 
 
 def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
@@ -223,9 +240,9 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
     updates = update.inner_epochs * update.minibatches
     fewer = "" if update.stop == "none" else f", or fewer by update.stop = {update.stop}"
     trained = "" if update.subsample == 1 else f"; a pass trains on {recipe.trained_images} of each"
-    end = sampler.window_start + sampler.sde_steps - 1
+    end = sampler.window_start + recipe.trained_steps - 1
     moving = "" if sampler.window == "fixed" else f", {sampler.window} from step {sampler.window_start} on"
-    window = f"steps {sampler.window_start} to {end}" if sampler.window == "fixed" else f"{sampler.sde_steps} steps"
+    window = f"steps {sampler.window_start} to {end}" if sampler.window == "fixed" else f"{recipe.trained_steps} steps"
     per_update = recipe.transitions_per_update
     return (
         ("images per epoch", f"{recipe.images_per_epoch} = {recipe.prompts.per_epoch} prompts x {sampler.group_size}"),
@@ -237,6 +254,7 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
             f"{per_update * processes} = {processes} x {per_update} per GPU, in micro-batches of {recipe.micro_batch}",
         ),
         *_extra_passes(recipe),
+        *_earlier_rollouts(recipe),
         ("updates in all", f"{updates * recipe.run.epochs} in {recipe.run.epochs} epochs{fewer}"),
         ("images in all", f"{recipe.images_per_epoch * recipe.run.epochs}"),
     )
