@@ -309,8 +309,9 @@ def blame(state: TrainState, transitions: Sequence[RolloutBatch], index: Tensor,
         gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
         if not all(torch.isfinite(local_shard(x)).all() for x in (loss, *gradients)):
             prompt = state.backbone.prompts[int(one.prompt_indices.item())].text
+            earlier = ", of an earlier rollout," if one.sample.item() >= state.recipe.images_per_process else ""
             guilty.append(
-                f"denoising step {one.denoising_step.item()} of sample {one.sample.item()} on process "
+                f"denoising step {one.denoising_step.item()} of sample {one.sample.item()}{earlier} on process "
                 f"{accelerator.process_index} (prompt {one.prompt_indices.item()}: {prompt[:60]!r})"
             )
         state.optimizer.zero_grad()

@@ -117,7 +117,7 @@ def gmpo(log_r: Tensor, drift: Tensor, a: Tensor, d: int, clip_range=2e-5) -> Te
 def op_grpo(
     log_r: Tensor, drift: Tensor, a: Tensor, d: int, clip_range=2e-6, adv_clip=5.0, dual_clip=None, offset=0.0, **buffer
 ) -> Tensor:
-    """One term of the published structure, without the weight of its image; the ratio is to another policy by offset."""
+    """Without the weight of its image; the ratio is to another policy by the offset."""
     return ppo(log_r - offset, drift, a, d, clip_range, adv_clip, dual_clip)
 
 

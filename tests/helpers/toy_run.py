@@ -64,7 +64,7 @@ class SharedPolicy(nn.Module):
 
 LIMITED = {"clip_range": 1e-2}
 OBJECTIVES: dict[str, Any] = {"rpg": {"window": 3}, "op_grpo": {**LIMITED, "window": 3, "replayed": 0.2, "keep": 0.75}}
-"""Options by the objective's name; of all others, LIMITED. Six replayed images of three steps do not share out evenly."""
+"""Options by the objective's name; of others, LIMITED. Six replayed images of three steps do not share out evenly."""
 
 
 def recipe_for(arguments: argparse.Namespace) -> Recipe:
