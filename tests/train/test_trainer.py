@@ -77,6 +77,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "hinge": {"margin": 5e-2}, "ppo_rpe": {"threshold": 2.5e-2}, "fr_ppo": {"tau": 0.1}, "surrogate": {},
     "power_mean": {}, "cispo": {"clip_range": 5e-2}, "sapo": {}, "spo": {"epsilon": 5e-2}, "dro": {"beta": 20.0},
     "tic_grpo": {"clip_range": 5e-2}, "gmpo": {"clip_range": 5e-2},
+    "rpg": {}, "op_grpo": {"clip_range": 5e-2, "keep": 1.0},
 }  # fmt: skip
 
 
