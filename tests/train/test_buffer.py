@@ -187,7 +187,8 @@ def test_the_planner_counts_what_a_run_keeps(
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     arguments = (
         "train", "flux_tiny", "--run.dir", str(tmp_path / "run"), "--run.epochs", "4", "--run.trackers",
-        "--prompts.file", str(tmp_path / "prompts.txt"), "--prompts.per-epoch", "2", "--monitor.prompts", "2", "--sampler.group-size", "4",
+        "--prompts.file", str(tmp_path / "prompts.txt"), "--prompts.per-epoch", "2", "--monitor.prompts", "2",
+        "--sampler.group-size", "4",
         "--sampler.batch-size", "4", "--sampler.num-steps", "4", "--sampler.sde-steps", "3",
         "--update.inner-epochs", "1", "--update.micro-batch", "0", "--objective.kl-weight", "0.01",
         "--objective.name", name, *options,
