@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastguard import cli
-from fastguard.config import Recipe, RewardConfig, objective_config
+from fastguard.commands.train import announce
+from fastguard.config import ModelConfig, Recipe, RewardConfig, objective_config
 from fastguard.memory import plan
 from fastguard.memory.phases import buffer_bytes
 from fastguard.recipe import parse_recipe
@@ -173,6 +176,15 @@ def test_rollouts_that_no_longer_fit_are_not_gone_on_with(
     RunFolder(recipe, accelerator, "auto").restore(state)
     assert len(state.buffer) == (kept or 0)
     assert ("earlier rollouts are not trained on again" in capfd.readouterr().out) == (kept == 0)
+
+
+def test_a_run_whose_prompts_do_not_come_again_in_time_is_warned() -> None:
+    recipe = replace(recipe_of("op_grpo", window=3), model=ModelConfig(kind="digits"))
+    for prompts, warned in ((4, False), (5, True)):  # two rollouts of two prompts
+        said = io.StringIO()
+        with redirect_stdout(said):
+            announce(recipe, prompts)
+        assert ("comes again after about 2.5 epochs, and objective.window = 3 keeps 2" in said.getvalue()) == warned
 
 
 @pytest.mark.parametrize(
