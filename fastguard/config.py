@@ -670,6 +670,8 @@ class Recipe:
                 "update.copies",
                 "there is no average (update.ema_decay) and no model before full fine-tuning (objective.kl_weight)",
             ),
+            *((objective.reuse == "best" and objective.rollouts == 1, f"objective.{name}",
+               "objective.window = 1 keeps no earlier rollout") for name in ("replayed", "cap")),
             (self.update.stop == "none", "update.stop_at", "update.stop = none asks for no distance"),
             (self.update.ema_decay == 0, "update.ema_every", "update.ema_decay = 0 keeps no average"),
             *((self.monitor.every == 0, f"monitor.{f.name}", "monitor.every = 0 turns it off")

@@ -179,6 +179,10 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("[advantages]\nname = 'trim'\nshare = 1.5", r"advantages: share must lie in \[0, 1\); got 1.5"),
         ("[advantages]\nname = 'bnpo'\nlow = 2.0", r"advantages: low must be below high.*got low = 2.0 and high = 1.0"),
         ("[advantages]\neps = '1'", r"advantages\.eps"),
+        (
+            "[objective]\nname = 'op_grpo'\nwindow = 1\ncap = 3.0",
+            r"objective\.cap = 3.0: set, but not read: objective\.window = 1",
+        ),
         ("[update]\nema_every = 3", r"update\.ema_every = 3: set, but not read"),
         ("[update]\ncopies = 'cpu'", r"update\.copies = cpu: set, but not read"),
         ("[monitor]\nprompts = 3", r"monitor\.prompts = 3: set, but not read: monitor\.every = 0"),

@@ -112,7 +112,9 @@ def _gather(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     return gathered.cpu()
 
 
-def collected(transitions: Sequence[RolloutBatch], own: Tensor, most: int, accelerator: Accelerator) -> RolloutBatch:
+def collected(
+    transitions: Sequence[RolloutBatch], own: Tensor, most: int, images: int, accelerator: Accelerator
+) -> RolloutBatch:
     """Transitions of all processes in one batch, on the device, the same on every process. Collective.
 
     Its images are numbered over all processes, and it lies step by step, whatever the number of processes.
@@ -120,11 +122,12 @@ def collected(transitions: Sequence[RolloutBatch], own: Tensor, most: int, accel
     Args:
         own: 1-d int64 on the host: this process's transitions, in the order of its rollout batches.
         most: the largest number of them on any process.
+        images: of the rollout of each process.
     """
     padding = most - len(own)
     index = torch.cat([torch.zeros(padding, dtype=torch.int64, device="cpu"), own.sort().values])
     batch = RolloutBatch.select(transitions, index)
-    batch = replace(batch, sample=batch.sample + accelerator.process_index * images_of(transitions))
+    batch = replace(batch, sample=batch.sample + accelerator.process_index * images)
     is_own = torch.arange(most, device=accelerator.device) >= padding
     chosen = accelerator.gather(is_own).nonzero()[:, 0]
     named = {
@@ -134,11 +137,6 @@ def collected(transitions: Sequence[RolloutBatch], own: Tensor, most: int, accel
     everyone = from_tensors(named, batch.step.kind)
     by_step = np.lexsort((everyone.sample.cpu().numpy(), everyone.denoising_step.cpu().numpy()))
     return everyone[torch.from_numpy(by_step)]
-
-
-def images_of(transitions: Sequence[RolloutBatch]) -> int:
-    """How many images these rollout batches are of; each image has the same number of steps."""
-    return sum(len(batch) // len(batch.denoising_step.unique()) for batch in transitions)
 
 
 def renumbered(batch: RolloutBatch, images: int, first: int) -> RolloutBatch:

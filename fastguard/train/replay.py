@@ -21,7 +21,7 @@ from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import RolloutBatch, epoch_prompts
 from fastguard.train.state import TrainState
 from fastguard.train.update import Minibatch, minibatches, policy_loss
-from fastguard.utils.finite import is_finite
+from fastguard.utils.finite import names_not_finite
 from fastguard.utils.processes import on_all
 from fastguard.utils.sealed import DamagedError
 
@@ -78,10 +78,8 @@ def remember(
     if objective.reuse == "best":
         newest = best_images(state, transitions, rolled.scores.values)
     else:
-        own = all(
-            bool(is_finite(x)) for batch in transitions for x in as_tensors(batch).values() if x.is_floating_point()
-        )
-        finite = all(gather_object([own]))
+        bad = names_not_finite(pair for batch in transitions for pair in as_tensors(batch).items())
+        finite = not any(gather_object(bad))
         newest = StoredRollout(state.epoch, transitions, rolled.advantages.values) if finite else None
     if newest is None:
         recorder.skipped(state.epoch, "the rollout is not kept for later updates: no image of it is finite and scored")
@@ -123,7 +121,7 @@ def best_images(state: TrainState, transitions: Sequence[RolloutBatch], scores: 
         scores: (R, B of all processes); NaN marks an image that a reward failed on.
     """
     recipe, accelerator = state.recipe, state.accelerator
-    own = recipe.images_per_process
+    own, size, steps = recipe.images_per_process, recipe.sampler.batch_size, recipe.trained_steps
     rewards = combine_rewards(scores, [reward.weight for reward in recipe.rewards])
     groups = rewards.nan_to_num(nan=-torch.inf).view(-1, recipe.sampler.group_size)
     count = recipe.objective.replayed_images(recipe.sampler.group_size)
@@ -132,14 +130,11 @@ def best_images(state: TrainState, transitions: Sequence[RolloutBatch], scores: 
     images = images[~rewards[images].isnan()]
     if not len(images):
         return None
-    by_process = torch.bincount(images // own, minlength=accelerator.num_processes)
-    mine = images[images // own == accelerator.process_index] - accelerator.process_index * own
-    steps = recipe.trained_steps
-    batch, place = mine // recipe.sampler.batch_size, mine % recipe.sampler.batch_size
-    size = recipe.sampler.batch_size
-    first = batch * size * recipe.sampler.sde_steps + place
+    most = int(torch.bincount(images // own).max()) * steps
+    mine = images[images // own == accelerator.process_index] % own
+    first = mine // size * (size * recipe.sampler.sde_steps) + mine % size  # transition of each, in its rollout batch
     index = (first[:, None] + size * torch.arange(steps, device="cpu")).flatten()
-    best = collected(transitions, index, int(by_process.max()) * steps, accelerator)
+    best = collected(transitions, index, most, own, accelerator)
     # It lies step by step, with the images of each step in order.
     tensors = [tensor.view(steps * len(images), -1) for tensor in as_tensors(best).values()]
     whole = torch.stack([tensor.isfinite().all(1).cpu() for tensor in tensors]).all(0).view(steps, -1).all(0)
@@ -181,7 +176,11 @@ class Replayed:
                 index = torch.cat([minibatch.index, self.first + own, self.first + padding])
                 # Where a pass takes some of the fresh images alone, they stand for all of them.
                 of_fresh = recipe.sampler.batch_size / recipe.trained_images
-                weights = torch.ones(recipe.images_per_process) if minibatch.weights is None else minibatch.weights
+                weights = (
+                    torch.ones(recipe.images_per_process, device="cpu")
+                    if minibatch.weights is None
+                    else minibatch.weights
+                )
                 real = of_fresh * len(minibatch.index) * processes + len(share)
                 scale = len(index) * processes / real
                 yield Minibatch(index, scale * torch.cat([of_fresh * weights, self.weights]), self.offsets)

@@ -59,7 +59,7 @@ from fastguard.utils.terminal import say
 
 OF_STORED_ROLLOUTS = (
     "model.kind", "model.path", "model.dtype", "model.height", "model.width", "model.guidance", "model.train",
-    "prompts.file", "prompts.per_epoch", "rewards", "scoring.normalize_each", "advantages", "objective.name",
+    "prompts: ", "prompts.per_epoch", "rewards", "scoring.normalize_each", "advantages", "objective.name",
     "objective.kl_weight", "objective.keep", "sampler.kind", "sampler.num_steps", "sampler.sde_steps",
     "sampler.group_size", "sampler.batch_size",
 )  # fmt: skip
@@ -225,7 +225,7 @@ class RunFolder:
         baselines = content.get("baselines", {}) if same else {}
         state.baselines = {int(prompt): baseline for prompt, baseline in baselines.items()}
         if content.get("trained_prompts") != prompts:
-            changed.append("prompts.file: other prompts")
+            changed.append("prompts: other ones")
         state.buffer = self._restore_buffer(path, changed, state)
         if content["monitor"] is not None:
             best = content["monitor"]["best"]
