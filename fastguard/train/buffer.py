@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +66,13 @@ def is_of(name: str, recipe: Recipe, process: int) -> bool:
     return int(part) // _batches(recipe) == process
 
 
-def buffer_of(tensors: Mapping[str, Tensor], recipe: Recipe, accelerator: Accelerator) -> Buffer:
-    """The buffer of this process, from the tensors of a checkpoint that `is_of` it."""
+def buffer_of(
+    tensors: Mapping[str, Tensor], recipe: Recipe, latent_shape: tuple[int, ...], accelerator: Accelerator
+) -> Buffer:
+    """The buffer of this process, from the tensors of a checkpoint that `is_of` it.
+
+    Raises LookupError or ValueError if one is missing or has another shape.
+    """
     shared, own = recipe.objective.reuse == "best", recipe.images_per_process
     count = 1 if shared else _batches(recipe)
     first = 0 if shared else accelerator.process_index * count
@@ -74,12 +80,21 @@ def buffer_of(tensors: Mapping[str, Tensor], recipe: Recipe, accelerator: Accele
     for epoch in sorted({int(name.split(".")[0]) for name in tensors}, reverse=True)[: recipe.objective.rollouts - 1]:
         values = tensors[f"{epoch}.values"]
         if not shared:
+            if values.shape != (recipe.images_per_epoch,):
+                raise ValueError(f"{epoch}.values is not of {recipe.images_per_epoch} images")
             values = values[accelerator.process_index * own :][:own].clone()
         batches = []
         for number in range(first, first + count):
             prefix = f"{epoch}.{number}."
             found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-            batches.append(stored(from_tensors(found, recipe.sampler.kind).to(accelerator.device), recipe))
+            batch = from_tensors(found, recipe.sampler.kind)
+            images, steps = recipe.sampler.batch_size, recipe.sampler.sde_steps
+            if shared:
+                images, steps = values.shape[-1], recipe.trained_steps
+            for name in ("latents", "velocity", "noise"):
+                if getattr(batch, name).shape != (images * steps, *latent_shape) or len(batch) != images * steps:
+                    raise ValueError(f"{prefix}{name} is not of {images} images with {steps} steps of {latent_shape}")
+            batches.append(stored(batch.to(accelerator.device), recipe))
         rollouts.append(StoredRollout(epoch, tuple(batches), values))
     return Buffer(tuple(rollouts))
 
@@ -101,9 +116,10 @@ def as_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], kind: str) -> RolloutBatch:
-    """kind: of the sampler that drew it."""
+    """kind: of the sampler that drew it. Raises KeyError if a tensor is missing, ValueError for an impossible step."""
     step = Transition(kind, **{name: tensors[f"step_{name}"].cpu() for name in COEFS})  # type: ignore[arg-type]
-    return RolloutBatch(**{name: tensors.get(name) for name in FIELDS}, step=step)  # type: ignore[arg-type]
+    named: dict[str, Any] = {name: tensors[name] for name in FIELDS if name != "ref_velocity"}
+    return RolloutBatch(**named, ref_velocity=tensors.get("ref_velocity"), step=step)
 
 
 def _gather(tensor: Tensor, accelerator: Accelerator) -> Tensor:

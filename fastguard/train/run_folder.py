@@ -249,7 +249,14 @@ class RunFolder:
         own = read_tensors(path, "buffer", lambda name: is_of(name, recipe, self._accelerator.process_index))
         if causes and own and self._main:
             say(f"  earlier rollouts are not trained on again, since they do not fit: {', '.join(causes)}", sys.stdout)
-        return Buffer() if causes else buffer_of(own, recipe, self._accelerator)
+        if causes:
+            return Buffer()
+        try:
+            return buffer_of(own, recipe, state.backbone.latent_shape, self._accelerator)
+        except (LookupError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {path}: its earlier rollouts are not as they were written: {error}"
+            ) from None
 
     def _restore_monitor(self, content: dict[str, Any], state: TrainState) -> bool:
         """Give the monitor its history; True if its evaluations begin anew, as earlier ones do not compare."""

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from helpers.epochs import Epochs, recipe_of
 from helpers.run_folders import MONITOR, assert_same_end, in_process, newest, toy
-from helpers.toys import ToyBackbone, ToyPolicy
+from helpers.toys import SHAPE, ToyBackbone, ToyPolicy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from fastguard.config import ModelConfig, Recipe, RewardConfig, objective_config
 from fastguard.memory import plan
 from fastguard.memory.phases import buffer_bytes
 from fastguard.recipe import parse_recipe
+from fastguard.train import checkpoint
 from fastguard.train.buffer import Buffer, as_tensors, buffer_of, is_of
 from fastguard.train.checkpoint import CheckpointError, read_tensors, verify
 from fastguard.train.run_folder import RunFolder
@@ -80,7 +81,7 @@ def test_a_buffer_is_written_as_it_was_drawn_and_read_back_to_the_bit(
     loaded = load_file(tmp_path / "buffer.safetensors")
     drawn = [tensor for key, tensor in loaded.items() if key.endswith(("latents", "velocity", "noise"))]
     assert {tensor.dtype for tensor in drawn} == {torch.bfloat16}
-    assert_same(buffer_of(loaded, recipe, state.accelerator), state.buffer)
+    assert_same(buffer_of(loaded, recipe, SHAPE, state.accelerator), state.buffer)
 
 
 def test_two_processes_share_the_rollouts_of_one() -> None:
@@ -95,7 +96,7 @@ def test_two_processes_share_the_rollouts_of_one() -> None:
         for process in (0, 1):
             own = {key: tensor for key, tensor in tensors.items() if is_of(key, halved, process)}
             assert (len(own) < len(tensors)) == (name == "rpg")
-            parts.append(buffer_of(own, halved, TwoProcesses(process)).rollouts[0])  # type: ignore[arg-type]
+            parts.append(buffer_of(own, halved, SHAPE, TwoProcesses(process)).rollouts[0])  # type: ignore[arg-type]
         if name == "rpg":
             assert torch.equal(torch.cat([part.values for part in parts]), whole.values)
             batches = [batch for part in parts for batch in part.transitions]
@@ -144,6 +145,33 @@ def test_a_damaged_buffer_is_named(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"'buffer-0000.safetensors' is corrupted"):
         verify(file.parent)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("change", ["missing", "narrow", "short", "renamed", "impossible"])
+def test_a_buffer_that_was_not_written_so_is_refused(tmp_path: Path, name: str, change: str) -> None:
+    """With a manifest that fits, as if somebody had forged it."""
+    recipe = replace(toy(tmp_path / "run"), objective=OBJECTIVES[name])
+    in_process(recipe)
+    path = newest(tmp_path / "run")
+    tensors = read_tensors(path, "buffer")
+    if change == "missing":
+        del tensors["1.0.noise"]
+    elif change == "narrow":
+        tensors["1.0.velocity"] = tensors["1.0.velocity"][..., :1].contiguous()
+    elif change == "short":
+        tensors["1.values"] = tensors["1.values"][..., :-1].contiguous()
+    elif change == "renamed":
+        tensors["one.values"] = tensors.pop("1.values")
+    else:
+        tensors["1.0.step_std"] = -tensors["1.0.step_std"]
+    save_file(tensors, path / "buffer-0000.safetensors")
+    (path / "manifest.json").unlink()
+    checkpoint._seal(path)
+    accelerator = Accelerator(cpu=True)
+    state = build_state(ToyBackbone(), recipe, accelerator, None)
+    with pytest.raises(CheckpointError, match="its earlier rollouts are not as they were written"):
+        RunFolder(recipe, accelerator, "auto").restore(state)
 
 
 @pytest.mark.parametrize(
