@@ -192,9 +192,10 @@ def test_a_prompt_that_does_not_come_again_has_nothing_to_replay() -> None:
     assert {0, 2} == set(expected)
 
 
-def test_each_update_has_an_equal_share_of_each_rollout() -> None:
+@pytest.mark.parametrize("subsample", [1.0, 0.5])
+def test_each_update_has_an_equal_share_of_each_rollout(subsample: float) -> None:
     recipe = recipe_of("rpg", window=3)
-    recipe = replace(recipe, update=replace(recipe.update, minibatches=4, inner_epochs=2))
+    recipe = replace(recipe, update=replace(recipe.update, minibatches=4, inner_epochs=2, subsample=subsample))
     epochs = Epochs(recipe)
     for _ in range(3):
         rolled = epochs.sample()
@@ -202,13 +203,16 @@ def test_each_update_has_an_equal_share_of_each_rollout() -> None:
         if epochs.state.epoch < 2:
             epochs.remember(rolled)
     batch = RolloutBatch.cat(trained.transitions)
-    found = [minibatch.index for minibatch in trained.minibatches(epochs.state)]
+    found = list(trained.minibatches(epochs.state))
     assert len(found) == 8
-    for index in found:
-        assert torch.bincount(batch.sample[index] // 16).tolist() == [16, 16, 16]
+    count = round(16 * subsample)
+    assert recipe.transitions_per_update == 3 * count
+    for minibatch in found:
+        assert torch.bincount(batch.sample[minibatch.index] // 16).tolist() == [count] * 3
     for one_pass in (found[:4], found[4:]):
-        assert torch.cat(one_pass).sort().values.tolist() == list(range(48 * 4))
-    assert not torch.equal(found[0], found[4])
+        index = torch.cat([minibatch.index for minibatch in one_pass])
+        assert len(index.unique()) == len(index) == 3 * 4 * count
+    assert not torch.equal(found[0].index, found[4].index)
 
 
 @pytest.mark.parametrize("subsample", [1.0, 0.5])
