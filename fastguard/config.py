@@ -605,6 +605,12 @@ class Recipe:
             _check_images(self.images_per_epoch, images, draws, "update.inner_epochs * update.draws")
         self._check_divisions()
         self._check_per_step()
+        _require(
+            self.update.stop == "none" or self.objective.rollouts == 1,
+            f"update.stop = {self.update.stop} measures how far the policy is from the fresh rollout's, and "
+            f"objective.name = {self.objective.name} trains on earlier ones too: set update.stop to none, or "
+            "objective.window to 1",
+        )
         sharded = self.hardware.sharding == "fsdp2"
         for name, works, value in (
             ("optimizer", "adamw", self.update.optimizer),
@@ -660,10 +666,12 @@ class Recipe:
                 f"update.draws = {self.update.draws} must divide into update.minibatches = {self.update.minibatches}",
             )
         pairs = images * self.trained_steps
-        called = "update.draws" if self.objective.process == "forward" else "sampler.sde_steps"
+        steps = "update.draws" if self.objective.process == "forward" else "sampler.sde_steps"
+        if self.objective.process == "reverse" and self.trained_steps != sampler.sde_steps:
+            steps = f"{self.trained_steps} trained steps (objective.keep of sampler.sde_steps)"
         _require(
             pairs % self.update.minibatches == 0,
-            f"{of.split(' =')[0]} * {called} = {pairs} transitions of a rollout batch do not divide into "
+            f"{of.split(' =')[0]} * {steps} = {pairs} transitions of a rollout batch do not divide into "
             f"update.minibatches = {self.update.minibatches}",
         )
 
@@ -673,7 +681,7 @@ class Recipe:
         if not self.advantages.per_step:
             return
         _require(
-            self.objective.scope == "transition" and self.objective.process == "reverse",
+            (self.objective.scope, self.objective.process, self.objective.rollouts) == ("transition", "reverse", 1),
             f"advantages.name = {name} gives each denoising step its own advantage, and objective.name = "
             f"{self.objective.name} takes one for each image: set another one of the two",
         )
@@ -708,6 +716,8 @@ class Recipe:
                 "update.copies",
                 "there is no average (update.ema_decay) and no model before full fine-tuning (objective.kl_weight)",
             ),
+            *((objective.reuse == "best" and objective.rollouts == 1, f"objective.{name}",
+               "objective.window = 1 keeps no earlier rollout") for name in ("replayed", "cap")),
             (self.update.stop == "none", "update.stop_at", "update.stop = none asks for no distance"),
             (self.update.ema_decay == 0, "update.ema_every", "update.ema_decay = 0 keeps no average"),
             *((self.monitor.every == 0, f"monitor.{f.name}", "monitor.every = 0 turns it off")
@@ -738,12 +748,14 @@ class Recipe:
     @property
     def trained_steps(self) -> int:
         """Transitions of an image that a pass trains on: denoising steps, or draws of the forward process."""
-        return self.update.draws if self.objective.process == "forward" else self.sampler.sde_steps
+        forward = self.objective.process == "forward"
+        return self.update.draws if forward else self.objective.trained_steps(self.sampler.sde_steps)
 
     @property
     def stored_steps(self) -> int:
         """Transitions of an image that a rollout stores: each pass of the forward process has draws of its own."""
-        return self.trained_steps * (self.update.inner_epochs if self.objective.process == "forward" else 1)
+        forward = self.objective.process == "forward"
+        return self.update.draws * self.update.inner_epochs if forward else self.sampler.sde_steps
 
     @property
     def draws_of_noise(self) -> int:
@@ -751,10 +763,21 @@ class Recipe:
         return max(self.sampler.num_steps, self.stored_steps)
 
     @property
+    def best_images(self) -> int:
+        """Images of a rollout that the objective keeps as the best of their prompts, over all processes."""
+        if self.objective.rollouts == 1:
+            return 0
+        return self.prompts.per_epoch * self.objective.replayed_images(self.sampler.group_size)
+
+    @property
     def transitions_per_update(self) -> int:
-        """Transitions that one process contributes to an optimizer update."""
+        """Transitions that one process contributes to an optimizer update, once all earlier rollouts are there."""
         batches = self.images_per_process // self.sampler.batch_size
-        return batches * self.trained_images * self.trained_steps // self.update.minibatches
+        fresh = batches * self.trained_images * self.trained_steps // self.update.minibatches
+        if self.objective.reuse == "rollouts":
+            return fresh * self.objective.rollouts
+        shares = self.update.minibatches * self.hardware.processes
+        return fresh + math.ceil(self.best_images * self.trained_steps / shares)
 
     @property
     def micro_batch(self) -> int:

@@ -276,9 +276,9 @@ def _trained(recipe: Recipe) -> tuple[str, str]:
     if recipe.objective.process == "forward":
         of = f"{recipe.update.draws} flow times and noises of an image a pass"
         return "trained draws", f"{of}; images are sampled in {sampler.num_steps} steps without noise"
-    end = sampler.window_start + sampler.sde_steps - 1
+    end = sampler.window_start + recipe.trained_steps - 1
     moving = "" if sampler.window == "fixed" else f", {sampler.window} from step {sampler.window_start} on"
-    window = f"steps {sampler.window_start} to {end}" if sampler.window == "fixed" else f"{sampler.sde_steps} steps"
+    window = f"steps {sampler.window_start} to {end}" if sampler.window == "fixed" else f"{recipe.trained_steps} steps"
     return "trained steps", f"{window} of {sampler.num_steps} ({sampler.kind}){moving}"
 
 
@@ -289,6 +289,24 @@ def _scored_images(recipe: Recipe) -> Sequence[tuple[str, str]]:
     each, images = recipe.scored_per_image, recipe.images_per_epoch
     reason = f"advantages.name = {recipe.advantages.name} decodes and scores one after each trained step"
     return (("images scored per epoch", f"{each * images} = {images} x {each}: {reason}"),)
+
+
+def _earlier_rollouts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What an objective that trains on earlier rollouts keeps of them, and what that costs."""
+    rollouts, group = recipe.objective.rollouts, recipe.sampler.group_size
+    if rollouts == 1:
+        return
+    kept = f"{rollouts - 1} kept"
+    if recipe.objective.reuse == "rollouts":
+        yield "earlier rollouts", f"{kept}, whole: an update trains on {rollouts} rollouts as soon as there are so many"
+        return
+    count = recipe.objective.replayed_images(group)
+    yield "earlier rollouts", f"{kept}: the best {count} of {group} images of each prompt, on every process"
+    yield (
+        "replayed images",
+        f"at most {recipe.best_images} per epoch, of prompts that come again; 1 forward pass a transition without "
+        "gradients, before the updates",
+    )
 
 
 def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
@@ -309,6 +327,7 @@ def totals(recipe: Recipe) -> Sequence[tuple[str, str]]:
             f"{per_update * processes} = {processes} x {per_update} per GPU, in micro-batches of {recipe.micro_batch}",
         ),
         *_extra_passes(recipe),
+        *_earlier_rollouts(recipe),
         ("updates in all", f"{updates * recipe.run.epochs} in {recipe.run.epochs} epochs{fewer}"),
         ("images in all", f"{recipe.images_per_epoch * recipe.run.epochs}"),
     )

@@ -27,6 +27,7 @@ LONG = (
     "test_train.py",
     "test_golden.py",
     "test_run_folder.py",
+    "test_buffer.py",
     "test_flux.py",
     "test_operators.py",
     "test_qk_norm_rope.py",

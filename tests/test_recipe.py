@@ -75,6 +75,37 @@ def test_shipped_recipes_load_and_have_their_prompts(name: str) -> None:
     assert dict(totals(recipe))["images per epoch"].startswith(str(recipe.images_per_epoch))
 
 
+@pytest.mark.parametrize(
+    ("objective", "lines"),
+    [
+        (objective_config("grpo_guard"), {}),
+        (objective_config("rpg", window=1), {}),
+        (
+            objective_config("rpg", window=3),
+            {
+                "transitions per update": "240 = 1 x 240",
+                "earlier rollouts": "2 kept, whole: an update trains on 3 rollouts as soon as there are so many",
+            },
+        ),
+        (
+            objective_config("op_grpo", keep=0.8),
+            {
+                "trained steps": "steps 0 to 3 of 6 (flow_sde)",
+                "transitions per update": "80 = 1 x 80",  # half of 32 fresh and of 8 earlier images, 4 steps each
+                "earlier rollouts": "3 kept: the best 2 of 8 images of each prompt, on every process",
+                "replayed images": "at most 8 per epoch",
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_what_earlier_rollouts_cost_is_said(objective: ObjectiveConfig, lines: dict[str, str]) -> None:
+    said = dict(totals(replace(load_recipe(find_recipe("flux_tiny")), objective=objective)))
+    assert ("earlier rollouts" in said) == ("earlier rollouts" in lines)
+    for name, text in lines.items():
+        assert said[name].startswith(text)
+
+
 def test_the_flux_recipe_is_the_public_one() -> None:
     recipe = load_recipe(find_recipe("flux_lora"))
     assert (recipe.model.height, recipe.model.width, recipe.model.guidance) == (512, 512, 3.5)
@@ -149,6 +180,10 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("[advantages]\nname = 'trim'\nshare = 1.5", r"advantages: share must lie in \[0, 1\); got 1.5"),
         ("[advantages]\nname = 'bnpo'\nlow = 2.0", r"advantages: low must be below high.*got low = 2.0 and high = 1.0"),
         ("[advantages]\neps = '1'", r"advantages\.eps"),
+        (
+            "[objective]\nname = 'op_grpo'\nwindow = 1\ncap = 3.0",
+            r"objective\.cap = 3.0: set, but not read: objective\.window = 1",
+        ),
         ("[update]\nema_every = 3", r"update\.ema_every = 3: set, but not read"),
         ("[update]\ncopies = 'cpu'", r"update\.copies = cpu: set, but not read"),
         ("[monitor]\nprompts = 3", r"monitor\.prompts = 3: set, but not read: monitor\.every = 0"),

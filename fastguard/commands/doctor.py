@@ -331,15 +331,18 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """About what a checkpoint takes on the disk: weights, their export, averages, and the optimizer's state."""
+    """About what a checkpoint takes on the disk: weights, export, averages, optimizer state, and earlier rollouts."""
     from fastguard.memory.passes import as_built, weights_of
+    from fastguard.memory.phases import buffer_bytes
 
     count = weights_of(as_built(recipe.model), recipe.lora).trained.count
     weight = 4 if recipe.model.train == "lora" else getattr(torch, recipe.model.dtype).itemsize
     masters = weight < 4 or recipe.update.optimizer == "adamw_cpu"
     state = 2 if recipe.update.optimizer == "adamw8bit" else 12 if masters else 8
     averages = (recipe.update.ema_decay > 0) + (recipe.objective.anchor == "average")
-    return count * (2 * weight + 4 * averages + state)
+    shared = recipe.objective.reuse == "best"  # every process has the same
+    rollouts = buffer_bytes(recipe) * (1 if shared else recipe.hardware.processes)
+    return count * (2 * weight + 4 * averages + state) + rollouts
 
 
 def _optimizer(recipe: Recipe) -> Iterator[Finding]:

@@ -63,7 +63,9 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     run = RunFolder(recipe, accelerator, resume)
     with accelerator.main_process_first():
         recipe = with_model(recipe)
-    recompute: Recompute = broadcast([announce(recipe) if accelerator.is_main_process else "none"], accelerator)[0]
+    recompute: Recompute = broadcast(
+        [announce(recipe, prompts.trained) if accelerator.is_main_process else "none"], accelerator
+    )[0]
     with ExitStack() as stack:
         rewards = [(config, build_reward(config)) for config in recipe.rewards]
         gold = [(config, build_reward(config)) for config in recipe.monitor.gold if recipe.monitor.every]
@@ -86,9 +88,15 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     return 0
 
 
-def announce(recipe: Recipe) -> Recompute:
-    """Print what follows from the recipe, before any weight is loaded; returns the level of model.recompute."""
+def announce(recipe: Recipe, prompts: int) -> Recompute:
+    """Print what follows from the recipe, before any weight is loaded; returns the level of model.recompute.
+
+    Args:
+        prompts: how many there are to train on.
+    """
     print_lines(totals(recipe))
+    if recipe.best_images and recipe.prompts.per_epoch * (recipe.objective.rollouts - 1) < prompts:
+        print_lines([("warning", few_replayed(recipe, prompts))])
     if family_of(recipe.model.kind).footprint is not None:
         print_lines([("fused blocks", "yes" if recipe.model.fuse else "no")])
         return "none" if recipe.model.recompute == "auto" else recipe.model.recompute
@@ -100,3 +108,12 @@ def announce(recipe: Recipe) -> Recompute:
     peak = f"{predicted.peak / 2**30:.1f} GiB per GPU; {verdict} in {recipe.hardware.memory_gb:g} GB"
     print_lines([("predicted peak memory", peak)])
     return predicted.recompute
+
+
+def few_replayed(recipe: Recipe, prompts: int) -> str:
+    """Why most prompts have no earlier images when they come again, in words."""
+    return (
+        f"a prompt comes again after about {prompts / recipe.prompts.per_epoch:.1f} epochs, and objective.window = "
+        f"{recipe.objective.rollouts} keeps {recipe.objective.rollouts - 1} rollouts, so few images are replayed: "
+        "raise prompts.per_epoch or objective.window, or take fewer prompts"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from fastguard.backbones import family_of
@@ -44,7 +45,7 @@ class Phase:
     activations: int
     """everything else that is alive: activations, temporaries, workspaces"""
     trajectories: int
-    """stored transitions, and the embeddings of the epoch's prompts"""
+    """stored transitions, of the epoch and of earlier ones, and the embeddings of their prompts"""
     host: int = 0
     """bytes in host memory: what `sampler.store`, `update.copies` and adamw_cpu put there, per process"""
 
@@ -257,24 +258,54 @@ def _swapped(recipe: Recipe, weights: Weights) -> int:
 
 
 def _trajectories(recipe: Recipe, weights: Weights, sampling: bool) -> tuple[int, int]:
-    """(device, host) bytes of an epoch's transitions, and of its prompts on the device.
+    """(device, host) bytes of the transitions that wait, of an epoch and of earlier ones, and of prompts on the device.
 
     A rollout batch stores each of its tensors at once. While a batch is sampled, its transitions exist once more, and
     those of the batch before are still referenced. So do the images after each step, where advantages are per step.
-    Pinned memory is handed out in powers of two.
+    Pinned memory is handed out in powers of two. An update needs the prompts of the earlier rollouts, too.
     """
     sampler = recipe.sampler
-    tokens, channels = weights.latent_shape
-    itemsize = dtype_of(recipe.model).itemsize
-    one = sampler.batch_size * recipe.stored_steps * tokens * channels * itemsize
-    # Latents, velocity, noise; the reference's velocity, unless it is the one that the objective compares with.
-    tensors = 3 + (recipe.objective.kl_weight > 0 and recipe.objective.anchor != "reference")
+    one = _transition_bytes(recipe, weights) * sampler.batch_size * recipe.stored_steps
+    tensors = _stored_tensors(recipe)
     batches = recipe.images_per_process // sampler.batch_size
     prompts = min(recipe.prompts.per_epoch, recipe.images_per_process // sampler.group_size + 2)
+    if not sampling and recipe.objective.reuse == "rollouts":
+        prompts *= recipe.objective.rollouts
+    elif not sampling and recipe.best_images:
+        prompts = recipe.prompts.per_epoch
     text, pooled = weights.text
-    table = prompts * (recipe.prompts.max_tokens * text + pooled) * itemsize
-    images = 2 * (recipe.scored_per_image - 1) * allocated(one // sampler.sde_steps) if sampling else 0
+    table = prompts * (recipe.prompts.max_tokens * text + pooled) * dtype_of(recipe.model).itemsize
+    images = 2 * (recipe.scored_per_image - 1) * allocated(one // recipe.stored_steps) if sampling else 0
     batch = tensors * allocated(one) if sampling else 0
+    if recipe.objective.reuse == "rollouts":
+        batches *= recipe.objective.rollouts
+    best = _transition_bytes(recipe, weights) * recipe.best_images * recipe.trained_steps
+    # The best images of each earlier rollout; in an update, those that are replayed have been copied out of them.
+    kept, replayed = tensors * (recipe.objective.rollouts - 1), 0 if sampling else tensors * best
     if sampler.store == "cpu":
-        return table + images + 2 * batch, batches * tensors * 2 ** (one - 1).bit_length()
-    return table + images + batch + batches * tensors * allocated(one), 0
+        return table + images + 2 * batch, batches * tensors * _pinned(one) + kept * _pinned(best) + replayed
+    return table + images + batch + batches * tensors * allocated(one) + kept * allocated(best) + replayed, 0
+
+
+def _pinned(n_bytes: int) -> int:
+    return 2 ** (n_bytes - 1).bit_length() if n_bytes else 0
+
+
+def _transition_bytes(recipe: Recipe, weights: Weights) -> int:
+    """Of one tensor of a transition."""
+    return math.prod(weights.latent_shape) * dtype_of(recipe.model).itemsize
+
+
+def _stored_tensors(recipe: Recipe) -> int:
+    """Latents, velocity, noise; with a KL the reference's velocity, unless that is the velocity already."""
+    return 3 + (recipe.objective.kl_weight > 0 and recipe.objective.anchor != "reference")
+
+
+def buffer_bytes(recipe: Recipe) -> int:
+    """Bytes of the earlier rollouts of one process that updates still train on, as a full buffer holds them."""
+    weights = weights_of(as_built(recipe.model), recipe.lora)
+    images, steps = recipe.best_images, recipe.trained_steps
+    if recipe.objective.reuse == "rollouts":
+        images, steps = recipe.images_per_process, recipe.sampler.sde_steps
+    earlier = recipe.objective.rollouts - 1
+    return earlier * images * steps * _stored_tensors(recipe) * _transition_bytes(recipe, weights)

@@ -12,6 +12,7 @@ from fastguard.memory.phases import (
     GIB,
     RESERVE,
     Phase,
+    buffer_bytes,
     check_plannable,
     gib,
     leaves_reserve,
@@ -131,6 +132,13 @@ def _notes(recipe: Recipe, recompute: Recompute, roomy: bool) -> Iterator[str]:
         yield (
             f"advantages.name = {recipe.advantages.name}: {each} images per sample wait on the GPU to be decoded and "
             f"scored, {each * images} per epoch in place of {images}"
+        )
+    if recipe.objective.rollouts > 1:
+        where = "on the GPU" if recipe.sampler.store == "device" else "in host memory"
+        saved = "them once" if recipe.objective.reuse == "best" else "those of all processes"
+        yield (
+            f"objective.window = {recipe.objective.rollouts}: the earlier rollouts take {gib(buffer_bytes(recipe))} "
+            f"per process {where} once they are all there; a checkpoint holds {saved}"
         )
     yield "convolutions are taken to copy their input, weight and output to channels last"
     yield "not counted: the CUDA context, NCCL, fragmentation, and reward models on the same GPU"

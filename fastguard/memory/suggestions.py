@@ -67,6 +67,8 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Sequence[Any]]]:
         yield "sampler.decode_batch", _smaller(recipe.sampler.decode_batch, recipe, "sampler.decode_batch")
     if over & {"rollout", "decode", "update"}:
         yield "sampler.store", ["cpu"]
+        if recipe.objective.rollouts > 1:
+            yield "objective.window", list(range(recipe.objective.rollouts - 1, 0, -1))
         yield "update.copies", ["cpu"]
         yield "update.optimizer", ["adamw8bit"]
         yield "update.optimizer", ["adamw_cpu"]

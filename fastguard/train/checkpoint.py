@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastguard.config import LARGEST_INT
@@ -357,13 +357,16 @@ def read_state(path: Path) -> dict[str, Any]:
         return json.loads(file.read_bytes())
 
 
-def read_tensors(path: Path, group: str) -> dict[str, Tensor]:
-    """The tensors of one group, on the host. Raises CheckpointError, naming the file, if one cannot be read."""
+def read_tensors(path: Path, group: str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of one group, on the host, or those that are wanted by their name.
+
+    Raises CheckpointError, naming the file, if one cannot be read.
+    """
     tensors: dict[str, Tensor] = {}
     for name in sorted(_listed(path)):
         if re.fullmatch(rf"{group}-\d+\.safetensors", name):
-            with _reading(path, name) as file:
-                tensors |= load_file(file)
+            with _reading(path, name) as file, safe_open(file, "pt") as content:
+                tensors |= {key: content.get_tensor(key) for key in content.keys() if wanted(key)}  # noqa: SIM118
     return tensors
 
 

@@ -21,7 +21,7 @@ def draw_times(seed: int, epoch: int, prompt_indices: Tensor, passes: int, draws
     epoch and the prompt: the images of a group have the same ones.
     """
     starts = {
-        prompt: np.random.default_rng([seed, epoch, prompt]).uniform(size=(passes, 1))
+        prompt: np.random.default_rng([seed, epoch, prompt, 0, 1]).uniform(size=(passes, 1))  # not a member's words
         for prompt in set(prompt_indices.tolist())
     }
     places = np.stack([starts[prompt] for prompt in prompt_indices.tolist()])

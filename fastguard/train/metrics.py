@@ -104,6 +104,8 @@ class EpochLog:
     """images of the rollout, over all processes, per second of the whole epoch"""
     peak_memory_gib: float | None
     """largest allocation on any GPU during the epoch; None without one"""
+    earlier_images: int = 0
+    """images of earlier rollouts that were trained on, over all processes"""
 
     @property
     def grad_norm(self) -> float:
@@ -130,6 +132,7 @@ class EpochLog:
             "reward/dropped_groups": float(self.dropped_groups),
             "update/count": float(len(self.updates)),
             "update/grad_norm": self.grad_norm,
+            "update/earlier_images": float(self.earlier_images),
             "update/skipped": float(sum(update.skipped for update in self.updates)),
             "update/clip_fraction_positive": self.clip_fraction_positive,
             "update/clip_fraction_negative": self.clip_fraction_negative,

@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,7 @@ from fastguard.config import Recipe
 from fastguard.errors import UserError
 from fastguard.prompts import fingerprint
 from fastguard.recipe import as_dict, differences
+from fastguard.train.buffer import Buffer, buffer_of, is_of
 from fastguard.train.checkpoint import (
     FORMAT,
     CheckpointError,
@@ -56,6 +57,13 @@ from fastguard.utils.sharding import copy_all_into
 from fastguard.utils.signals import handled_by
 from fastguard.utils.terminal import say
 
+OF_STORED_ROLLOUTS = (
+    "model.kind", "model.path", "model.dtype", "model.height", "model.width", "model.guidance", "model.train",
+    "prompts: ", "prompts.per_epoch", "rewards", "scoring.normalize_each", "advantages", "objective.name",
+    "objective.kl_weight", "objective.keep", "sampler.kind", "sampler.num_steps", "sampler.sde_steps",
+    "sampler.group_size", "sampler.batch_size",
+)  # fmt: skip
+"""Fields without which an earlier rollout does not fit the ones that follow."""
 GRID_IMAGES = 16
 TRACKED = "fastguard"
 """Name of the run for trackers, and so TensorBoard's folder."""
@@ -217,6 +225,9 @@ class RunFolder:
         same = content.get("trained_prompts") == prompts and not any(c.startswith(compared) for c in changed)
         baselines = content.get("baselines", {}) if same else {}
         state.baselines = {int(prompt): baseline for prompt, baseline in baselines.items()}
+        if content.get("trained_prompts") != prompts:
+            changed.append("prompts: other ones")
+        state.buffer = self._restore_buffer(path, changed, state)
         if content["monitor"] is not None:
             best = content["monitor"]["best"]
             self._best = None if best is None else checkpoint_name(best["epoch"])  # kept until there is a better one
@@ -229,6 +240,24 @@ class RunFolder:
             self._best = None
             if state.monitor is not None:
                 state.monitor.best = None
+
+    def _restore_buffer(self, path: Path, changed: Sequence[str], state: TrainState) -> Buffer:
+        """The rollouts that updates still train on: those of the checkpoint, or none if they no longer fit."""
+        recipe = state.recipe
+        if recipe.objective.rollouts == 1:
+            return Buffer()
+        causes = [c for c in changed if c.startswith(OF_STORED_ROLLOUTS)]
+        own = read_tensors(path, "buffer", lambda name: is_of(name, recipe, self._accelerator.process_index))
+        if causes and own and self._main:
+            say(f"  earlier rollouts are not trained on again, since they do not fit: {', '.join(causes)}", sys.stdout)
+        if causes:
+            return Buffer()
+        try:
+            return buffer_of(own, recipe, state.backbone.latent_shape, self._accelerator)
+        except (LookupError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {path}: its earlier rollouts are not as they were written: {error}"
+            ) from None
 
     def _restore_monitor(self, content: dict[str, Any], state: TrainState) -> bool:
         """Give the monitor its history; True if its evaluations begin anew, as earlier ones do not compare."""
@@ -324,6 +353,8 @@ class RunFolder:
             content["monitor"] = state.monitor.state()
             content["monitor_conditions"] = state.monitor.conditions(state.backbone)
         groups = state.tensors()
+        if len(state.buffer):
+            groups["buffer"] = state.buffer.tensors(state.recipe, self._accelerator)
         exported = groups["weights" if state.average is None else "average"]
         self.checkpoints.save(state.epoch, content, groups, exported, state.backbone.export)
         self._saved = state.epoch

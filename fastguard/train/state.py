@@ -15,6 +15,7 @@ from fastguard.backbones import Backbone
 from fastguard.config import Recipe
 from fastguard.errors import NotFiniteError, UserError
 from fastguard.loss.objectives import MatchingObjective
+from fastguard.train.buffer import Buffer
 from fastguard.train.ema import Shadow
 from fastguard.train.monitor import Monitor
 from fastguard.train.optim import Optimizer, build_optimizer, state_tensors
@@ -50,6 +51,8 @@ class TrainState:
     """updates skipped since the last good one"""
     baselines: dict[int, float] = field(default_factory=dict)
     """what the advantage estimator expects of each prompt; empty unless it remembers earlier rollouts"""
+    buffer: Buffer = field(default_factory=Buffer)
+    """earlier rollouts that updates still train on; empty unless the objective asks for them"""
     checked: bool = False
     """whether this process has passed the parity preflight"""
 

@@ -25,9 +25,10 @@ from fastguard.train.metrics import (
 )
 from fastguard.train.monitor import Monitor
 from fastguard.train.recorder import Recorder
+from fastguard.train.replay import TrainingSet, remember, training_set
 from fastguard.train.rollout import epoch_schedule
 from fastguard.train.state import TrainState, build_state, for_processes
-from fastguard.train.update import check_parity, has_moved_too_far, minibatches, update_weights
+from fastguard.train.update import check_parity, has_moved_too_far, update_weights
 from fastguard.utils.sealed import DamagedError
 
 
@@ -90,26 +91,30 @@ def run_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder) -> Epo
     check_parity(transitions, state)
     updates: list[Update] = []
     with clock.phase("update"):
-        for minibatch in minibatches(state, rolled.advantages.values):
+        trained = training_set(state, rolled, transitions)
+        for minibatch in trained.minibatches(state):
             moved = not all(update.skipped for update in updates)
-            updates.append(update_weights(state, transitions, minibatch, rolled.advantages.values, recorder, moved))
+            updates.append(update_weights(state, trained.transitions, minibatch, trained.advantages, recorder, moved))
             if has_moved_too_far(updates[-1], state):
                 break
         state.require_finite()  # one reading an epoch of what each update reads, before it is evaluated or rolled out
+    state.buffer = remember(state, rolled, transitions, recorder)
     state.end_epoch()
     state.baselines = rolled.advantages.baselines
-    log = summarize(state, rolled, updates, clock)
+    log = summarize(state, rolled, trained, updates, clock)
     recorder.end_epoch(log, rolled.images, state)
     return log
 
 
-def summarize(state: TrainState, rolled: SampledEpoch, updates: Sequence[Update], clock: Clock) -> EpochLog:
+def summarize(
+    state: TrainState, rolled: SampledEpoch, trained: TrainingSet, updates: Sequence[Update], clock: Clock
+) -> EpochLog:
     """Reduce an epoch to plain numbers, over all processes; the only host copies of a healthy epoch."""
     recipe, accelerator = state.recipe, state.accelerator
     everyone = gather_updates(updates, accelerator)
     last_pass = everyone[-recipe.update.minibatches :]
     window = epoch_schedule(recipe, state.backbone.shift, state.epoch - 1).window
-    steps = window if recipe.objective.process == "reverse" else range(recipe.update.draws)
+    steps = window[: recipe.trained_steps] if recipe.objective.process == "reverse" else range(recipe.update.draws)
     overall = ratio_log(everyone)
     counted = rolled.rewards[~torch.isnan(rolled.rewards)]
     groups = recipe.prompts.per_epoch - rolled.dropped_groups
@@ -138,6 +143,7 @@ def summarize(state: TrainState, rolled: SampledEpoch, updates: Sequence[Update]
         seconds=dict(clock.seconds),
         images_per_s=recipe.images_per_epoch / sum(clock.seconds.values()),
         peak_memory_gib=peak,
+        earlier_images=trained.earlier_images(state),
     )
 
 

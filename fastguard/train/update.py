@@ -20,7 +20,7 @@ from fastguard.config import ObjectiveConfig
 from fastguard.errors import NotFiniteError, UserError
 from fastguard.loss import GuardLoss, guard_loss, matching_loss
 from fastguard.loss.checks import Reweight
-from fastguard.loss.objectives import Given, MatchingObjective, Noised
+from fastguard.loss.objectives import Given, MatchingObjective, Noised, Objective, Shifted
 from fastguard.ops.transition import total_variation
 from fastguard.train.advantages import advantages_of, size_of_each
 from fastguard.train.metrics import Update
@@ -40,11 +40,13 @@ class Minibatch:
     index: Tensor
     """(N,) int64, on the host: transitions of this process's rollout"""
     weights: Tensor | None = None
-    """of each image of the rollout, on the host, where a pass trains on some of them alone (`update.subsample`)"""
+    """of each image, on the host, where a pass trains on some alone (`update.subsample`) or on earlier ones too"""
+    offsets: Tensor | None = None
+    """(images, steps) on the device: log-ratio of the policy at the start of the updates to the one that drew a step"""
 
 
 def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
-    """Every transition that a pass trains on, once per pass.
+    """Every transition that a pass trains on, once per pass; for the advantages of several rollouts, of all of them.
 
     An objective of whole trajectories gets all steps of an image in one update, one of groups all images of a draw.
     Each rollout batch is shuffled and shared out on its own, seeded by its place in the whole rollout: an update sees
@@ -54,12 +56,14 @@ def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:
     images, steps, scope = recipe.sampler.batch_size, recipe.trained_steps, recipe.objective.scope
     batches = recipe.images_per_process // images
     first = state.accelerator.process_index * batches
-    words = [[recipe.run.seed, state.epoch, first + i] for i in range(batches)]
+    rollouts = len(advantages) // recipe.images_per_process
+    words = [[recipe.run.seed, state.epoch, first + i, age] for age in range(rollouts) for i in range(batches)]
     generators = [np.random.default_rng(np.random.SeedSequence(w)) for w in words]
-    common = np.random.default_rng(np.random.SeedSequence([recipe.run.seed, state.epoch]))
+    # A word of its own for what all batches share.
+    common = np.random.default_rng(np.random.SeedSequence([recipe.run.seed, state.epoch, 0, 0, 2]))
     for number in range(recipe.update.inner_epochs):
-        shares, weights = [], torch.zeros(recipe.images_per_process, device="cpu")
-        first_step = number * steps if recipe.stored_steps > steps else 0
+        shares, weights = [], torch.zeros(len(advantages), device="cpu")
+        first_step = number * steps if recipe.objective.process == "forward" else 0
         order_of_steps = common.permutation(steps)
         for i, generator in enumerate(generators):
             chosen = np.arange(images)
@@ -86,14 +90,15 @@ def policy_loss(
     batch: RolloutBatch,
     advantages: Tensor,
     objective: ObjectiveConfig,
-    given: Given | None = None,
+    given: Objective | None = None,
     weights: Tensor | None = None,
 ) -> GuardLoss:
     """`guard_loss` of a minibatch, with the velocity from the rollout's own step function.
 
     weights: (N,) of the transitions, for their policy loss and their KL.
-    given: derivatives of an objective of whole trajectories or groups. Without them each step is taken as the policy
-    gradient has it, which is a trajectory objective's gradient as long as no ratio has moved.
+    given: in the place of the objective: it around another policy, or the derivatives of one of whole trajectories or
+    groups. Without these each step is taken as the policy gradient has it, which is a trajectory objective's gradient
+    as long as no ratio has moved.
     """
     if objective.scope != "transition" and given is None:
         still = torch.zeros_like(advantages)
@@ -248,7 +253,7 @@ def update_weights(
     results, batches, batch_advantages, losses = [], [], [], []
     index, image_weights = minibatch.index, minibatch.weights
     parts = index.split(recipe.micro_batch)
-    known: Sequence[Given | None] = [None] * len(parts)
+    known: Sequence[Objective | None] = [None] * len(parts)
     if recipe.objective.scope != "transition":
         known = joint_derivatives(state, transitions, parts, advantages, moved)
     for part, given in zip(parts, known, strict=True):
@@ -256,13 +261,16 @@ def update_weights(
         batch_advantages.append(advantages_of(batch, advantages))
         # DDP sums gradients over the processes once per update; FSDP2 each time, which keeps them sharded.
         with accelerator.no_sync(policy) if part is not parts[-1] and not accelerator.is_fsdp2 else nullcontext():
+            offset = 0 if minibatch.offsets is None else minibatch.offsets[batch.sample, batch.denoising_step]
+            if isinstance(offset, Tensor):
+                given = Shifted(recipe.objective, offset)
             weights = None if image_weights is None else image_weights[batch.sample.cpu()].to(device)
             result = policy_loss(policy, batch, batch_advantages[-1], recipe.objective, given, weights)
             loss = result.loss * (len(part) / len(index))
             accelerator.backward(loss)
         losses.append(loss.detach())
         batches.append(batch.denoising_step)
-        results.append(result._replace(loss=result.loss.detach()))
+        results.append(result._replace(loss=result.loss.detach(), log_ratio=result.log_ratio - offset))
     grad_norm = full_tensor(accelerator.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm))
     finite = accelerator.gather(torch.isfinite(torch.stack(losses).sum() + grad_norm)[None]).all().item()
     update = Update(
@@ -329,8 +337,9 @@ def blame(state: TrainState, transitions: Sequence[RolloutBatch], index: Tensor,
         gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
         if not all(torch.isfinite(local_shard(x)).all() for x in (loss, *gradients)):
             prompt = state.backbone.prompts[int(one.prompt_indices.item())].text
+            earlier = ", of an earlier rollout," if one.sample.item() >= state.recipe.images_per_process else ""
             guilty.append(
-                f"denoising step {one.denoising_step.item()} of sample {one.sample.item()} on process "
+                f"denoising step {one.denoising_step.item()} of sample {one.sample.item()}{earlier} on process "
                 f"{accelerator.process_index} (prompt {one.prompt_indices.item()}: {prompt[:60]!r})"
             )
         state.optimizer.zero_grad()

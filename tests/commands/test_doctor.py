@@ -29,6 +29,7 @@ from fastguard.config import (
     RunConfig,
     SamplerConfig,
     UpdateConfig,
+    objective_config,
 )
 
 SEEN: list[tuple[tuple[int, ...], list[str], list[dict[str, Any]]]] = []
@@ -254,6 +255,13 @@ def test_disk_space_is_for_all_checkpoints_that_are_kept(recipe: Recipe, monkeyp
     full = replace(recipe, model=replace(recipe.model, train="full", dtype="bfloat16"), lora=LoraConfig())
     assert checkpoint_bytes(full) > 5 * one_checkpoint
     assert checkpoint_bytes(full) % 16 == 0  # bfloat16 twice, float32 master and two states
+
+    transition = 3 * (8 * 6) * 16 * 4  # tensors, tokens, channels, bytes
+    for name, processes, images in (("rpg", 1, 4 * 6), ("rpg", 2, 4 * 6), ("op_grpo", 2, 4)):
+        options = {} if name == "rpg" else {"keep": 1.0, "replayed": 1 / 6}  # the best one of each prompt
+        earlier = replace(recipe, objective=objective_config(name, window=2, **options))
+        earlier = replace(earlier, hardware=HardwareConfig(processes=processes))
+        assert checkpoint_bytes(earlier) - one_checkpoint == images * 5 * transition
 
     def disk(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))

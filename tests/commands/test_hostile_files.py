@@ -314,7 +314,7 @@ def fuzz_pipelines(tiny_flux: Path, tmp_path: Path, count: int, seed: int) -> Co
 
         def start(recipe: Recipe = recipe, planned: bool = file.name == "config.json") -> None:
             if planned:  # the planner reads nothing else
-                announce(recipe)
+                announce(recipe, recipe.prompts.per_epoch)
             load_backbone(recipe, gather_prompts(recipe), accelerator, "none")
 
         outcomes[outcome(start, folder)] += 1

@@ -75,6 +75,13 @@ def power_mean(log_r: Tensor, drift: Tensor, a: Tensor, d: int, lam=0.3) -> Tens
     return -a * log_r.expm1() if lam == 0 else -a * torch.log(1 - lam + lam * log_r.exp()) / lam
 
 
+def rpg(log_r: Tensor, drift: Tensor, a: Tensor, d: int, lam=0.3, window=2) -> Tensor:
+    """The integral of the weight `r / (1 - lam + lam r)`, from its value at r = 1."""
+    if lam in (0, 1):
+        return -a * (log_r if lam else log_r.expm1())
+    return -a * (torch.logaddexp(log_r.new_tensor(math.log(1 - lam)), math.log(lam) + log_r)) / lam
+
+
 def cispo(log_r: Tensor, drift: Tensor, a: Tensor, d: int, clip_range=1e-5) -> Tensor:
     low, high = pair(clip_range)
     return -a * log_r.exp().clamp(1 - low, 1 + high).detach() * log_r
@@ -107,10 +114,18 @@ def gmpo(log_r: Tensor, drift: Tensor, a: Tensor, d: int, clip_range=2e-5) -> Te
     return -a * torch.where(sign == 0, log_r, kept).mean(1).exp()
 
 
+def op_grpo(
+    log_r: Tensor, drift: Tensor, a: Tensor, d: int, clip_range=2e-6, adv_clip=5.0, dual_clip=None, offset=0.0, **buffer
+) -> Tensor:
+    """Without the weight of its image; the ratio is to another policy by the offset."""
+    return ppo(log_r - offset, drift, a, d, clip_range, adv_clip, dual_clip)
+
+
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "grpo_guard": ppo, "flow_grpo": ppo, "flow_dppo": flow_dppo, "dppo": masked, "copg": copg, "hinge": hinge,
     "ppo_rpe": ppo_rpe, "fr_ppo": fr_ppo, "surrogate": surrogate, "power_mean": power_mean, "cispo": cispo,
-    "sapo": sapo, "spo": spo, "dro": dro, "tic_grpo": tic_grpo, "gmpo": gmpo,
+    "sapo": sapo, "spo": spo, "dro": dro, "tic_grpo": tic_grpo, "gmpo": gmpo, "rpg": rpg,
+    "op_grpo": op_grpo,
 }  # fmt: skip
 
 # Options of each objective at two scales of the log-ratio: that of a mean over 65,536 elements, and an ordinary one.
@@ -131,6 +146,8 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "dro": [{}],
     "tic_grpo": [{}, {"low": 2e-5}],
     "gmpo": [{}],
+    "rpg": [{}],
+    "op_grpo": [{"clip_range": 1e-5}],
 }
 LARGE: dict[str, list[dict[str, Any]]] = {
     "grpo_guard": [{"clip_range": 0.2}, {"clip_range": (0.2, 0.28), "dual_clip": 1.3}],
@@ -149,6 +166,8 @@ LARGE: dict[str, list[dict[str, Any]]] = {
     "dro": [{"beta": 3.0}],
     "tic_grpo": [{"clip_range": 0.1}, {"clip_range": 0.1, "low": 0.1}],
     "gmpo": [{"clip_range": (0.1, 0.2)}],
+    "rpg": [{"lam": 0.1, "window": 8}, {"lam": 1.0}],
+    "op_grpo": [{"clip_range": (0.1, 0.3), "cap": 1.5}],
 }
 
 

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastguard.config import MonitorConfig, Recipe, RewardConfig, advantages_config, objective_config
-from fastguard.loss.objectives import OPTIONS
 from fastguard.rewards import RewardPool
 from fastguard.train import checkpoint
 from fastguard.train.monitor import Monitor
@@ -63,13 +62,25 @@ class SharedPolicy(nn.Module):
         return velocity
 
 
+LIMITED = {"clip_range": 1e-2}
+OBJECTIVES: dict[str, Any] = {
+    "rpg": {"window": 3}, "op_grpo": {**LIMITED, "window": 3, "replayed": 0.2, "keep": 0.75}, "diffusion_nft": {},
+    "dgpo": {},
+}  # fmt: skip
+"""Options by the objective's name; of others, LIMITED. Six replayed images of three steps do not share out evenly."""
+
+
 def recipe_for(arguments: argparse.Namespace) -> Recipe:
-    clipped = {"clip_range": 1e-2} if "clip_range" in OPTIONS[arguments.objective] else {}
     return replace(
         RECIPE,
         run=replace(RECIPE.run, dir=Path(arguments.dir), epochs=arguments.epochs, save_every=1, images_every=2),
         sampler=replace(RECIPE.sampler, batch_size=8),
-        objective=objective_config(arguments.objective, kl_weight=0.1, reweight=arguments.reweight, **clipped),
+        objective=objective_config(
+            arguments.objective,
+            kl_weight=0.1,
+            reweight=arguments.reweight,
+            **OBJECTIVES.get(arguments.objective, LIMITED),
+        ),
         advantages=advantages_config(**json.loads(arguments.advantages)),
         update=replace(
             RECIPE.update,

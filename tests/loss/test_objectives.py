@@ -402,7 +402,7 @@ def test_a_class_that_changes_its_base_is_not_computed_as_its_base() -> None:
         log_ratio: ClassVar[LogRatio] = "normalized"
 
     batch, plain = make_batch(), build_objective("grpo_guard")
-    assert FUSED == ["grpo_guard", "flow_grpo", "flow_dppo"]
+    assert FUSED == ["grpo_guard", "flow_grpo", "flow_dppo", "op_grpo"]
     twice, once = outcome(batch, Doubled()), outcome(batch, plain)
     assert torch.equal(twice[0], 2 * once[0])
     torch.testing.assert_close(twice[-1], 2 * once[-1])

@@ -45,7 +45,7 @@ from fastguard.memory import (
 )
 from fastguard.memory.live import Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.memory.passes import PassSettings, Sizes, as_built, rollout_pass, update_pass, weights_of
-from fastguard.memory.phases import optimizer_bytes, planned_phases, sampling_settings
+from fastguard.memory.phases import buffer_bytes, optimizer_bytes, planned_phases, sampling_settings
 from fastguard.train.optim import build_optimizer
 
 GIB = 2**30
@@ -454,6 +454,34 @@ def test_weights_of_the_schedule_are_planned_as_others(name: str) -> None:
     small = tiny()
     weighted = recipe_with(small, "objective", reweight=name)
     assert plan(weighted).peak == pytest.approx(plan(small).peak, rel=1e-3)
+
+
+def test_earlier_rollouts_are_counted_where_they_are_stored() -> None:
+    one = 2 * 4 * 2 * 3 * (8 * 8) * 16 * 4  # prompts, group, steps, tensors, tokens, channels, bytes
+    on_device = {}
+    for window in (1, 2, 3):
+        small = tiny(objective={"name": "rpg", "window": window})
+        on_device[window] = plan(small).phase("decode").trajectories
+        on_host = plan(recipe_with(small, "sampler", store="cpu"))
+        assert on_host.phase("decode").host == on_host.phase("update").host == window * one
+        assert buffer_bytes(small) == (window - 1) * one
+        assert any("objective.window" in note for note in on_host.notes) == (window > 1)
+    assert on_device[3] - on_device[2] == on_device[2] - on_device[1] == one
+    best = tiny(objective={"name": "op_grpo", "window": 3, "replayed": 0.5, "keep": 0.5})
+    assert buffer_bytes(best) == 2 * one // 4  # of two rollouts, half the images, and half of their steps
+    fresh = plan(recipe_with(best, "objective", window=1))
+    grown = {
+        name: plan(best).phase(name).trajectories - fresh.phase(name).trajectories for name in ("decode", "update")
+    }
+    assert grown == {"decode": one // 2, "update": one // 2 + one // 4}  # and a copy of what is replayed
+    # Too little memory for what is kept: the suggestion is planned, and true.
+    large = tiny(objective={"name": "rpg", "window": 8}, sampler={"group_size": 512, "store": "device"})
+    tight = recipe_with(large, "hardware", memory_gb=0.9 * plan(large).peak / 1e9)
+    (smaller,) = [s for s in plan(tight).suggestions if s.startswith("objective.window = ")]
+    assert smaller.endswith("fits")
+    window = int(smaller.split("= ")[1].split(":")[0])
+    assert plan(recipe_with(tight, "objective", window=window)).fits
+    assert not plan(recipe_with(tight, "objective", window=window + 1)).fits
 
 
 def test_copies_of_weights_are_counted_where_they_wait() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,42 @@ def test_advantages_per_step_on_two_processes_and_through_a_resume(tmp_path: Pat
     for name, tensor in one.items():
         assert torch.equal(tensor, halves[name]), name
         assert relative(tensor, both[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind"), [("rpg", "ddp"), ("op_grpo", "ddp"), ("op_grpo", "fsdp2"), ("rpg", "fsdp2")]
+)
+def test_earlier_rollouts_on_two_processes_and_through_resumes(
+    tmp_path: Path, two: Two, objective: str, kind: str
+) -> None:
+    """A window of three: resumed half-way it changes no bit; two processes train on what one trains on.
+
+    And the rollouts of two processes go on as those of one.
+    """
+    options = ("--objective", objective)
+    alone(tmp_path / "one", "4", *options)
+    alone(tmp_path / "halves", "2", *options)
+    alone(tmp_path / "halves", "4", *options, "--resume", "auto")
+    two(kind, tmp_path / "two", "2", *options)
+    shutil.copytree(tmp_path / "two", tmp_path / "other")
+    alone(tmp_path / "other", "4", *options, "--resume", "auto")
+    two(kind, tmp_path / "two", "4", *options, "--resume", "auto")
+    newest = {name: checkpoint_of(tmp_path / name, "newest") for name in ("one", "halves", "two", "other")}
+    for group in ("weights", "optimizer", "buffer"):
+        one, halves, both, other = (read_tensors(path, group) for path in newest.values())
+        assert one.keys() == halves.keys() == both.keys() == other.keys()
+        assert one
+        for name, tensor in one.items():
+            assert torch.equal(tensor, halves[name]), name
+            if tensor.is_floating_point() and tensor.norm() > 0:
+                assert relative(tensor.double(), both[name].double()) < 2e-6, name
+                assert relative(tensor.double(), other[name].double()) < 2e-6, name
+    counts = [row["earlier_images"] for row in read_rows(tmp_path / "two" / "metrics.jsonl")]
+    assert counts == ([0, 32, 64, 64] if objective == "rpg" else [0, 6, 6, 6])
+    logs = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for row, of_two in zip(*logs, strict=True):
+        norms = [[update["grad_norm"] for update in log["updates"]] for log in (row, of_two)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
 def _numbers(value: object) -> list[float]:

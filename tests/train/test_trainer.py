@@ -65,7 +65,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "hinge": {"margin": 5e-2}, "ppo_rpe": {"threshold": 2.5e-2}, "fr_ppo": {"tau": 0.1}, "surrogate": {},
     "power_mean": {}, "cispo": {"clip_range": 5e-2}, "sapo": {}, "spo": {"epsilon": 5e-2}, "dro": {"beta": 20.0},
     "tic_grpo": {"clip_range": 5e-2}, "gmpo": {"clip_range": 5e-2}, "diffusion_nft": {"adv_clip": 1.0},
-    "awm": {"clip_range": 5e-2}, "dgpo": {"beta": 1.0}, "dpo": {"beta": 10.0, "pairs": "all"},
+    "awm": {"clip_range": 0.2}, "dgpo": {"beta": 1.0}, "dpo": {"beta": 10.0, "pairs": "all"},
+    "rpg": {}, "op_grpo": {"clip_range": 5e-2, "keep": 1.0},
 }  # fmt: skip
 
 

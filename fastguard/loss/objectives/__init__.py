@@ -24,9 +24,12 @@ from fastguard.loss.objectives.gmpo import Gmpo
 from fastguard.loss.objectives.grpo_guard import GrpoGuard
 from fastguard.loss.objectives.hinge import Hinge
 from fastguard.loss.objectives.matching import MatchingObjective, Noised
+from fastguard.loss.objectives.op_grpo import OpGrpo
 from fastguard.loss.objectives.power_mean import PowerMean
 from fastguard.loss.objectives.ppo_rpe import PpoRpe
+from fastguard.loss.objectives.rpg import Rpg
 from fastguard.loss.objectives.sapo import Sapo
+from fastguard.loss.objectives.shifted import Shifted
 from fastguard.loss.objectives.spo import Spo
 from fastguard.loss.objectives.surrogate import Surrogate
 from fastguard.loss.objectives.tic_grpo import TicGrpo
@@ -49,6 +52,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dro": Dro,
     "tic_grpo": TicGrpo,
     "gmpo": Gmpo,
+    "rpg": Rpg,
+    "op_grpo": OpGrpo,
     "diffusion_nft": DiffusionNft,
     "awm": Awm,
     "dgpo": Dgpo,
@@ -69,6 +74,7 @@ __all__ = [
     "Noised",
     "Objective",
     "Scope",
+    "Shifted",
     "Terms",
     "build_objective",
 ]

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from fastguard.ops.transition import FusedEpilogue, Terms, log1p_of
-from fastguard.options import check_at_least_0, check_positive, is_number
+from fastguard.options import check_at_least_0, check_number, check_positive, is_number
 
 Scope = Literal["transition", "trajectory", "group"]
 Process = Literal["reverse", "forward"]
 Anchor = Literal["rollout", "average", "reference"]
 LogRatio = Literal["normalized", "plain"]
+Reuse = Literal["none", "rollouts", "best"]
 ClipRange = float | tuple[float, float]
 
 __all__ = [
@@ -32,13 +33,16 @@ __all__ = [
     "LogRatio",
     "Objective",
     "Process",
+    "Reuse",
     "Scope",
     "Terms",
     "beyond_clip",
     "by_sign",
     "check_adv_clip",
     "check_at_least_0",
+    "check_number",
     "check_positive",
+    "check_window",
     "clip_pair",
     "is_number",
     "penalized",
@@ -70,6 +74,8 @@ class Objective:
     """whether `terms` has a derivative with respect to the drift"""
     limit_name: ClassVar[str | None] = None
     """the option that limits how far a transition may move, if there is one"""
+    reuse: ClassVar[Reuse] = "none"
+    """what the trainer keeps of earlier rollouts: nothing, whole "rollouts", or the "best" images of each prompt"""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A class that changes what is computed is not what its base's fused epilogue computes."""
@@ -113,6 +119,27 @@ class Objective:
         """How far each transition has moved from the rollout, (N,), in the unit of `limit`."""
         return log_ratio.abs()
 
+    @property
+    def rollouts(self) -> int:
+        """How many rollouts the trainer's updates draw from, the fresh one counted."""
+        return 1
+
+    def trained_steps(self, steps: int) -> int:
+        """How many of the stochastic steps of an image are trained, from the noisiest on."""
+        return steps
+
+    def replayed_images(self, group_size: int) -> int:
+        """How many images of earlier rollouts may join a group."""
+        return 0
+
+    def trajectory_weights(self, log_ratio: Tensor) -> Tensor:
+        """Weights (n,) of images of earlier rollouts.
+
+        Args:
+            log_ratio: (n, T) of the policy at the start of the updates to the policy that drew each trained step.
+        """
+        return torch.ones_like(log_ratio[:, 0])
+
 
 @dataclass(frozen=True)
 class ClipRanged(Objective):
@@ -136,6 +163,16 @@ def check_log_ratio(value: str, name: str = "log_ratio") -> None:
         raise ValueError(f"{name} must be one of {', '.join(get_args(LogRatio))}; got {value!r}")
 
 
+def check_window(window: int) -> None:
+    """Raise TypeError or ValueError unless updates can draw from so many rollouts."""
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise TypeError(f"window must be a whole number of rollouts; got {window!r}")
+    if not 1 <= window <= MOST_ROLLOUTS:
+        raise ValueError(f"window must lie in [1, {MOST_ROLLOUTS}] rollouts; got {window}")
+
+
+MOST_ROLLOUTS = 8
+"""that an update draws from: older policies are too far away, and each rollout takes memory"""
 USUAL_CLIP_RANGE = 1e-5
 """of log-ratios that are means over 65,536 elements"""
 
