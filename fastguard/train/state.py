@@ -58,11 +58,12 @@ class TrainState:
 
     def tensors(self) -> dict[str, Iterable[tuple[str, Tensor]]]:
         """Group -> (name, live tensor) of what updates change: weights, averages (none without one), optimizer."""
+        old = {} if self.old is None else {"old": self.old.tensors.items()}
         return {
             "weights": self.parameters.items(),
             "average": {} if self.average is None else self.average.tensors.items(),
-            "old": {} if self.old is None else self.old.tensors.items(),
             "optimizer": state_tensors(self.optimizer, self.parameters),
+            **old,
         }
 
     def sampling_policy(self) -> AbstractContextManager[None]:
