@@ -17,9 +17,9 @@ DIGITS = {"proxy": 2, "gold": 2, "diversity": 3, "epochs": 1}
 """Digits behind the point, of each quantity."""
 NAMES = {"proxy": "proxy", "gold": "gold score", "diversity": "diversity", "epochs": "epochs"}
 FIRST_UPDATE = (
-    "The first update after a rollout is identical for all objectives of one denoising step. No weight has moved, every ratio is 1, "
-    "and the gradient with respect to the log-ratio is minus the advantage. What remains is a factor for each "
-    "denoising step: objective.reweight, and RatioNorm's standard deviation."
+    "The first update after a rollout is identical for all objectives of one denoising step. No weight has moved, "
+    "every ratio is 1, and the gradient with respect to the log-ratio is minus the advantage. What remains is a factor "
+    "for each denoising step: objective.reweight, and RatioNorm's standard deviation."
 )
 SAME_INSIDE = (
     "Log-ratios are means over the D elements of a latent, so ratios stay close to 1: 1 ± 1e-5 for Flux at 512 x 512, "
