@@ -47,9 +47,11 @@ from fastguard.memory.phases import limit_bytes, planned_phases
 from fastguard.prompts import EncodedPrompts, Prompt
 from fastguard.recipe import parse_recipe
 from fastguard.train.collect import images_to_sample
+from fastguard.train.minibatches import minibatches
+from fastguard.train.policy_loss import policy_loss
 from fastguard.train.rollout import RolloutBatch, rollout, training_schedule
 from fastguard.train.state import TrainState, build_state
-from fastguard.train.update import minibatches, policy_loss, update_weights
+from fastguard.train.update import update_weights
 
 MEMORY_GB = 80.0
 CLIP_RANGE = {"512": 2e-6, "1024": 1e-6}

@@ -26,8 +26,8 @@ from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_ke
 from fastguard.prompts import ENCODE_BATCH
 from fastguard.sde import Transition
 from fastguard.step import sde_step
+from fastguard.train.policy_loss import policy_loss
 from fastguard.train.rollout import RolloutBatch, predict_velocity
-from fastguard.train.update import policy_loss
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from torch import Tensor
 from fastguard.train.advantages import advantages_without_failures, combine_rewards, standardize_each
 from fastguard.train.buffer import Buffer, StoredRollout, as_tensors, collected, renumbered, stored
 from fastguard.train.collect import SampledEpoch
+from fastguard.train.minibatches import Minibatch, minibatches
+from fastguard.train.policy_loss import policy_loss
 from fastguard.train.recorder import Recorder
 from fastguard.train.rollout import RolloutBatch, epoch_prompts
 from fastguard.train.state import TrainState
-from fastguard.train.update import Minibatch, minibatches, policy_loss
 from fastguard.utils.finite import names_not_finite
 from fastguard.utils.processes import on_all
 from fastguard.utils.sealed import DamagedError

@@ -17,10 +17,11 @@ from fastguard.config import Recipe, advantages_config, objective_config
 from fastguard.rewards import RewardError
 from fastguard.train.collect import SampledEpoch, sample_epoch
 from fastguard.train.metrics import Clock
+from fastguard.train.minibatches import minibatches
 from fastguard.train.rollout import training_schedule
 from fastguard.train.state import TrainState, build_state
 from fastguard.train.trainer import train
-from fastguard.train.update import minibatches, update_weights
+from fastguard.train.update import update_weights
 
 VGPO = replace(
     RECIPE,

@@ -15,9 +15,10 @@ from fastguard.config import Recipe, objective_config
 from fastguard.errors import UserError
 from fastguard.train.collect import images_to_sample, noised_batch
 from fastguard.train.forward import draw_times, noised
+from fastguard.train.minibatches import minibatches
+from fastguard.train.policy_loss import joint_derivatives, policy_loss
 from fastguard.train.rollout import RolloutBatch, sample_seeds
 from fastguard.train.trainer import train
-from fastguard.train.update import joint_derivatives, minibatches, policy_loss
 
 
 def of(name: str, recipe: Recipe = RECIPE, **options: Any) -> Recipe:

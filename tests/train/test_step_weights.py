@@ -17,10 +17,12 @@ import fastguard as fg
 from fastguard.config import SamplerConfig, objective_config
 from fastguard.train import collect
 from fastguard.train.metrics import Clock
+from fastguard.train.minibatches import minibatches
+from fastguard.train.policy_loss import policy_loss
 from fastguard.train.rollout import training_schedule
 from fastguard.train.state import TrainState, build_state
 from fastguard.train.step_weights import step_weights
-from fastguard.train.update import minibatches, policy_loss, update_weights
+from fastguard.train.update import update_weights
 
 NAMES = ("tempflow", "noise_level")
 

@@ -44,11 +44,13 @@ from fastguard.train import trainer
 from fastguard.train.collect import images_to_sample
 from fastguard.train.ema import Shadow
 from fastguard.train.metrics import Update, clip_fractions, clip_range_for, ratio_log
+from fastguard.train.minibatches import minibatches
 from fastguard.train.monitor import Monitor
 from fastguard.train.optim import AdamW
+from fastguard.train.policy_loss import joint_derivatives, policy_loss
 from fastguard.train.rollout import RolloutBatch, predict_velocity, rollout, training_schedule
 from fastguard.train.trainer import train
-from fastguard.train.update import has_moved_too_far, joint_derivatives, minibatches, policy_loss
+from fastguard.train.update import has_moved_too_far
 from fastguard.utils.sealed import DamagedError
 
 
