@@ -444,7 +444,7 @@ class UpdateConfig:
     subsample: float = 1.0
     """share of the images that a pass trains on, drawn by |advantage| and weighted so that the gradient has no bias"""
     draws: int = 4
-    """flow times and noises of each image in a pass, for objectives of the forward process; others read it not"""
+    """flow times and noises of each image in a pass, for objectives of the forward process"""
     micro_batch: int = 4
     """transitions per forward and backward pass, per process; 0 takes the whole share of a minibatch at once"""
     stop: Literal["none", "espo"] = "none"
@@ -606,6 +606,11 @@ class Recipe:
         self._check_divisions()
         self._check_per_step()
         _require(
+            self.update.stop == "none" or not forward,
+            f"update.stop = {self.update.stop} measures how far denoising steps are from the rollout's, and "
+            f"objective.name = {self.objective.name} takes none: set update.stop to none",
+        )
+        _require(
             self.update.stop == "none" or self.objective.rollouts == 1,
             f"update.stop = {self.update.stop} measures how far the policy is from the fresh rollout's, and "
             f"objective.name = {self.objective.name} trains on earlier ones too: set update.stop to none, or "
@@ -683,7 +688,7 @@ class Recipe:
         _require(
             (self.objective.scope, self.objective.process, self.objective.rollouts) == ("transition", "reverse", 1),
             f"advantages.name = {name} gives each denoising step its own advantage, and objective.name = "
-            f"{self.objective.name} takes one for each image: set another one of the two",
+            f"{self.objective.name} takes one for each image: change one of the two",
         )
         _require(
             not self.scoring.normalize_each,
@@ -701,20 +706,23 @@ class Recipe:
         """
         model, sampler, objective = self.model, self.sampler, self.objective
         forward = objective.process == "forward"
+        has_adapters = model.train == "lora" and "lora" not in by_model
         unread: list[tuple[bool, str, str]] = [
             *((True, path, reason) for path, reason in by_model.items()),
             (model.train == "full", "lora", 'model.train = "full" trains every weight'),
             (sampler.window != "sliding", "sampler.window_epochs", f"sampler.window = {sampler.window} does not slide"),
             (objective.kl_weight == 0, "objective.kl_type", "objective.kl_weight = 0 computes no KL"),
-            *((forward, f"objective.{field}", f"objective.name = {objective.name} takes no denoising steps")
-              for field in ("reweight", "kl_type")),
+            *((forward, field, f"objective.name = {objective.name} takes no denoising steps, and samples without noise")
+              for field in ("objective.reweight", "objective.kl_type", "sampler.kind", "sampler.noise_level",
+                            "sampler.window", "sampler.window_epochs")),
+            (objective.anchor != "rollout", "update.parity", f"objective.name = {objective.name} has no ratio of 1"),
             (not forward, "update.draws", f"objective.name = {objective.name} trains on denoising steps"),
             (
                 self.update.ema_decay == 0
                 and objective.anchor != "average"
-                and (model.train == "lora" or (objective.kl_weight == 0 and objective.anchor != "reference")),
+                and (has_adapters or (objective.kl_weight == 0 and objective.anchor != "reference")),
                 "update.copies",
-                "there is no average (update.ema_decay) and no model before full fine-tuning (objective.kl_weight)",
+                "there is no average (update.ema_decay), and no copy of the model before training",
             ),
             *((objective.reuse == "best" and objective.rollouts == 1, f"objective.{name}",
                "objective.window = 1 keeps no earlier rollout") for name in ("replayed", "cap")),

@@ -264,6 +264,8 @@ def _extra_passes(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "reference": "the model before training",
         }[objective.anchor]
         yield "after a rollout", f"{one}, for the velocities of {whose}"
+    if objective.kl_weight > 0 and objective.anchor != "reference":
+        yield "for the KL", f"{one}, for the velocities of the model before training"
     if objective.scope != "transition":
         updates = recipe.update.inner_epochs * recipe.update.minibatches
         saved = f"; not in the first of the {updates} updates of a rollout" if objective.anchor == "rollout" else ""

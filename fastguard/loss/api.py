@@ -260,16 +260,16 @@ def _policy_weight(call: Call, dtype: torch.dtype) -> Tensor | None:
     """What the factor on the policy loss is made of, (B,) or (1,): itself, or for `invert_weight` 1 / |itself|."""
     reweight, sample_weight = call.reweight, call.sample_weight
     if not isinstance(reweight, str):
-        weight = _column(reweight, call.velocity, dtype)
-        return weight if sample_weight is None else weight * _column(sample_weight, call.velocity, dtype)
+        weight = column(reweight, call.velocity, dtype)
+        return weight if sample_weight is None else weight * column(sample_weight, call.velocity, dtype)
     inverse = {"none": None, "inverse_dt": call.step.dt, "equalized": call.step.velocity_coef}[reweight]
     if sample_weight is None:
         return inverse
-    weight = _column(sample_weight, call.velocity, dtype)
+    weight = column(sample_weight, call.velocity, dtype)
     return weight if inverse is None else weight / inverse.to(dtype).abs()
 
 
-def _column(value: Tensor | float, latents: Tensor, dtype: torch.dtype) -> Tensor:
+def column(value: Tensor | float, latents: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor as (B,) or (1,)."""
     if isinstance(value, Tensor):
         return value.reshape(-1).to(dtype)

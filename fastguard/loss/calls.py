@@ -193,7 +193,7 @@ def _general_loss(
             velocity_kl=velocity_kl,
             invert_weight=invert_weight,
             reduction=reduction,
-            bandwidth=objective.bandwidth,
+            smooth=std * std / (std * std + objective.bandwidth**2) if objective.bandwidth else None,
         )
 
     return loss

@@ -106,6 +106,12 @@ def check_sigma(sigma: Tensor, velocity: Tensor) -> None:
         raise ValueError(f"sigma is on {sigma.device}, the latents on {velocity.device}; move it there")
 
 
+def check_times(sigma: Tensor) -> None:
+    """The values of flow times; waits for the GPU."""
+    if not bool(((sigma > 0) & (sigma <= 1)).all()):
+        raise ValueError(f"sigma holds flow times in (0, 1], where 1 is noise; got {sigma.flatten().tolist()}")
+
+
 def check_factor(name: str, value: float | Tensor, latents: Tensor) -> None:
     """A number, or a tensor () or with one entry per sample and axes of size 1."""
     if is_number(value):
@@ -150,10 +156,20 @@ def check_objective(objective: str | Objective, options: dict[str, Any], process
         found = build_objective(objective, **options)
     else:
         raise TypeError(f"objective must be a name or an Objective; got {type(objective).__name__}")
-    if not isinstance(found, Given):
+    if isinstance(found, Given):
+        _check_given(found, process)
+    else:
         _check_process(found, process)
         _check_scope(found)
     return found
+
+
+def _check_given(given: Given, process: Process) -> None:
+    if process == "forward" and (given.log_ratio != "plain" or given.bandwidth):
+        raise ValueError(
+            "derivatives for matching_loss are by the plain log-ratio without a bandwidth; got log_ratio = "
+            f"{given.log_ratio!r}, bandwidth = {given.bandwidth}"
+        )
 
 
 def _check_process(objective: Objective, process: Process) -> None:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastguard.loss.api import GuardLoss
+from fastguard.loss.api import GuardLoss, column
 from fastguard.loss.checks import (
     Reduction,
     check_advantages,
@@ -25,6 +24,7 @@ from fastguard.loss.checks import (
     check_objective,
     check_reduction,
     check_sigma,
+    check_times,
 )
 from fastguard.loss.objectives import DEFAULT_MATCHING, MatchingObjective, Noised, Objective, Terms
 from fastguard.ops.registry import Backend, compute_dtype, refuse_transforms, resolve_backend
@@ -74,8 +74,8 @@ def matching_loss(
         options: options of the objective, if it is given by name. Its class documents them.
 
     Returns:
-        As `guard_loss`, with log_ratio `(|v_old - target|^2 - |v - target|^2) / D`, cross
-        `2 <target - v_old, v - v_old> / D` and drift `2 |v - v_old|^2 / D`.
+        As `guard_loss`, with log_ratio `(|v_old - target|^2 - |v - target|^2) / D`, times the objective's factor of the
+        flow time if it has one, cross `2 <target - v_old, v - v_old> / D` and drift `2 |v - v_old|^2 / D`.
 
     Raises:
         ValueError: a shape, device or option does not fit; the message says what came and what was expected.
@@ -96,16 +96,15 @@ def matching_loss(
     if check_values:
         factors = {"advantages": advantages, "sigma": sigma, "sample_weight": sample_weight, "kl_weight": kl_weight}
         check_finite({**tensors, **factors})
+        check_times(sigma)
 
     dtype, resolved = compute_dtype(velocity.dtype), resolve_backend(backend, velocity)
     n_elements = math.prod(velocity.shape[1:])
-
-    def column(value: float | Tensor) -> Tensor:  # (B,), or (1,) for all
-        if isinstance(value, Tensor):
-            return value.detach().reshape(-1).to(dtype)
-        return torch.full((1,), float(value), dtype=dtype, device=velocity.device)
-
-    advantages, sigma = column(advantages), column(sigma)
+    advantages, sigma = (column(value.detach(), velocity, dtype) for value in (advantages, sigma))
+    if velocity.numel() == 0:
+        loss = (velocity.sum() if reduction != "none" else velocity.flatten(1).sum(1)).to(dtype)
+        kl_or_none = None if ref_velocity is None else advantages
+        return GuardLoss(loss, advantages, advantages, advantages, advantages, advantages.bool(), kl_or_none)
     old, target = old_velocity.detach(), target.detach()
     ref = None if ref_velocity is None else ref_velocity.detach()
     spread = found.error_spread() if isinstance(found, MatchingObjective) else None
@@ -118,14 +117,15 @@ def matching_loss(
             return found.terms(log_ratio, drift, advantages, n_elements=n_elements, noised=noised)
         return found.terms(log_ratio, drift, advantages, n_elements=n_elements)
 
+    smooth = found.time_factor(sigma) if isinstance(found, MatchingObjective) else None
     fixed = not isinstance(kl_weight, Tensor)
     loss, log_ratio, ratio, cross, drift, kl, coefs, clipped = epilogue(
         sums[:n_moments],
         terms,
         None,
-        column(STD),
-        None if sample_weight is None else column(sample_weight),
-        None if fixed else column(kl_weight),
+        column(STD, velocity, dtype),
+        None if sample_weight is None else column(sample_weight, velocity, dtype).detach(),
+        None if fixed else column(kl_weight, velocity, dtype).detach(),
         n_elements,
         normalized=False,
         moves_drift=found.moves_drift,
@@ -134,6 +134,7 @@ def matching_loss(
         velocity_kl=False,
         invert_weight=False,
         reduction=reduction,
+        smooth=smooth,
     )
     ref_or_none = None if fixed and kl_weight == 0 else ref
     loss = TransitionLossFunction.apply(velocity, loss, coefs, target, old, ref_or_none, (True, True, resolved))

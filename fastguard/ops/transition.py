@@ -322,7 +322,7 @@ def epilogue(
     velocity_kl: bool,
     invert_weight: bool,
     reduction: str,
-    bandwidth: float = 0.0,
+    smooth: Tensor | None = None,
 ) -> LossNumbers:
     """From sums (2 or 3, B) to the numbers of the loss, as `guard_loss` has them.
 
@@ -332,7 +332,8 @@ def epilogue(
         terms: (log_ratio, drift) -> Terms, the objective with its advantages.
         normalized: whether the log-ratio is RatioNorm's, `s cross`, rather than `cross - drift / 2`.
         moves_drift: whether `terms.by_drift` can differ from 0.
-        bandwidth: h, by which the log-ratio is `std^2 / (std^2 + h^2)` times as large.
+        smooth: factor on the moments that `terms` gets, or None: `std^2 / (std^2 + h^2)` for policies that a kernel of
+            width h has smoothed. RatioNorm's log-ratio gets its root, since it has a smoothed std before it.
     """
     # On the host each operation on these few numbers costs more than its arithmetic, and one with a Python number more
     # than one with a tensor. So they are kept few: addcmul and addcdiv take the number along.
@@ -351,10 +352,14 @@ def epilogue(
         log_ratio, noise_slope = torch.sub(cross, drift, alpha=0.5), cross_scale
     # A sum that is not finite must not end in a clipped, plausible loss: 0 * inf is NaN.
     log_ratio = torch.addcmul(log_ratio, cross, drift, value=0)
-    if bandwidth:
-        temper = std * std / (std * std + bandwidth**2)
-        log_ratio, noise_slope = temper * log_ratio, temper * noise_slope
-    loss, slope, by_drift, clipped = terms(log_ratio, drift)
+    drift_slope = None
+    if smooth is None:
+        loss, slope, by_drift, clipped = terms(log_ratio, drift)
+    else:
+        factor = smooth.sqrt() if normalized else smooth
+        log_ratio, noise_slope, drift_slope = factor * log_ratio, factor * noise_slope, factor
+        loss, slope, by_drift, clipped = terms(log_ratio, smooth * drift)
+        by_drift = smooth * by_drift
     if weight is not None:
         scaled = torch.div if invert_weight else torch.mul
         factor = weight.abs() if invert_weight else weight
@@ -364,7 +369,8 @@ def epilogue(
     share = 1 / len(loss) if reduction == "mean" else 1.0
     kl, coefs = zero, [torch.addcmul(zero, slope, noise_slope, value=share)]
     if not normalized or moves_drift or len(sums) == 3:
-        beta = zero if normalized else -slope * temper if bandwidth else -slope  # the drift is in the log-ratio
+        beta = zero if normalized else -slope  # the drift is in the log-ratio
+        beta = beta if drift_slope is None else drift_slope * beta
         beta = beta + 2 * by_drift if moves_drift else beta
         coefs += [torch.addcmul(zero, beta, drift_scale, value=share), zero]
     if len(sums) == 3:

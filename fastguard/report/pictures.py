@@ -142,10 +142,11 @@ def ratio_pictures(run: TrainingRun, out: Path) -> list[Picture]:
         _over_epochs(run, "negative advantages", VERMILLION, lambda log: 100 * log.clip_fraction_negative),
     ]
     verb = "clipped" if clips else "masked"
-    pictures += _curve(
-        out / "clip.png", f"Transitions that were {verb}, by the sign of their advantage", f"{verb} (%)", percent,
-        ylim=(-1.0, None),
-    )  # fmt: skip
+    if objective.limit_name is not None:
+        pictures += _curve(
+            out / "clip.png", f"Transitions that were {verb}, by the sign of their advantage", f"{verb} (%)", percent,
+            ylim=(-1.0, None),
+        )  # fmt: skip
     if clips:
         wanted = [
             _over_epochs(run, "would clip 10%", GREEN, lambda log: log.clip_range_for_10_percent),
@@ -167,9 +168,9 @@ def optimization_pictures(run: TrainingRun, out: Path) -> list[Picture]:
         yscale=_log_if_positive([norm]), marker_y=(limit, f"scaled down above {limit:g}") if near else None,
     )  # fmt: skip
     kl = _over_epochs(run, "mean over updates", BLUE, lambda log: _mean_kl(log))
-    return pictures + _curve(
-        out / "kl.png", f"KL to the model before training ({run.recipe.objective.kl_type})", "KL", [kl]
-    )
+    objective = run.recipe.objective
+    kind = objective.kl_type if objective.process == "reverse" else "mean squared velocity difference"
+    return pictures + _curve(out / "kl.png", f"KL to the model before training ({kind})", "KL", [kl])
 
 
 def _mean_kl(log: EpochLog) -> float | None:

@@ -191,7 +191,7 @@ def ratio_text(run: TrainingRun) -> list[str]:
         "average": "an average of the policies so far, which sampled the rollout",
         "reference": "the model before training",
     }[run.recipe.objective.anchor]
-    text = f"The ratio compares the policy with {compared}. It is close to 1, so ratio − 1 is shown."
+    text = f"The ratio compares the policy with {compared}. Ratio − 1 is shown, which is small."
     if run.recipe.objective.anchor != "rollout":
         return [text]
     text += " "

@@ -25,6 +25,8 @@ class Advantages:
     """0-d int64, on the host: groups of equal rewards of final images; only `running` and `vgpo` learn from them"""
     baselines: dict[int, float]
     """what the estimator expects of each prompt from now on; empty unless it remembers earlier rollouts"""
+    counted: Tensor
+    """(B,) bool: whether no reward failed on an image of the group; others are not trained on"""
 
 
 def combine_rewards(scores: Tensor, weights: Sequence[float]) -> Tensor:
@@ -50,8 +52,8 @@ def advantages_without_failures(
     estimator: Estimator,
     weights: Sequence[float] | None = None,
     baselines: Mapping[int, float] | None = None,
-) -> tuple[Advantages, Tensor]:
-    """The advantages of the groups without NaN, and 0 for the others; also which images count, (B,) bool.
+) -> Advantages:
+    """The advantages of the groups without NaN, and 0 for the others.
 
     Args:
         scores: (R, B), or (R, B, T) per step; NaN marks an image that a reward failed on.
@@ -67,7 +69,7 @@ def advantages_without_failures(
     values = torch.zeros(scores.shape[1:], dtype=torch.float32, device="cpu")
     values[counted] = estimator(kept, prompts, weights, baselines)
     flat = estimator.flat_groups(kept, prompts, weights).sum()
-    return Advantages(values, flat, estimator.next_baselines(kept, prompts, weights, baselines)), counted
+    return Advantages(values, flat, estimator.next_baselines(kept, prompts, weights, baselines), counted)
 
 
 # --- advantages per step

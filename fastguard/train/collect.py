@@ -112,6 +112,9 @@ def images_to_sample(state: TrainState) -> tuple[Tensor, Tensor]:
     flat = torch.arange(share, device="cpu") + accelerator.process_index * share
     prompt_indices, members = chosen[flat // recipe.sampler.group_size], flat % recipe.sampler.group_size
     seeds = sample_seeds(recipe.run.seed, state.epoch, prompt_indices, members, recipe.draws_of_noise)
+    if recipe.objective.scope == "group":  # whose images are compared: with the same noise
+        first = sample_seeds(recipe.run.seed, state.epoch, prompt_indices, 0 * members, recipe.draws_of_noise)
+        seeds[:, 1:] = first[:, 1:]
     return prompt_indices, seeds
 
 
@@ -149,22 +152,21 @@ def score_epoch(
     weights = [reward.weight for reward in recipe.rewards]
     compared = standardize_each(values, prompts) if recipe.scoring.normalize_each else values
     try:
-        advantages, counted = advantages_without_failures(
-            compared, prompts, recipe.advantages, weights, state.baselines
-        )
+        advantages = advantages_without_failures(compared, prompts, recipe.advantages, weights, state.baselines)
     except ValueError as error:  # rewards that this estimator cannot take
         raise RewardError(f"advantages: {error}{_whose(error, state)}") from error
-    if not counted.any():
+    if not advantages.counted.any():
         failure = whole.failures[0]
         raise RewardError(
             f'every group had a reward that failed, the first: reward "{failure.label}" for prompt {failure.prompt!r}: '
             f"{failure.reason}"
         )
     first = accelerator.process_index * len(prompt_indices)
-    own = replace(advantages, values=advantages.values[first : first + len(prompt_indices)])
+    share = slice(first, first + len(prompt_indices))
+    own = replace(advantages, values=advantages.values[share], counted=advantages.counted[share])
     if per_step:
         own = replace(own, values=over_all_steps(own.values, schedule))
-    dropped = len(prompts[~counted].unique())
+    dropped = len(prompts[~advantages.counted].unique())
     return SampledEpoch(transitions, own, whole, combine_rewards(final, weights), dropped, images)
 
 

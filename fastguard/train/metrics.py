@@ -195,6 +195,8 @@ def ratio_log(updates: Sequence[Update], step: int | None = None) -> RatioLog:
         for name in ("denoising_step", "log_ratio", "clipped", "advantages")
     ]
     chosen = torch.ones_like(columns[0], dtype=torch.bool) if step is None else columns[0] == step
+    if not chosen.any():
+        return RatioLog(math.nan, math.nan, math.nan, math.nan, None)
     _, log_ratio, clipped, advantages = (column[chosen] for column in columns)
     # expm1 keeps the digits that exp(log_ratio) - 1 loses.
     deviation = log_ratio.double().expm1()

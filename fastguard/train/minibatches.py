@@ -6,7 +6,7 @@ Axes: N transition.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,12 @@ class Minibatch:
     """of each image, on the host, where a pass trains on some alone (`update.subsample`) or on earlier ones too"""
     offsets: Tensor | None = None
     """(images, steps) on the device: log-ratio of the policy at the start of the updates to the one that drew a step"""
+
+    def without(self, dropped: Tensor, images: int) -> Minibatch:
+        """The same transitions, with weight 0 for those of dropped images, (B,) bool of the first B of so many."""
+        weights = torch.ones(images, device="cpu") if self.weights is None else self.weights.clone()
+        weights[: len(dropped)][dropped] = 0.0
+        return replace(self, weights=weights)
 
 
 def minibatches(state: TrainState, advantages: Tensor) -> Iterator[Minibatch]:

@@ -35,15 +35,20 @@ class TrainingSet:
     """the fresh rollout batches, then the earlier ones; their images are numbered one after the other"""
     advantages: Tensor
     """of each of these images, on the host"""
+    dropped: Tensor
+    """(B,) bool, on the host: fresh images that are not trained on, since a reward failed in their group"""
     replayed: Replayed | None = None
     """of the best images of earlier rollouts, where there are some"""
 
     def minibatches(self, state: TrainState) -> Iterator[Minibatch]:
         """Every transition once per pass; each update takes an equal share of every rollout."""
         if self.replayed is None:
-            return minibatches(state, self.advantages)
-        fresh = minibatches(state, self.advantages[: state.recipe.images_per_process])
-        return self.replayed.shared_out(state, fresh)
+            found = minibatches(state, self.advantages)
+        else:
+            fresh = minibatches(state, self.advantages[: state.recipe.images_per_process])
+            found = self.replayed.shared_out(state, fresh)
+        for minibatch in found:
+            yield minibatch.without(self.dropped, len(self.advantages)) if self.dropped.any() else minibatch
 
     def earlier_images(self, state: TrainState) -> int:
         """Images of earlier rollouts, over all processes."""
@@ -57,7 +62,7 @@ def training_set(state: TrainState, rolled: SampledEpoch, transitions: tuple[Rol
 
     Raises DamagedError if an encoded prompt was damaged since the start.
     """
-    fresh = TrainingSet(transitions, rolled.advantages.values)
+    fresh = TrainingSet(transitions, rolled.advantages.values, ~rolled.advantages.counted)
     if not len(state.buffer):
         return fresh
     if state.recipe.objective.reuse == "rollouts":
@@ -107,7 +112,7 @@ def with_rollouts(state: TrainState, fresh: TrainingSet) -> TrainingSet:
         ]
     load_prompts(state, batches)
     advantages = torch.cat([fresh.advantages, *(rollout.values for rollout in state.buffer.rollouts)])
-    return TrainingSet(tuple(batches), advantages)
+    return TrainingSet(tuple(batches), advantages, fresh.dropped)
 
 
 # --- the best images --------------------------------------------------------------------------------------------------
@@ -226,7 +231,7 @@ def with_best(state: TrainState, fresh: TrainingSet, scores: Tensor) -> Training
     replayed = Replayed(images, sum(map(len, fresh.transitions)), weights, offsets)
     start = state.accelerator.process_index * own
     everyone = (advantages[start : start + own], advantages[len(prompts) :], torch.zeros(1, device="cpu"))
-    return TrainingSet((*fresh.transitions, *parts, idle), torch.cat(everyone), replayed)
+    return TrainingSet((*fresh.transitions, *parts, idle), torch.cat(everyone), fresh.dropped, replayed)
 
 
 def by_image(parts: Sequence[Tensor], steps: int) -> Tensor:
@@ -254,7 +259,7 @@ def advantages_of(state: TrainState, scores: Tensor, prompt_indices: Tensor) -> 
     recipe = state.recipe
     compared = standardize_each(scores, prompt_indices) if recipe.scoring.normalize_each else scores
     weights = [reward.weight for reward in recipe.rewards]
-    return advantages_without_failures(compared, prompt_indices, recipe.advantages, weights, state.baselines)[0].values
+    return advantages_without_failures(compared, prompt_indices, recipe.advantages, weights, state.baselines).values
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class RolloutBatch:
     velocity: Tensor
     """(N, S, C): the rollout policy's velocity"""
     noise: Tensor
-    """(N, S, C): the unit Gaussian noise that the step added"""
+    """(N, S, C): the unit Gaussian noise that the step added; of noised final latents, the target of their velocity"""
     sigma: Tensor
     """(N,) float32: flow time before the step"""
     prompt_indices: Tensor
@@ -44,7 +44,7 @@ class RolloutBatch:
     sample: Tensor
     """(N,) int64: position of the image in its process's rollout"""
     denoising_step: Tensor
-    """(N,) int64: 0 is the step that starts from pure noise"""
+    """(N,) int64: 0 is the step that starts from pure noise; of noised final latents, the draw of the pass"""
     step: Transition
     """coefficients of the steps, (N,) each"""
     ref_velocity: Tensor | None = None

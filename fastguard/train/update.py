@@ -179,8 +179,9 @@ def blame(state: TrainState, transitions: Sequence[RolloutBatch], index: Tensor,
         if not all(torch.isfinite(local_shard(x)).all() for x in (loss, *gradients)):
             prompt = state.backbone.prompts[int(one.prompt_indices.item())].text
             earlier = ", of an earlier rollout," if one.sample.item() >= state.recipe.images_per_process else ""
+            each = "denoising step" if objective.process == "reverse" else "draw"
             guilty.append(
-                f"denoising step {one.denoising_step.item()} of sample {one.sample.item()}{earlier} on process "
+                f"{each} {one.denoising_step.item()} of sample {one.sample.item()}{earlier} on process "
                 f"{accelerator.process_index} (prompt {one.prompt_indices.item()}: {prompt[:60]!r})"
             )
         state.optimizer.zero_grad()

@@ -48,9 +48,10 @@ def awm(
     return loss if dual_clip is None else torch.where(a < 0, torch.minimum(loss, -a * dual_clip), loss)
 
 
-def dgpo(v: Tensor, old: Tensor, final: Tensor, noise: Tensor, t: Tensor, a: Tensor, beta=100.0):
+def dgpo(v: Tensor, old: Tensor, final: Tensor, noise: Tensor, t: Tensor, a: Tensor, beta=100.0, adv_clip=5.0):
+    a = a if adv_clip is None else a.clamp(-adv_clip, adv_clip)
     worse = error(v, final, noise) - error(old, final, noise)
-    return -torch.nn.functional.logsigmoid(-beta * (a * worse).sum(1))
+    return -torch.nn.functional.logsigmoid(-beta * (a * worse).mean(1)) / beta
 
 
 def dpo(v: Tensor, old: Tensor, final: Tensor, noise: Tensor, t: Tensor, a: Tensor, beta=100.0, pairs="extremes"):
@@ -76,7 +77,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"clip_range": (0.05, 0.2), "adv_clip": None, "time_weight": "sigma"},
         {"clip_range": 0.3, "dual_clip": 1.2, "time_weight": "sigma_squared"},
     ],
-    "dgpo": [{}, {"beta": 3.0}],
+    "dgpo": [{}, {"beta": 3.0, "adv_clip": None}],
     "dpo": [{"beta": 5.0}, {"beta": 5.0, "pairs": "all"}],
 }
 

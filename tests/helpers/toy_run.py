@@ -74,6 +74,7 @@ def recipe_for(arguments: argparse.Namespace) -> Recipe:
     return replace(
         RECIPE,
         run=replace(RECIPE.run, dir=Path(arguments.dir), epochs=arguments.epochs, save_every=1, images_every=2),
+        prompts=replace(RECIPE.prompts, per_epoch=arguments.per_epoch),
         sampler=replace(RECIPE.sampler, batch_size=8),
         objective=objective_config(
             arguments.objective,
@@ -112,6 +113,7 @@ def main() -> int:
     parser.add_argument("--poison-on", type=int, help="the process whose first update is not finite")
     parser.add_argument("--ruin-on", type=int, help="the process whose optimizer state the first update ruins")
     parser.add_argument("--objective", default="grpo_guard")
+    parser.add_argument("--per-epoch", type=int, default=2)
     parser.add_argument("--reweight", default="inverse_dt")
     parser.add_argument("--advantages", default="{}", help="the section as JSON")
     parser.add_argument("--stop-at", type=float, help="where the updates of a rollout end")

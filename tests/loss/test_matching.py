@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import matching_formulas
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastguard as fg
 from fastguard.loss.objectives import OBJECTIVES, Given, MatchingObjective, Noised, build_objective
@@ -38,6 +39,11 @@ def arguments(given: dict[str, Tensor], dtype: torch.dtype = torch.float64, devi
     velocity, old, target = (x.flatten(0, 1).to(device, dtype) for x in made)
     advantages, sigma = (given[name].flatten().to(device, dtype) for name in ("advantages", "sigma"))
     return velocity.requires_grad_(), old, target, advantages, sigma
+
+
+def known(n: int, **options: Any) -> Given:
+    zero = torch.zeros(n)
+    return Given(by_log_ratio=zero, by_drift=zero, clipped=zero.bool(), **options)
 
 
 def test_the_golden_cases_are_those_of_the_formulas() -> None:
@@ -132,7 +138,33 @@ def test_the_numbers_that_it_reports() -> None:
     torch.testing.assert_close(result.drift, 2 * ((given["velocity"] - given["old_velocity"]) ** 2).mean(-1).flatten())
     torch.testing.assert_close(result.cross - result.drift / 2, result.log_ratio)
     assert result.kl is None
-    assert fg.matching_loss(*(x[:0] for x in arguments(given)), reduction="none").loss.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_empty_batch_has_no_loss(reduction: Any, backend: Any) -> None:
+    velocity, *rest = (x[:0] for x in arguments(matching_formulas.inputs(), torch.float32))
+    result = fg.matching_loss(
+        velocity, *rest, ref_velocity=rest[0], kl_weight=0.1, reduction=reduction, backend=backend
+    )
+    assert result.loss.shape == ((0,) if reduction == "none" else ())
+    assert result.loss.requires_grad
+    assert result.kl is not None
+    assert result.log_ratio.shape == result.kl.shape == (0,)
+
+
+@pytest.mark.parametrize("weight", ["sigma", "sigma_squared"])
+def test_awm_reports_the_ratio_that_it_clips(weight: str) -> None:
+    velocity, *rest = arguments(matching_formulas.inputs())
+    plain = fg.matching_loss(velocity, *rest, objective="awm", clip_range=0.02)
+    weighted = fg.matching_loss(velocity, *rest, objective="awm", clip_range=0.02, time_weight=weight)
+    factor = rest[-1] ** (1 if weight == "sigma" else 2)
+    torch.testing.assert_close(weighted.log_ratio, factor * plain.log_ratio)
+    torch.testing.assert_close(weighted.ratio, weighted.log_ratio.exp())
+    beyond = (weighted.log_ratio.expm1() * rest[2].sign() > 0.02) & (rest[2] != 0)
+    assert torch.equal(weighted.clipped, beyond)
+    assert beyond.any()
+    torch.testing.assert_close(weighted.drift, plain.drift)
 
 
 def test_the_first_update_of_awm_is_weighted_flow_matching() -> None:
@@ -160,13 +192,15 @@ def test_it_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     velocity, *rest = arguments(matching_formulas.inputs(), torch.float32)
 
-    def loss(moved: Tensor) -> Tensor:
-        return fg.matching_loss(moved, *rest, ref_velocity=rest[0], kl_weight=0.1).loss
+    def loss(moved: Tensor, weight: float) -> Tensor:
+        return fg.matching_loss(moved, *rest, ref_velocity=rest[0], kl_weight=0.1, sample_weight=weight).loss
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for run in (compiled, loss):
-        (gradient,) = torch.autograd.grad(run(velocity), velocity)
-        torch.testing.assert_close(gradient, torch.autograd.grad(loss(velocity), velocity)[0])
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    for i in range(4):
+        gradients = [torch.autograd.grad(run(velocity, 1 + 0.1 * i), velocity)[0] for run in (compiled, loss)]
+        torch.testing.assert_close(*gradients)
+    assert graphs.frame_count <= 2  # the second is that for all further weights
 
 
 @pytest.mark.parametrize(
@@ -184,6 +218,11 @@ def test_it_compiles_to_one_graph() -> None:
         ({"target": torch.ones(12, 4)}, ValueError, r"target has shape \(12, 4\), velocity \(12, 5\)"),
         ({"kl_weight": 0.1}, ValueError, "kl_weight = 0.1 needs a reference; pass ref_velocity"),
         ({"advantages": torch.full((12,), math.nan), "check_values": True}, ValueError, "advantages holds NaN or Inf"),
+        ({"sigma": torch.full((12,), -1.0), "check_values": True}, ValueError, r"sigma holds flow times in \(0, 1\]"),
+        ({"objective": "awm", "clip_range": 0.0}, ValueError, "clip_range must be a positive, finite number"),
+        ({"objective": known(12, log_ratio="normalized")}, ValueError, "by the plain log-ratio without a bandwidth"),
+        ({"objective": known(12, bandwidth=5.0)}, ValueError, "by the plain log-ratio without a bandwidth"),
+        ({"objective": known(5)}, ValueError, r"by_log_ratio must have shape \(12,\), one per sample; got \(5,\)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], kind: type[Exception], message: str) -> None:

@@ -196,29 +196,32 @@ def test_gradient_through_the_velocities(case: dict[str, Any], log_ratio: LogRat
 
 
 @pytest.mark.parametrize("name", [name for name in ONE_STEP if "bandwidth" in OPTIONS[name] and name not in DETACHED])
-def test_a_bandwidth_is_the_log_ratio_of_smoothed_policies(name: str) -> None:
+@pytest.mark.parametrize("log_ratio", ["plain", "normalized"])
+def test_a_bandwidth_smooths_the_policies(name: str, log_ratio: LogRatio) -> None:
     """Both Gaussians with the variance of the step and of the kernel, by their densities."""
     velocity, old, noise, advantages, step = make_batch()
     options = objective_formulas.LARGE[name][-1]
     latents = torch.randn(4, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     mean, old_mean = (naive.transition_mean(latents, v, step) for v in (velocity, old))
     drawn = old_mean + naive.per_sample(step.std, latents) * noise
-    wide = naive.per_sample((step.std.double() ** 2 + 0.3**2).sqrt(), latents)
+    std = (step.std.double() ** 2 + 0.3**2).sqrt()
+    wide = naive.per_sample(std, latents)
     new, before = (torch.distributions.Normal(m, wide).log_prob(drawn).mean(1) for m in (mean, old_mean))
-    _, drift = naive.moments(velocity, old, noise, step)
-    loss = objective_formulas.FORMULAS[name](new - before, drift, advantages.double(), 24, **options)
+    drift = (((mean - old_mean) / wide) ** 2).mean(1)
+    ratio = new - before if log_ratio == "plain" else std * (new - before + drift / 2)
+    loss = objective_formulas.FORMULAS[name](ratio, drift, advantages.double(), 24, **options)
     (want,) = torch.autograd.grad(loss.sum(), velocity)
     for backend in ("torch", "triton"):
         dtype = torch.float64 if backend == "torch" else torch.float32
         moved, *rest = (x.detach().to(dtype) for x in (velocity, old, noise, advantages))
-        objective = build_objective(name, bandwidth=0.3, **options)
+        objective = build_objective(name, bandwidth=0.3, log_ratio=log_ratio, **options)
         result = fg.guard_loss(
             moved.requires_grad_(), *rest, step, objective=objective, reweight="none", reduction="none",
             backend=backend,
         )  # fmt: skip
         (got,) = torch.autograd.grad(result.loss.sum(), moved)
         tolerance = 1e-7 if backend == "torch" else 5e-5  # the step's coefficients are float32
-        torch.testing.assert_close(result.log_ratio.double(), new - before, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(result.log_ratio.double(), ratio, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
 
 
@@ -355,6 +358,7 @@ def test_two_passes_give_the_gradient_of_one_graph(name: str, log_ratio: LogRati
         ("spo", {"epsilon": 0.0}, "epsilon must be positive"),
         ("dro", {"beta": 0.0}, "beta must be positive"),
         ("copg", {"bandwidth": -0.1}, "bandwidth must be >= 0; got -0.1"),
+        ("copg", {"bandwidth": math.inf}, "bandwidth must be at most 1e\\+06; got inf"),
         ("surrogate", {"log_ratio": "gaussian"}, "log_ratio must be one of normalized, plain; got 'gaussian'"),
         ("grpo_guard", {"dual_clip": 1.0}, "dual_clip must be a number above 1, or None for no bound; got 1.0"),
     ],
@@ -401,6 +405,11 @@ def test_a_class_that_changes_its_base_is_not_computed_as_its_base() -> None:
     class Normalized(FlowGrpo):
         log_ratio: ClassVar[LogRatio] = "normalized"
 
+    @dataclass(frozen=True)
+    class Smoothed(FlowGrpo):
+        bandwidth: ClassVar[float] = 5.0  # type: ignore[misc]
+
+    assert outcome(make_batch(), Smoothed())[1].abs().max() < 0.1 * outcome(make_batch(), FlowGrpo())[1].abs().max()
     batch, plain = make_batch(), build_objective("grpo_guard")
     assert FUSED == ["grpo_guard", "flow_grpo", "flow_dppo", "op_grpo"]
     twice, once = outcome(batch, Doubled()), outcome(batch, plain)

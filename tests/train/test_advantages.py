@@ -44,22 +44,22 @@ def test_a_group_with_a_failed_image_counts_for_nothing(name: str) -> None:
     scores = torch.tensor([[1.0, 3.0, 5.0, NAN, 2.0, 2.0], [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]])
     prompts = torch.tensor([7, 7, 5, 5, 9, 9])
     estimator, weights, before = build_estimator(name), [1.0, 2.0], {5: -1.0, 7: 0.0}
-    advantages, counted = advantages_without_failures(scores, prompts, estimator, weights, before)
-    assert counted.tolist() == [True, True, False, False, True, True]
-    expected = estimator(scores[:, counted], prompts[counted], weights, before)
-    assert torch.equal(advantages.values[counted], expected)
+    advantages = advantages_without_failures(scores, prompts, estimator, weights, before)
+    assert advantages.counted.tolist() == [True, True, False, False, True, True]
+    expected = estimator(scores[:, advantages.counted], prompts[advantages.counted], weights, before)
+    assert torch.equal(advantages.values[advantages.counted], expected)
     assert (advantages.values[:2] != 0).all()
-    assert (advantages.values[~counted] == 0).all()
+    assert (advantages.values[~advantages.counted] == 0).all()
     assert advantages.zero_spread_groups.item() == 1
     assert advantages.baselines == (before | {7: pytest.approx(0.3), 9: 10.0} if name == "running" else before)
 
 
 def test_a_rollout_of_failures_alone_gives_zeros() -> None:
     for name in ("group", "std_scaled", "gdpo", "bnpo"):
-        advantages, counted = advantages_without_failures(
+        advantages = advantages_without_failures(
             torch.full((2, 4), NAN), torch.tensor([0, 0, 1, 1]), build_estimator(name)
         )
-        assert not counted.any()
+        assert not advantages.counted.any()
         assert torch.equal(advantages.values, torch.zeros(4))
 
 
@@ -67,11 +67,14 @@ def test_one_failed_step_image_drops_its_group() -> None:
     scores = torch.rand(2, 6, 3, generator=torch.Generator().manual_seed(0))
     scores[1, 3, 0] = NAN
     prompts, estimator = torch.tensor([7, 7, 5, 5, 9, 9]), build_estimator("vgpo")
-    advantages, counted = advantages_without_failures(scores, prompts, estimator, [1.0, 2.0])
-    assert counted.tolist() == [True, True, False, False, True, True]
-    assert torch.equal(advantages.values[counted], estimator(scores[:, counted], prompts[counted], [1.0, 2.0]))
-    assert (advantages.values[counted] != 0).all()
-    assert torch.equal(advantages.values[~counted], torch.zeros(2, 3))
+    advantages = advantages_without_failures(scores, prompts, estimator, [1.0, 2.0])
+    assert advantages.counted.tolist() == [True, True, False, False, True, True]
+    assert torch.equal(
+        advantages.values[advantages.counted],
+        estimator(scores[:, advantages.counted], prompts[advantages.counted], [1.0, 2.0]),
+    )
+    assert (advantages.values[advantages.counted] != 0).all()
+    assert torch.equal(advantages.values[~advantages.counted], torch.zeros(2, 3))
     assert advantages.baselines == {}
 
 
@@ -116,8 +119,8 @@ def test_the_defaults_of_torch_do_not_matter(other_defaults) -> None:
     def results() -> list[torch.Tensor]:
         scores = torch.stack([call_reward(lambda *_, r=r: r, images, [""] * 4, [{}] * 4) for r in returned])
         standardized = standardize_each(scores, prompts)
-        advantages, counted = advantages_without_failures(scores, prompts, build_estimator("group"), [0.1, 0.2, 0.3])
-        assert counted.tolist() == [True, True, False, False]
+        advantages = advantages_without_failures(scores, prompts, build_estimator("group"), [0.1, 0.2, 0.3])
+        assert advantages.counted.tolist() == [True, True, False, False]
         return [scores, combine_rewards(scores, [0.1, 0.2, 0.3]), standardized, advantages.values]
 
     expected = results()

@@ -141,8 +141,8 @@ def test_the_updates_of_a_rollout_end_together(tmp_path: Path, two: Two) -> None
 
 @pytest.mark.parametrize("objective", ["tic_grpo", "diffusion_nft", "dgpo"])
 def test_objectives_on_two_processes_and_through_a_resume(tmp_path: Path, two: Two, objective: str) -> None:
-    """Trajectories are whole on a process, a group is not; the averaged policy resumes; a resume changes no bit."""
-    options = ("--objective", objective)
+    """Trajectories are whole on a process, and half of the one group; the average resumes; a resume changes no bit."""
+    options = ("--objective", objective, "--per-epoch", "1")
     alone(tmp_path / "one", "2", *options)
     alone(tmp_path / "halves", "1", *options)
     alone(tmp_path / "halves", "2", *options, "--resume", "auto")

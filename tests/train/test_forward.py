@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import matching_formulas
-from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, cpu, pool, run, state_of, with_
+from helpers.toys import RECIPE, MemoryRecorder, ToyBackbone, ToyPolicy, cpu, pool, run, state_of, towards, with_
 from torch import Tensor
 
 from fastguard.config import Recipe, objective_config
@@ -173,12 +173,58 @@ def test_the_reference_of_a_preference_serves_its_kl() -> None:
         ("dgpo", {"subsample": 0.5}, "takes all images of a group in one update: set update.subsample = 1"),
         ("dpo", {"draws": 3}, "update.draws = 3 must divide into update.minibatches = 4"),
         ("awm", {"draws": 0}, "draws must be at least 1"),
+        (
+            "dgpo",
+            {"stop": "espo"},
+            "update.stop = espo measures how far denoising steps are .* set update.stop to none",
+        ),
         ("awm", {"draws": 1000, "inner_epochs": 1000}, "draws of noise must be at most"),
     ],
 )
 def test_draws_that_do_not_fit_are_refused(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         with_(with_(of(name), sampler={"group_size": 256}), update=changes)
+
+
+@pytest.mark.parametrize("name", ["awm", "dgpo"])
+def test_images_that_are_compared_get_the_same_noise(name: str) -> None:
+    recipe = of(name, with_(sampler={"group_size": 4, "batch_size": 8}))
+    state = state_of(ToyBackbone(), recipe)
+    prompts, seeds = images_to_sample(state)
+    assert len(seeds[:, 0].unique()) == 8  # their initial latents differ
+    final = torch.randn(8, 2, 8, generator=torch.Generator().manual_seed(0))
+    batch = noised_batch(state, final, prompts, seeds[:, 1:])
+    noise = (batch.noise + final.repeat(recipe.stored_steps, 1, 1)).view(-1, 2, 4, 2, 8)  # draw, group, image
+    same = (noise - noise[:, :, :1]).abs().amax() < 1e-6
+    assert bool(same) == (name == "dgpo")
+    assert (noise[:, 0] - noise[:, 1]).abs().amin() > 0  # of another prompt it is another
+    torch.testing.assert_close(batch.sigma.view(-1, 2, 4), batch.sigma.view(-1, 2, 4)[..., :1].expand(-1, -1, 4))
+
+
+@pytest.mark.parametrize("name", ["diffusion_nft", "awm", "grpo_guard"])
+def test_a_group_whose_reward_failed_teaches_nothing(name: str) -> None:
+    """Neither by a penalty nor by a KL, which ask for no advantage."""
+
+    weights: list[Tensor] = []
+
+    class Watch(MemoryRecorder):
+        def end_epoch(self, log: Any, images: Tensor, state: Any) -> None:
+            super().end_epoch(log, images, state)
+            weights.append(backbone.policy.image.detach().clone())
+
+    def fails(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        dropped = torch.tensor([prompt == "dark" and len(weights) > 0 for prompt in prompts])
+        return torch.where(dropped, torch.nan, towards(images, prompts, metadata))
+
+    recipe = with_(of(name, kl_weight=1.0), run={"epochs": 2}, scoring={"on_failure": "drop_group"})
+    recipe = with_(recipe, update={"betas": (0.0, 0.99)})  # so that no momentum moves a weight
+    backbone = ToyBackbone()
+    with pool(recipe, backbone, fails) as rewards:
+        train(backbone, recipe, rewards, Watch(), cpu())
+    before, after = weights
+    assert before[1].abs().min() > 0
+    assert torch.equal(before[1], after[1])
+    assert (before[0] != after[0]).all()
 
 
 def test_an_ode_needs_no_stochastic_step() -> None:

@@ -23,8 +23,8 @@ class Awm(Clipped, MatchingObjective):
 
     title: ClassVar[str] = "AWM"
 
-    clip_range: ClipRange = 1e-5
-    """distance of the ratio from 1, or (low, high); depends on the number of latent elements"""
+    clip_range: ClipRange = 1e-2
+    """distance of the ratio from 1, or (low, high); about 5e-3 clips 10% on the digits, and public recipes take 1"""
     time_weight: TimeWeight = "none"
     """w, a factor on the log-ratio: none, the flow time, or its square, with which errors are those of x0"""
 
@@ -34,10 +34,10 @@ class Awm(Clipped, MatchingObjective):
             known = ", ".join(get_args(TimeWeight))
             raise ValueError(f"time_weight must be one of {known}; got {self.time_weight!r}")
 
+    def time_factor(self, sigma: Tensor) -> Tensor | None:
+        return {"none": None, "sigma": sigma, "sigma_squared": sigma**2}[self.time_weight]
+
     def terms(
         self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int, noised: Noised | None = None
     ) -> Terms:
-        assert noised is not None
-        weight = noised.sigma ** {"none": 0, "sigma": 1, "sigma_squared": 2}[self.time_weight]
-        terms = super().terms(weight * log_ratio, drift, advantages, n_elements=n_elements)
-        return terms._replace(by_log_ratio=weight * terms.by_log_ratio)
+        return super().terms(log_ratio, drift, advantages, n_elements=n_elements)

@@ -67,7 +67,7 @@ class Objective:
         log_ratio: ClassVar[LogRatio]
         """the log-ratio that `terms` receives: "normalized" is RatioNorm's `s cross`, "plain" is `cross - drift / 2`"""
         bandwidth: ClassVar[float]
-        """width h of a kernel that smooths both policies: that log-ratio is `s^2 / (s^2 + h^2)` times as large"""
+        """width h of a kernel that smooths both policies, as if the step's variance were `s^2 + h^2`"""
     else:
         bandwidth = 0.0
     moves_drift: ClassVar[bool] = False
@@ -80,7 +80,7 @@ class Objective:
     def __init_subclass__(cls, **options: Any) -> None:
         """A class that changes what is computed is not what its base's fused epilogue computes."""
         super().__init_subclass__(**options)
-        if vars(cls).keys() & {"terms", "log_ratio", "moves_drift"} and "fused" not in vars(cls):
+        if vars(cls).keys() & {"terms", "log_ratio", "moves_drift", "bandwidth"} and "fused" not in vars(cls):
             cls.fused = Objective.fused  # type: ignore[method-assign]
         log_ratio = vars(cls).get("log_ratio")
         if isinstance(log_ratio, str):
@@ -173,6 +173,8 @@ def check_window(window: int) -> None:
 
 MOST_ROLLOUTS = 8
 """that an update draws from: older policies are too far away, and each rollout takes memory"""
+LARGEST_BANDWIDTH = 1e6
+"""Latents are of size 1."""
 USUAL_CLIP_RANGE = 1e-5
 """of log-ratios that are means over 65,536 elements"""
 
@@ -184,11 +186,13 @@ class EitherLogRatio(Objective):
     log_ratio: LogRatio = "plain"  # type: ignore[misc]
     """"plain" is `cross - drift / 2`, as published; "normalized" is RatioNorm's `std * cross`"""
     bandwidth: float = 0.0  # type: ignore[misc]
-    """h of policy convolution, in units of the latents: the log-ratio gets the factor `std^2 / (std^2 + h^2)`"""
+    """h of policy convolution, in units of the latents: the two policies have the variance `std^2 + h^2`; 0 is off"""
 
     def __post_init__(self) -> None:
         check_log_ratio(self.log_ratio)
         check_at_least_0("bandwidth", self.bandwidth)
+        if not self.bandwidth <= LARGEST_BANDWIDTH:
+            raise ValueError(f"bandwidth must be at most {LARGEST_BANDWIDTH:g}; got {self.bandwidth}")
 
 
 def terms_of(

@@ -19,7 +19,7 @@ Pairs = Literal["extremes", "all"]
 class Dpo(MatchingObjective):
     """`-log sigmoid(beta / 2 (l_winner - l_loser))`, with the log-ratio l to the model before training.
 
-    The images of a group are noised at the same time. Images of the same advantage make no pair. A pass without
+    The images of a group get the same noise at the same time. Images of the same advantage make no pair. A pass without
     gradients comes before each update. With "extremes", the images between the best and the worst take passes for
     nothing: sample groups of two, or take "all".
     """

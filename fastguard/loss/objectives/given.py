@@ -27,5 +27,10 @@ class Given(Objective):
     """whether by_drift can differ from 0"""
 
     def terms(self, log_ratio: Tensor, drift: Tensor, advantages: Tensor, *, n_elements: int) -> Terms:
+        for name in ("by_log_ratio", "by_drift", "clipped"):
+            found = getattr(self, name)
+            if not isinstance(found, Tensor) or found.shape != log_ratio.shape:
+                came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(f"{name} must have shape {tuple(log_ratio.shape)}, one per sample; got {came}")
         loss = self.by_log_ratio * log_ratio + self.by_drift * drift
         return Terms(loss, self.by_log_ratio, self.by_drift, self.clipped)

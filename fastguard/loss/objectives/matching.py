@@ -44,6 +44,10 @@ class MatchingObjective(Objective):
         """The spread of the absolute errors that `terms` asks for, or None. They take no gradient."""
         return None
 
+    def time_factor(self, sigma: Tensor) -> Tensor | None:
+        """A factor on the log-ratio and the drift of each flow time, (N,), or None for 1."""
+        return None
+
     def decay_of_average(self, epoch: int) -> float:
         """With anchor "average": its decay after so many epochs, `average = decay average + (1 - decay) weights`."""
         return 0.0
