@@ -6,16 +6,16 @@ import json
 import math
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import get_args
 
 from fastguard.compare import text
 from fastguard.compare.results import FinishedRun, Results
 from fastguard.report.page import Picture, Section, write_page
 from fastguard.report.palette import BLUE, CURVES
-from fastguard.report.plots import Line, plot_intervals, plot_lines
+from fastguard.report.plots import Line, Style, plot_intervals, plot_lines
 from fastguard.utils.files import write_text
 
-STYLES: tuple[Literal["solid", "dashed", "dotted"], ...] = ("solid", "dashed", "dotted")
+STYLES: tuple[Style, ...] = get_args(Style)
 EPOCHS = "epochs done"
 LABELS = {"proxy": "proxy", "gold": "gold score", "diversity": "diversity"}
 

@@ -77,9 +77,13 @@ def short(results: Results) -> list[str]:
 
 
 def _measured_ratio(results: Results) -> str:
-    widths = [ratio.std for run in results.runs for log in run.epochs for ratio in log.per_step]
+    """Of denoising steps; the ratios of final latents are to other policies, and of another size."""
+    steps = {arm.name for arm in results.arms if arm.recipe.objective.process == "reverse"}
+    widths = [ratio.std for run in results.runs if run.arm in steps for log in run.epochs for ratio in log.per_step]
     finite = [width for width in widths if math.isfinite(width)]
-    return f" In these runs the standard deviation of the ratio was at most {max(finite):.1e}." if finite else ""
+    if not finite:
+        return ""
+    return f" In these runs the standard deviation of the ratio of a denoising step was at most {max(finite):.1e}."
 
 
 def _verdict(results: Results, metric: str) -> str:

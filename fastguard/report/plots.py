@@ -19,7 +19,13 @@ MOST_MARKERS = 60
 
 LEGEND_INSIDE = 6
 """Curves with more names have their legend under the plot, as it would hide them."""
-DASHES: dict[str, Any] = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.5))}
+Style = Literal["solid", "dashed", "dotted", "dashdot"]
+DASHES: dict[Style, Any] = {
+    "solid": "-",
+    "dashed": (0, (4, 2)),
+    "dotted": (0, (1, 1.5)),
+    "dashdot": (0, (6, 1.5, 1, 1.5)),
+}
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -40,6 +46,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelsize": 8,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "legend.handlelength": 3.2,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "figure.facecolor": "white",
@@ -54,7 +61,7 @@ class Line:
     color: str
     x: list[float]
     y: list[float]
-    style: Literal["solid", "dashed", "dotted"] = "solid"
+    style: Style = "solid"
     band: list[float] | None = None
     """half the height of a shaded band around the curve, at each point"""
 
