@@ -46,7 +46,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelsize": 8,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
-    "legend.handlelength": 3.2,
+    "legend.handlelength": 3.6,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "figure.facecolor": "white",
@@ -129,9 +129,9 @@ def plot_lines(
         if marker_y is not None:
             axes.axhline(marker_y[0], color=REFERENCE, linewidth=0.9, linestyle=":", label=marker_y[1])
         if below:
-            canvas.legend(loc="outside lower center", ncols=4, handlelength=2.2, fontsize=7, columnspacing=1.2)
+            canvas.legend(loc="outside lower center", ncols=4, fontsize=7, columnspacing=1.2)
         else:
-            axes.legend(loc="best", handlelength=2.2)
+            axes.legend(loc="best")
         canvas.savefig(path, metadata={"Software": None})
     return path
 
