@@ -214,7 +214,7 @@ def test_the_page_holds_the_sentences_and_every_picture(compared: Path) -> None:
         "± half the 95% t-inter",
     ):
         assert sentence in words
-    assert "In these runs the standard deviation of the ratio was at most" in words
+    assert "In these runs the standard deviation of the ratio of a denoising step was at most" in words
     assert "Partial report" not in words
     assert not re.search(r"\bnan\b|\binf\b", words)
     assert len(re.findall("<figure>", page)) == len(list(compared.glob("*.png"))) == 9
