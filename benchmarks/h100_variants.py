@@ -134,7 +134,7 @@ def _costs(stem: str, flags: dict[str, Any], launch: Launched) -> dict[str, int]
     activations = [size for arg, size in sizes.items() if arg not in WEIGHTS | STATISTICS]
     if stem in ("transition_sums", "transition_bwd", "sde_step"):
         least = sum(size for arg, size in sizes.items() if arg in LATENTS)
-        used = flags.get("HAS_DRIFT", False) + flags.get("HAS_REF", False)
+        used = flags.get("HAS_DRIFT", False) + flags.get("HAS_REF", False) + 3 * flags.get("HAS_ERRORS", False)
         scalars = 2 + (2 * flags["HAS_NOISE"] if stem == "sde_step" else used)
         return {"tile": flags["BLOCK"], "least": least, "scalars": scalars}
     if stem.startswith("adaln"):  # once: rows of scale, shift and gate read, rows of sums written; narrow: mean, rstd

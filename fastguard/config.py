@@ -668,7 +668,7 @@ class Recipe:
             _require(
                 self.update.draws % self.update.minibatches == 0,
                 f"objective.name = {self.objective.name} takes all images of a group in one update, so "
-                f"update.draws = {self.update.draws} must divide into update.minibatches = {self.update.minibatches}",
+                f"update.minibatches = {self.update.minibatches} must divide update.draws = {self.update.draws}",
             )
         pairs = images * self.trained_steps
         steps = "update.draws" if self.objective.process == "forward" else "sampler.sde_steps"

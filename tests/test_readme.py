@@ -20,7 +20,7 @@ from fastguard.recipe import shipped_names
 from fastguard.rewards.remote import RemoteReward
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-PAGES = [README, *(DOCS / f"{name}.md" for name in ("loss", "blocks", "objectives"))]
+PAGES = [README, *(DOCS / f"{name}.md" for name in ("loss", "blocks", "objectives", "advantages"))]
 TEXT = README.read_text(encoding="utf-8")
 EXAMPLES: set[str] = set()
 """files that only a page has"""
@@ -45,6 +45,9 @@ def names_of_a_trainer() -> dict[str, Any]:
         "noise": randn(4, 8, 16),
         "seeds": torch.arange(4),
         "advantages": randn(4),
+        "rewards": randn(4),
+        "prompt_indices": torch.tensor([0, 0, 1, 1]),
+        "step_rewards": randn(4, 3).abs(),
         "model": lambda latents, sigma, *_: latents * 0.1 + weight,
         "prev_sample": randn(4, 8, 16),
         "prev_sample_mean": randn(4, 8, 16).requires_grad_(),

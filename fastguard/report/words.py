@@ -235,6 +235,8 @@ def clip_advice(run: TrainingRun) -> list[str]:
         limit = f"objective.{recipe.objective.limit_name} = {used:g}"
         return [f"{limit} left {shares} without a gradient, {when}."]
     points = [f"objective.clip_range = {used:g} was used. It clipped {shares}, {when}."]
+    if recipe.update.stop != "none":
+        return [*points, f"update.stop = {recipe.update.stop} ended updates before ratios could move further."]
     thirty, ten = (
         finite_values([getattr(log, f"clip_range_for_{share}_percent") for log in logs]) for share in (30, 10)
     )

@@ -171,7 +171,7 @@ def test_the_reference_of_a_preference_serves_its_kl() -> None:
     ("name", "changes", "message"),
     [
         ("dgpo", {"subsample": 0.5}, "takes all images of a group in one update: set update.subsample = 1"),
-        ("dpo", {"draws": 3}, "update.draws = 3 must divide into update.minibatches = 4"),
+        ("dpo", {"draws": 3}, "update.minibatches = 4 must divide update.draws = 3"),
         ("awm", {"draws": 0}, "draws must be at least 1"),
         (
             "dgpo",

@@ -22,6 +22,10 @@ class Shifted(Objective):
         return self.objective.log_ratio
 
     @property
+    def bandwidth(self) -> float:  # type: ignore[override]
+        return self.objective.bandwidth
+
+    @property
     def moves_drift(self) -> bool:  # type: ignore[override]
         return self.objective.moves_drift
 
