@@ -15,6 +15,8 @@ from fastguard.recipe import load_toml, with_values
 
 SHARED = ("run", "model", "rewards", "monitor", "hardware")
 """Sections that are the same for all arms: with other weights, rewards or evaluations, their numbers do not compare."""
+EVALUATED_BY = (("sampler", "shift"), ("prompts", "file"), ("prompts", "max_tokens"))
+"""Further fields on which an evaluation depends."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """of an arm, which is that of a folder, too"""
 
@@ -73,4 +75,13 @@ def _changed(recipe: Recipe, name: str, table: dict[str, Any], folder: Path) -> 
     objective = table.get("objective", {})
     if isinstance(objective, dict):
         table = {**table, "objective": {"name": name, **objective}}
-    return with_values(recipe, table, folder, f"arm {name}")
+    changed = with_values(recipe, table, folder, f"arm {name}")
+    for section, field in EVALUATED_BY:
+        if (section, field) == ("prompts", "file") and recipe.monitor.file is not None:
+            continue
+        if getattr(getattr(changed, section), field) != getattr(getattr(recipe, section), field):
+            raise UserError(
+                f"arm {name}: evaluations depend on {section}.{field}, so it is the same for all arms: change it for "
+                f"all, in the recipe or by --{section}.{field} VALUE"
+            )
+    return changed

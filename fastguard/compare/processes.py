@@ -43,18 +43,27 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A run whose process has ended."""
+class Run:
+    """A run whose process is there."""
 
     recipe: Recipe
+    said: int
+    """bytes of its log before this process"""
+
+
+@dataclass(frozen=True)
+class Ended(Run):
+    """A run whose process has ended."""
+
     exit_code: int
 
     @property
     def last_words(self) -> str:
-        """The last line of what it said."""
+        """How it ended, and the last line of what it said."""
         log = self.recipe.run.dir / LOG
-        said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
-        return said.splitlines()[-1] if said else "it said nothing"
+        said = log.read_bytes()[self.said :].decode(errors="replace").strip() if log.is_file() else ""
+        how = f"exit code {self.exit_code}" if self.exit_code >= 0 else f"killed by signal {-self.exit_code}"
+        return f"{how}: {said.splitlines()[-1] if said else 'it said nothing'}"
 
 
 def run_all(recipes: Sequence[Recipe], workers: int, train: Train) -> Generator[Ended, None, None]:
@@ -66,24 +75,37 @@ def run_all(recipes: Sequence[Recipe], workers: int, train: Train) -> Generator[
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastguard.compare.server", __name__, train.__module__])
-    waiting, running = deque(recipes), dict[Any, Recipe]()
+    waiting, running = deque(recipes), dict[Any, Run]()
     heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
-    alone = True
+    alone, caught = True, list[int]()
     try:
         while waiting or running:
             while waiting and len(running) < (1 if alone else workers):
                 recipe = waiting.popleft()
                 process = context.Process(target=_work, args=(train, recipe, os.getcwd(), dict(os.environ), heard))
-                with handled_by(signal.SIG_IGN):  # which the server keeps: a signal to all processes is not for it
-                    process.start()
-                running[process] = recipe
+                # The first start waits for the server's imports. A signal meanwhile ends all once this run is known.
+                with handled_by(lambda number, frame: caught.append(number)):
+                    said = _size(recipe.run.dir / LOG)
+                    try:
+                        process.start()
+                        running[process] = Run(recipe, said)
+                    except (EOFError, OSError):  # the server has heard the signal, too, before it could ignore it
+                        if not caught:
+                            raise
+                if caught:
+                    raise KeyboardInterrupt
             connection.wait([process.sentinel for process in running], timeout=1.0)
             over = [process for process in running if not process.is_alive()]
-            alone = alone and not over and not any(trains(recipe) for recipe in running.values())
+            alone = alone and not over and not any(trains(run.recipe) for run in running.values())
             for process in over:
-                yield Ended(running.pop(process), process.exitcode)
+                run = running.pop(process)
+                yield Ended(run.recipe, run.said, process.exitcode)
     finally:
         _stop(list(running))
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
 def trains(recipe: Recipe) -> bool:
@@ -123,6 +145,7 @@ def _work(train: Train, recipe: Recipe, folder: str, environment: dict[str, str]
 def _train(train: Train, recipe: Recipe) -> int:
     """The exit code, as that of `fastguard train`."""
     start = time.monotonic()
+    _note(recipe, {"began": time.time()})
     try:
         return train(recipe, "auto")
     except UserError as error:
@@ -136,13 +159,18 @@ def _train(train: Train, recipe: Recipe) -> int:
     finally:
         # Linux counts in KiB.
         cost = Cost(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        with (recipe.run.dir / COSTS).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(dataclasses.asdict(cost)) + "\n")
+        _note(recipe, dataclasses.asdict(cost))
+
+
+def _note(recipe: Recipe, row: dict[str, float]) -> None:
+    with (recipe.run.dir / COSTS).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
 
 
 def cost_of(folder: Path) -> Cost | None:
-    """What the processes of a run took together; None where nothing is written down."""
+    """What the processes of a run took together; None where one of them was killed before it could write that down."""
     rows = read_rows(folder / COSTS)
-    if not rows:
+    ends = [row for row in rows if "seconds" in row and "peak_bytes" in row]
+    if not ends or len(rows) != 2 * len(ends):
         return None
-    return Cost(sum(row["seconds"] for row in rows), max(row["peak_bytes"] for row in rows))
+    return Cost(sum(row["seconds"] for row in ends), max(row["peak_bytes"] for row in ends))

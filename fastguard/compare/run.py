@@ -111,6 +111,8 @@ def refuse_other_runs(recipe: Recipe) -> None:
         before = parse_json(read_text(folder / RECIPE))
     except ValueError as error:
         raise UserError(f"{folder / RECIPE} is damaged ({error}): remove {folder}, or choose another --out") from None
+    if not isinstance(before, dict):
+        raise UserError(f"{folder / RECIPE} is damaged: remove {folder}, or choose another --out")
     changed = differences(before, _settings(recipe))
     if changed:
         raise UserError(f"{folder} holds a run of other settings ({', '.join(changed)}): choose another --out")
@@ -157,7 +159,7 @@ def _train_all(
                 what = "".join(f"proxy {last.proxy:.4g}, gold {last.gold:.4g}" for last in evaluations[-1:])
             else:
                 failures[arm, seed] = run.last_words
-                what = f"not finished (exit code {run.exit_code}): {run.last_words}"
+                what = f"not finished, {run.last_words}"
             say(f"{done} of {len(runs)} runs: {arm}, seed {seed}: {what}")
 
 

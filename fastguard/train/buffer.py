@@ -32,6 +32,8 @@ class StoredRollout:
     """"rollouts": this process's rollout batches; "best": one batch, the same on every process"""
     values: Tensor
     """"rollouts": advantages (B,) in their own groups; "best": rewards (R, M); on the host"""
+    dropped: Tensor | None = None
+    """"rollouts": (B,) bool, on the host: images that are not trained on, since a reward failed in their group"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Buffer:
         for rollout in self.rollouts:
             parts = everyone(rollout.values)
             yield f"{rollout.epoch}.values", parts[0] if shared else torch.cat(parts)
+            if rollout.dropped is not None:
+                yield f"{rollout.epoch}.dropped", torch.cat(everyone(rollout.dropped))
             batches = len(rollout.transitions)
             for i, batch in enumerate(rollout.transitions):
                 for name, tensor in as_tensors(batch).items():
@@ -63,28 +67,44 @@ class Buffer:
 def is_of(name: str, recipe: Recipe, process: int) -> bool:
     """Whether a process needs this tensor of a checkpoint's buffer."""
     _, part, *_ = name.split(".")
-    if part == "values" or recipe.objective.reuse == "best":
+    if part in ("values", "dropped") or recipe.objective.reuse == "best":
         return True
     return int(part) // _batches(recipe) == process
 
 
 def buffer_of(
-    tensors: Mapping[str, Tensor], recipe: Recipe, latent_shape: tuple[int, ...], accelerator: Accelerator
+    tensors: Mapping[str, Tensor],
+    recipe: Recipe,
+    latent_shape: tuple[int, ...],
+    prompts: int,
+    epoch_now: int,
+    accelerator: Accelerator,
 ) -> Buffer:
     """The buffer of this process, from the tensors of a checkpoint that `is_of` it.
 
-    Raises LookupError or ValueError if one is missing or has another shape.
+    Args:
+        latent_shape: of one image.
+        prompts: how many there are.
+        epoch_now: epochs done.
+
+    Raises LookupError or ValueError if a tensor is missing, has another shape, or holds what cannot be.
     """
     shared, own = recipe.objective.reuse == "best", recipe.images_per_process
     count = 1 if shared else _batches(recipe)
     first = 0 if shared else accelerator.process_index * count
     rollouts = []
     for epoch in sorted({int(name.split(".")[0]) for name in tensors}, reverse=True)[: recipe.objective.rollouts - 1]:
-        values = tensors[f"{epoch}.values"]
+        if not 0 <= epoch < epoch_now:
+            raise ValueError(f"epoch {epoch} is not among the {epoch_now} that are done")
+        values, dropped = tensors[f"{epoch}.values"], None
+        if (shared and values.ndim != 2) or len(values) != (len(recipe.rewards) if shared else recipe.images_per_epoch):
+            raise ValueError(f"{epoch}.values has the shape {tuple(values.shape)}")
         if not shared:
-            if values.shape != (recipe.images_per_epoch,):
-                raise ValueError(f"{epoch}.values is not of {recipe.images_per_epoch} images")
-            values = values[accelerator.process_index * own :][:own].clone()
+            dropped = tensors[f"{epoch}.dropped"]
+            if values.ndim != 1 or dropped.shape != values.shape or dropped.dtype != torch.bool:
+                raise ValueError(f"{epoch}.values and {epoch}.dropped are not of {recipe.images_per_epoch} images")
+            mine = slice(accelerator.process_index * own, (accelerator.process_index + 1) * own)
+            values, dropped = values[mine].clone(), dropped[mine].clone()
         batches = []
         for number in range(first, first + count):
             prefix = f"{epoch}.{number}."
@@ -93,12 +113,29 @@ def buffer_of(
             images, steps = recipe.sampler.batch_size, recipe.sampler.sde_steps
             if shared:
                 images, steps = values.shape[-1], recipe.trained_steps
-            for name in ("latents", "velocity", "noise"):
-                if getattr(batch, name).shape != (images * steps, *latent_shape) or len(batch) != images * steps:
-                    raise ValueError(f"{prefix}{name} is not of {images} images with {steps} steps of {latent_shape}")
+            _check(batch, prefix, images * steps, latent_shape, prompts, recipe)
             batches.append(stored(batch.to(accelerator.device), recipe))
-        rollouts.append(StoredRollout(epoch, tuple(batches), values))
+        rollouts.append(StoredRollout(epoch, tuple(batches), values, dropped))
     return Buffer(tuple(rollouts))
+
+
+def _check(
+    batch: RolloutBatch, prefix: str, count: int, latent_shape: tuple[int, ...], prompts: int, recipe: Recipe
+) -> None:
+    """Raise ValueError unless these can be so many transitions of this recipe."""
+    found = as_tensors(batch)
+    of_latents = ("latents", "velocity", "noise", "ref_velocity")
+    for name, tensor in found.items():
+        if tensor.shape != ((count, *latent_shape) if name in of_latents else (count,)):
+            raise ValueError(f"{prefix}{name} has the shape {tuple(tensor.shape)}, expected {count} transitions")
+        if name in of_latents and tensor.dtype != batch.latents.dtype:
+            raise ValueError(f"{prefix}{name} is {tensor.dtype}, the latents {batch.latents.dtype}")
+    if ("ref_velocity" in found) != (recipe.objective.kl_weight > 0):
+        raise ValueError(f"{prefix}ref_velocity does not go with objective.kl_weight = {recipe.objective.kl_weight}")
+    ranges = {"prompt_indices": prompts, "denoising_step": recipe.sampler.num_steps}
+    for name, end in ranges.items():
+        if not bool(((found[name] >= 0) & (found[name] < end)).all()):
+            raise ValueError(f"{prefix}{name} is not below {end}")
 
 
 def _batches(recipe: Recipe) -> int:

@@ -36,7 +36,7 @@ class TrainingSet:
     advantages: Tensor
     """of each of these images, on the host"""
     dropped: Tensor
-    """(B,) bool, on the host: fresh images that are not trained on, since a reward failed in their group"""
+    """bool, on the host, of fresh images and of those of whole rollouts: not trained on, since a reward failed"""
     replayed: Replayed | None = None
     """of the best images of earlier rollouts, where there are some"""
 
@@ -86,9 +86,11 @@ def remember(
     else:
         bad = names_not_finite(pair for batch in transitions for pair in as_tensors(batch).items())
         finite = not any(gather_object(bad))
-        newest = StoredRollout(state.epoch, transitions, rolled.advantages.values) if finite else None
+        own = rolled.advantages
+        newest = StoredRollout(state.epoch, transitions, own.values, ~own.counted) if finite else None
     if newest is None:
-        recorder.skipped(state.epoch, "the rollout is not kept for later updates: no image of it is finite and scored")
+        why = "no image of it is finite and scored" if objective.reuse == "best" else "it holds NaN or infinity"
+        recorder.skipped(state.epoch, f"the rollout is not kept for later updates: {why}")
         return state.buffer
     return Buffer((newest, *state.buffer.rollouts)[: objective.rollouts - 1])
 
@@ -112,7 +114,8 @@ def with_rollouts(state: TrainState, fresh: TrainingSet) -> TrainingSet:
         ]
     load_prompts(state, batches)
     advantages = torch.cat([fresh.advantages, *(rollout.values for rollout in state.buffer.rollouts)])
-    return TrainingSet(tuple(batches), advantages, fresh.dropped)
+    dropped = [fresh.dropped, *(r.dropped for r in state.buffer.rollouts if r.dropped is not None)]
+    return TrainingSet(tuple(batches), advantages, torch.cat(dropped))
 
 
 # --- the best images --------------------------------------------------------------------------------------------------

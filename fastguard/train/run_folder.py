@@ -59,9 +59,9 @@ from fastguard.utils.terminal import say
 
 OF_STORED_ROLLOUTS = (
     "model.kind", "model.path", "model.dtype", "model.height", "model.width", "model.guidance", "model.train",
-    "prompts: ", "prompts.per_epoch", "rewards", "scoring.normalize_each", "advantages", "objective.name",
-    "objective.kl_weight", "objective.keep", "sampler.kind", "sampler.num_steps", "sampler.sde_steps",
-    "sampler.group_size", "sampler.batch_size",
+    "prompts: ", "prompts.per_epoch", "prompts.max_tokens", "rewards", "scoring.normalize_each", "advantages",
+    "objective.name", "objective.kl_weight", "objective.keep", "objective.reweight", "sampler.kind",
+    "sampler.num_steps", "sampler.sde_steps", "sampler.group_size", "sampler.batch_size",
 )  # fmt: skip
 """Fields without which an earlier rollout does not fit the ones that follow."""
 GRID_IMAGES = 16
@@ -247,13 +247,15 @@ class RunFolder:
         if recipe.objective.rollouts == 1:
             return Buffer()
         causes = [c for c in changed if c.startswith(OF_STORED_ROLLOUTS)]
-        own = read_tensors(path, "buffer", lambda name: is_of(name, recipe, self._accelerator.process_index))
-        if causes and own and self._main:
-            say(f"  earlier rollouts are not trained on again, since they do not fit: {', '.join(causes)}", sys.stdout)
-        if causes:
-            return Buffer()
         try:
-            return buffer_of(own, recipe, state.backbone.latent_shape, self._accelerator)
+            own = read_tensors(path, "buffer", lambda name: is_of(name, recipe, self._accelerator.process_index))
+            if causes and own and self._main:
+                causes_said = ", ".join(causes)
+                say(f"  earlier rollouts are not trained on again, since they do not fit: {causes_said}", sys.stdout)
+            if causes:
+                return Buffer()
+            backbone, epoch = state.backbone, state.epoch
+            return buffer_of(own, recipe, backbone.latent_shape, len(backbone.prompts), epoch, self._accelerator)
         except (LookupError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint {path}: its earlier rollouts are not as they were written: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,13 +27,14 @@ from fastguard import cli
 from fastguard.compare import run as comparison
 from fastguard.compare.arms import Arm, build_arms
 from fastguard.compare.page import write_comparison
-from fastguard.compare.processes import Ended, run_all
+from fastguard.compare.processes import Ended, cost_of, run_all
 from fastguard.compare.results import FinishedRun, Results
 from fastguard.compare.text import FIRST_UPDATE, SAME_INSIDE
 from fastguard.config import Recipe
 from fastguard.errors import UserError
 from fastguard.loss.objectives import OBJECTIVES
 from fastguard.recipe import arms_beside, find_recipe, load_recipe
+from fastguard.train.checkpoint import checkpoints_in
 from fastguard.train.monitor import EvaluationLog
 from fastguard.train.run_folder import checkpoint_of
 from fastguard.utils.rows import read_rows
@@ -75,8 +77,17 @@ def test_names_choose_tables_and_objectives(tmp_path: Path) -> None:
 
 
 def test_paths_of_an_arm_are_relative_to_its_file(tmp_path: Path) -> None:
-    (arm,) = build_arms(toy_recipe(), (), arms_file(tmp_path, '[grpo_guard]\nprompts.file = "mine.txt"'))
+    recipe = toy_recipe()
+    recipe = replace(recipe, monitor=replace(recipe.monitor, file=Path("evaluated.txt")))
+    (arm,) = build_arms(recipe, (), arms_file(tmp_path, '[grpo_guard]\nprompts.file = "mine.txt"'))
     assert arm.recipe.prompts.file == tmp_path / "mine.txt"
+
+
+@pytest.mark.parametrize("line", ["sampler.shift = 1.0", 'prompts.file = "mine.txt"', "prompts.max_tokens = 7"])
+def test_what_evaluations_depend_on_is_the_same_for_all_arms(tmp_path: Path, line: str) -> None:
+    field = line.split(" ")[0]
+    with pytest.raises(UserError, match=f"evaluations depend on {field}, so it is the same for all arms"):
+        build_arms(toy_recipe(), (), arms_file(tmp_path, f"[grpo_guard]\n{line}"))
 
 
 def test_the_digits_have_an_arm_for_each_objective() -> None:
@@ -167,7 +178,8 @@ def test_every_number_is_that_of_the_files_of_the_runs(compared: Path) -> None:
         assert all(row["diversity"] > 0 for row in run["evaluations"])
         for row, epoch in zip(read_rows(folder / "metrics.jsonl"), run["epochs"], strict=True):
             assert epoch == {name: row[name] for name in epoch}
-        (cost,) = read_rows(folder / "processes.jsonl")
+        began, cost = read_rows(folder / "processes.jsonl")
+        assert began["began"] > 0
         assert (run["peak_bytes"], run["wall_s"]) == (cost["peak_bytes"], cost["seconds"])
         assert cost["peak_bytes"] > 50 * 2**20
         recipe = json.loads((folder / "recipe.json").read_text())
@@ -248,12 +260,14 @@ def test_a_killed_run_is_told_and_resumes(
     arms = build_arms(toy_recipe(), ("grpo_guard", "less"), arms_file(tmp_path, ARMS))
     out = tmp_path / "out"
     assert comparison.compare(arms, 1, out, train_toy, workers=1) == 1
-    assert "1 of 2 runs: grpo_guard, seed 0: not finished (exit code -9)" in capsys.readouterr().err
+    assert "1 of 2 runs: grpo_guard, seed 0: not finished, killed by signal 9" in capsys.readouterr().err
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "grpo_guard, seed 0, did not finish: " in page
+    assert "grpo_guard, seed 0, did not finish: killed by signal 9" in page
     untouched = (out / "less" / "seed_0" / "metrics.jsonl").stat().st_mtime_ns
     assert comparison.compare(arms, 1, out, train_toy, workers=1) == 0
     assert "after 1 epochs" in (out / "grpo_guard" / "seed_0" / "train.log").read_text()
+    assert cost_of(out / "grpo_guard" / "seed_0") is None  # the killed process wrote nothing down
+    assert cost_of(out / "less" / "seed_0") is not None
     assert (out / "less" / "seed_0" / "metrics.jsonl").stat().st_mtime_ns == untouched
     for arm in arms:
         assert_same_end(out / arm.name / "seed_0", compared / arm.name / "seed_0")
@@ -307,7 +321,7 @@ def test_runs_save_when_the_comparison_ends(number: int, tmp_path: Path) -> None
             time.sleep(0.05)
         process.send_signal(number)
         assert process.wait() == (130 if number == signal.SIGTERM else -number)
-        while not read_rows(folder / "processes.jsonl"):  # its run ends by itself
+        while len(read_rows(folder / "processes.jsonl")) < 2:  # its run ends by itself
             time.sleep(0.05)
     assert "SIGTERM: saving at the next safe point" in (folder / "train.log").read_text()
     done = read_rows(folder / "metrics.jsonl")[-1]["epoch"] + 1
@@ -318,12 +332,38 @@ def test_runs_save_when_the_comparison_ends(number: int, tmp_path: Path) -> None
     assert f"after {done} epochs" in (folder / "train.log").read_text()
 
 
+def test_a_signal_while_the_first_run_starts_is_not_lost(tmp_path: Path) -> None:
+    """The start waits for the imports of the server that runs are forked from."""
+    (tmp_path / "hittable.py").write_text(HITTABLE)
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    with deadline("a comparison that is hit early"):
+        process = subprocess.Popen([sys.executable, str(tmp_path / "hittable.py"), str(out)], env=environment)
+        while not (out / "grpo_guard" / "seed_0" / "compared.json").is_file():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 130
+    assert not checkpoints_in(out / "grpo_guard" / "seed_0" / "checkpoints")[1:]  # it was not trained to its end
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{"])
+def test_a_damaged_note_of_a_run_is_named(compared: Path, tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(compared / "grpo_guard", folder / "grpo_guard")
+    (folder / "grpo_guard" / "seed_0" / "compared.json").write_text(content)
+    arms = build_arms(toy_recipe(), ("grpo_guard",), None)
+    with pytest.raises(UserError, match="compared.json is damaged"):
+        comparison.compare(arms, 1, folder, train_toy)
+
+
 def test_a_run_that_fails_ends_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = build_arms(toy_recipe(), ("grpo_guard", "less"), arms_file(tmp_path, ARMS))
     assert comparison.compare(arms, 2, tmp_path / "out", fail, workers=2) == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(failure["arm"], failure["seed"]) for failure in results["failures"]] == [("grpo_guard", 1), ("less", 1)]
-    assert all(failure["said"] == "RuntimeError: failed on purpose" for failure in results["failures"])
+    said = "exit code 1: RuntimeError: failed on purpose"
+    assert all(failure["said"] == said for failure in results["failures"])
     assert [run["seed"] for run in results["runs"]] == [0, 0]
 
 

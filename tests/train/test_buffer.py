@@ -81,7 +81,7 @@ def test_a_buffer_is_written_as_it_was_drawn_and_read_back_to_the_bit(
     loaded = load_file(tmp_path / "buffer.safetensors")
     drawn = [tensor for key, tensor in loaded.items() if key.endswith(("latents", "velocity", "noise"))]
     assert {tensor.dtype for tensor in drawn} == {torch.bfloat16}
-    assert_same(buffer_of(loaded, recipe, SHAPE, state.accelerator), state.buffer)
+    assert_same(buffer_of(loaded, recipe, SHAPE, 2, state.epoch, state.accelerator), state.buffer)
 
 
 def test_two_processes_share_the_rollouts_of_one() -> None:
@@ -96,7 +96,8 @@ def test_two_processes_share_the_rollouts_of_one() -> None:
         for process in (0, 1):
             own = {key: tensor for key, tensor in tensors.items() if is_of(key, halved, process)}
             assert (len(own) < len(tensors)) == (name == "rpg")
-            parts.append(buffer_of(own, halved, SHAPE, TwoProcesses(process)).rollouts[0])  # type: ignore[arg-type]
+            two: Any = TwoProcesses(process)
+            parts.append(buffer_of(own, halved, SHAPE, 2, epochs.state.epoch, two).rollouts[0])
         if name == "rpg":
             assert torch.equal(torch.cat([part.values for part in parts]), whole.values)
             batches = [batch for part in parts for batch in part.transitions]
@@ -148,7 +149,10 @@ def test_a_damaged_buffer_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("change", ["missing", "narrow", "short", "renamed", "impossible"])
+@pytest.mark.parametrize(
+    "change",
+    ["missing", "narrow", "short", "renamed", "impossible", "odd", "later", "prompt", "step", "dtype", "fewer", "cut"],
+)
 def test_a_buffer_that_was_not_written_so_is_refused(tmp_path: Path, name: str, change: str) -> None:
     """With a manifest that fits, as if somebody had forged it."""
     recipe = replace(toy(tmp_path / "run"), objective=OBJECTIVES[name])
@@ -163,8 +167,24 @@ def test_a_buffer_that_was_not_written_so_is_refused(tmp_path: Path, name: str, 
         tensors["1.values"] = tensors["1.values"][..., :-1].contiguous()
     elif change == "renamed":
         tensors["one.values"] = tensors.pop("1.values")
-    else:
+    elif change == "impossible":
         tensors["1.0.step_std"] = -tensors["1.0.step_std"]
+    elif change == "odd":
+        tensors["x"] = tensors["1.values"].clone()
+    elif change == "later":
+        tensors |= {key.replace("1.", "99.", 1): x.clone() for key, x in tensors.items() if key.startswith("1.")}
+    elif change == "prompt":
+        tensors["1.0.prompt_indices"] = tensors["1.0.prompt_indices"] + 7
+    elif change == "step":
+        tensors["1.0.denoising_step"] = tensors["1.0.denoising_step"] - 9
+    elif change == "dtype":
+        tensors["1.0.noise"] = tensors["1.0.noise"].double()
+    elif change == "fewer":
+        tensors["1.0.sample"] = tensors["1.0.sample"][:-1].contiguous()
+    elif name == "rpg":
+        del tensors["1.0.ref_velocity"]
+    else:
+        tensors["1.values"] = tensors["1.values"].repeat(2, 1)
     save_file(tensors, path / "buffer-0000.safetensors")
     (path / "manifest.json").unlink()
     checkpoint._seal(path)
@@ -249,3 +269,17 @@ def test_the_planner_counts_what_a_run_keeps(
     assert any("objective.window" in note for note in plan(recipe).notes)
     logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [log["earlier_images"] for log in logs] == ([0, 8, 16, 16] if name == "rpg" else [0, 2, 2, 2])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_another_factor_of_the_steps_drops_the_buffer(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stored transitions have the factors of their schedule, or none."""
+    recipe = replace(toy(tmp_path / "run"), objective=OBJECTIVES[name])
+    in_process(recipe)
+    capsys.readouterr()
+    weighted = replace(recipe, objective=replace(recipe.objective, reweight="tempflow"))
+    in_process(replace(weighted, run=replace(weighted.run, epochs=weighted.run.epochs + 1)), resume="auto")
+    said = capsys.readouterr().out
+    assert "earlier rollouts are not trained on again, since they do not fit: objective.reweight" in said
