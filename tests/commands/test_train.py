@@ -17,6 +17,7 @@ from helpers.forks import FASTGUARD, Fork
 from PIL import Image
 
 from fastguard import cli
+from fastguard.advantages import ESTIMATORS
 from fastguard.loss.objectives import OBJECTIVES
 from fastguard.train.run_folder import checkpoint_of
 from fastguard.utils.rows import read_rows
@@ -270,6 +271,23 @@ def test_every_objective_trains(here: Here, tmp_path: Path, recipe: str, name: s
     assert len(row["updates"]) == 2
     assert all(update["grad_norm"] > 0 for update in row["updates"])
     assert not any(update["skipped"] for update in row["updates"])
+
+
+BOUNDED = {"bnpo": ("--advantages.low", "-100", "--advantages.high", "100"), "vgpo": ("--advantages.rescale", "minmax")}
+"""The rewards of both recipes may be negative."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["digits", "flux_tiny"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_trains(here: Here, tmp_path: Path, recipe: str, name: str) -> None:
+    own = ("--sampler.shift", "3") if recipe == "digits" else ()
+    own += BOUNDED.get(name, ())
+    here("train", recipe, "--advantages.name", name, "--run.dir", str(tmp_path), *SHORTEST, *own)
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert len(row["updates"]) == 2
+    assert not any(update["skipped"] for update in row["updates"])
+    assert any(update["grad_norm"] > 0 for update in row["updates"])
 
 
 def test_it_says_what_an_objective_of_final_latents_costs(here: Here, tmp_path: Path) -> None:
