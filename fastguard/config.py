@@ -601,8 +601,7 @@ class Recipe:
         images, steps = ("prompts.per_epoch * sampler.group_size", "sampler.num_steps")
         _check_images(self.images_per_epoch, images, self.sampler.num_steps, steps)
         if forward:
-            draws = self.update.inner_epochs * self.update.draws
-            _check_images(self.images_per_epoch, images, draws, "update.inner_epochs * update.draws")
+            _check_images(self.images_per_epoch, images, self.stored_steps, "update.inner_epochs * update.draws")
         self._check_divisions()
         self._check_per_step()
         _require(
@@ -769,6 +768,11 @@ class Recipe:
     def draws_of_noise(self) -> int:
         """Draws of an image beside its initial latents: one for each denoising step, or for each stored draw."""
         return max(self.sampler.num_steps, self.stored_steps)
+
+    @property
+    def averages(self) -> int:
+        """Averages of the weights, in float32: the one that is exported, and the one that samples."""
+        return (self.update.ema_decay > 0) + (self.objective.anchor == "average")
 
     @property
     def best_images(self) -> int:

@@ -339,10 +339,9 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     weight = 4 if recipe.model.train == "lora" else getattr(torch, recipe.model.dtype).itemsize
     masters = weight < 4 or recipe.update.optimizer == "adamw_cpu"
     state = 2 if recipe.update.optimizer == "adamw8bit" else 12 if masters else 8
-    averages = (recipe.update.ema_decay > 0) + (recipe.objective.anchor == "average")
     shared = recipe.objective.reuse == "best"  # every process has the same
     rollouts = buffer_bytes(recipe) * (1 if shared else recipe.hardware.processes)
-    return count * (2 * weight + 4 * averages + state) + rollouts
+    return count * (2 * weight + 4 * recipe.averages + state) + rollouts
 
 
 def _optimizer(recipe: Recipe) -> Iterator[Finding]:

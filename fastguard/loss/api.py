@@ -233,9 +233,7 @@ def _loss(call: Call, check_values: bool) -> GuardLoss:
         _check_values(call, weight)
     _, velocity, old, noise, ref, advantages, step, *_ = call
     if velocity.numel() == 0:
-        empty = advantages.detach().flatten().to(found.dtype)
-        loss = (velocity.sum() if call.reduction != "none" else velocity.flatten(1).sum(1)).to(found.dtype)
-        return GuardLoss(loss, empty, empty, empty, empty, empty.bool(), None if ref is None else empty)
+        return of_no_samples(velocity, advantages, ref, call.reduction, found.dtype)
 
     advantages = advantages if advantages.ndim == 1 else advantages[:, 0]
     kl_weights = call.kl_weight.reshape(-1) if isinstance(call.kl_weight, Tensor) else None
@@ -254,6 +252,15 @@ def _loss(call: Call, check_values: bool) -> GuardLoss:
         velocity, loss, coefs, noise, old, ref_or_none, (call.from_means, found.has_drift, found.backend)
     )
     return GuardLoss(loss, log_ratio, ratio, cross, drift, clipped, None if ref is None else kl)
+
+
+def of_no_samples(
+    velocity: Tensor, advantages: Tensor, ref: Tensor | None, reduction: str, dtype: torch.dtype
+) -> GuardLoss:
+    """The loss of an empty batch: 0, or none, with a graph."""
+    empty = advantages.detach().flatten().to(dtype)
+    loss = (velocity.sum() if reduction != "none" else velocity.flatten(1).sum(1)).to(dtype)
+    return GuardLoss(loss, empty, empty, empty, empty, empty.bool(), None if ref is None else empty)
 
 
 def _policy_weight(call: Call, dtype: torch.dtype) -> Tensor | None:

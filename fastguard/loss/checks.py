@@ -79,31 +79,28 @@ def check_step(
 
 
 def check_advantages(advantages: Tensor, velocity: Tensor) -> None:
-    if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
-        came = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
-        raise TypeError(f"advantages must be a floating point tensor; got {came}")
-    n_samples = velocity.shape[0]
-    if advantages.shape not in ((n_samples,), (n_samples, 1)):
-        raise ValueError(
-            f"advantages must have shape ({n_samples},) or ({n_samples}, 1), one per sample; "
-            f"got {tuple(advantages.shape)}"
-        )
+    _check_of_each("advantages", advantages, velocity, "a floating point tensor")
     if advantages.device != velocity.device:
         raise ValueError(f"advantages are on {advantages.device}, the latents on {velocity.device}")
 
 
 def check_sigma(sigma: Tensor, velocity: Tensor) -> None:
-    """Flow times, one per sample; their values are on the device and not read."""
-    if not isinstance(sigma, Tensor) or not sigma.is_floating_point():
-        came = sigma.dtype if isinstance(sigma, Tensor) else type(sigma).__name__
-        raise TypeError(f"sigma must be a floating point tensor of flow times; got {came}")
-    n_samples = velocity.shape[0]
-    if sigma.shape not in ((n_samples,), (n_samples, 1)):
-        raise ValueError(
-            f"sigma must have shape ({n_samples},) or ({n_samples}, 1), one per sample; got {tuple(sigma.shape)}"
-        )
+    """Flow times; their values are on the device and not read."""
+    _check_of_each("sigma", sigma, velocity, "a floating point tensor of flow times")
     if sigma.device != velocity.device:
         raise ValueError(f"sigma is on {sigma.device}, the latents on {velocity.device}; move it there")
+
+
+def _check_of_each(name: str, value: Tensor, velocity: Tensor, expected: str) -> None:
+    """A floating tensor with one entry per sample, (B,) or (B, 1)."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be {expected}; got {came}")
+    n_samples = velocity.shape[0]
+    if value.shape not in ((n_samples,), (n_samples, 1)):
+        raise ValueError(
+            f"{name} must have shape ({n_samples},) or ({n_samples}, 1), one per sample; got {tuple(value.shape)}"
+        )
 
 
 def check_times(sigma: Tensor) -> None:

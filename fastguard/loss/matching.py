@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastguard.loss.api import GuardLoss, column
+from fastguard.loss.api import GuardLoss, column, of_no_samples
 from fastguard.loss.checks import (
     Reduction,
     check_advantages,
@@ -100,11 +100,9 @@ def matching_loss(
 
     dtype, resolved = compute_dtype(velocity.dtype), resolve_backend(backend, velocity)
     n_elements = math.prod(velocity.shape[1:])
-    advantages, sigma = (column(value.detach(), velocity, dtype) for value in (advantages, sigma))
     if velocity.numel() == 0:
-        loss = (velocity.sum() if reduction != "none" else velocity.flatten(1).sum(1)).to(dtype)
-        kl_or_none = None if ref_velocity is None else advantages
-        return GuardLoss(loss, advantages, advantages, advantages, advantages, advantages.bool(), kl_or_none)
+        return of_no_samples(velocity, advantages, ref_velocity, reduction, dtype)
+    advantages, sigma = (column(value.detach(), velocity, dtype) for value in (advantages, sigma))
     old, target = old_velocity.detach(), target.detach()
     ref = None if ref_velocity is None else ref_velocity.detach()
     spread = found.error_spread() if isinstance(found, MatchingObjective) else None

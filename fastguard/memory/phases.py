@@ -237,8 +237,7 @@ def _copies(recipe: Recipe, weights: Weights) -> tuple[int, int]:
     """(device, host) bytes of the averages, in float32, and of the model before full fine-tuning, in its dtype."""
     trained, share = weights.trained, _share(recipe, weights.trained)
     n_bytes = 0
-    n_averages = (recipe.update.ema_decay > 0) + (recipe.objective.anchor == "average")
-    n_bytes += int(4 * trained.count * share) * n_averages
+    n_bytes += recipe.averages * int(4 * trained.count * share)
     if _has_reference_copy(recipe):
         n_bytes += int(trained.n_bytes * share)
     return (n_bytes, 0) if recipe.update.copies == "device" else (0, n_bytes)

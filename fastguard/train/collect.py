@@ -124,8 +124,9 @@ def noised_batch(state: TrainState, final: Tensor, prompt_indices: Tensor, seeds
     passes, draws = recipe.update.inner_epochs, recipe.update.draws
     shift = recipe.sampler.shift_for(state.backbone.shift)
     times = draw_times(recipe.run.seed, state.epoch, prompt_indices, passes, draws, shift)
+    of_draws = seeds[:, : recipe.stored_steps]
     with state.anchor_policy():
-        return noised(state.policy, prompt_indices.to(final.device), final, seeds[:, : passes * draws], times, draws)
+        return noised(state.policy, prompt_indices.to(final.device), final, of_draws, times, draws)
 
 
 def score_epoch(
