@@ -16,7 +16,7 @@ from launches import Launched, recorded
 from operator_calls import BF16, FP16, FP32, NAMES, compiled_calls
 from torch import Tensor
 
-KINDS = {**NAMES, torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+KINDS = {**NAMES, torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}
 # float32 beside bf16: latents, or a drawn sample beside its means; weights beside activations. First float32, the dtype
 # of those kernels that know no other.
 DTYPES = ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32))
@@ -152,6 +152,15 @@ def _costs(stem: str, flags: dict[str, Any], launch: Launched) -> dict[str, int]
         moved = 2 if stem == "bias_gelu_fwd" else 3 + flags["NEED_OUTPUT"]
         tile = flags["BLOCK_S"] * flags["BLOCK_C"]
         return {"tile": tile, "least": moved * activations[0], "scalars": int(flags["HAS_BIAS"])}
+    if stem == "dequantize_rows":  # narrow: a scale per row
+        return {
+            "tile": flags["BLOCK_N"] * flags["BLOCK_C"],
+            "least": sizes["codes_ptr"] + sizes["out_ptr"],
+            "scalars": 4,
+        }
+    if stem == "dequantize_blocks":  # a tile is of bytes, with two weights each, which are looked up in a table
+        tile = flags["BLOCKS"] * flags["HALF_BLOCK"]
+        return {"tile": tile, "least": 1 + 2 * sizes["out_ptr"], "scalars": 2 * tile // (32 * launch.num_warps) + 8}
     if stem.startswith("qk_norm_rope"):
         # Narrow: cos and sin of a pair, for many heads; weights of query and key; their rstd, of two heads; their sums.
         # A program takes tokens of one stream; the value of a single stream is not moved.

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastguard.loss.objectives import OBJECTIVES, build_objective
 from fastguard.ops.adaln import adaln_apply, adaln_bwd, adaln_fwd
+from fastguard.ops.dequantize import dequantize_blocks, dequantize_rows
 from fastguard.ops.gated_residual import gated_residual_bwd, gated_residual_fwd
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
 from fastguard.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
@@ -156,6 +157,11 @@ class Numbers:
     def positive(self, *shape: int, of: torch.dtype | None = None) -> Tensor:
         return self._make(torch.rand, shape, of or self.wide).add_(0.5)
 
+    def bytes(self, *shape: int) -> Tensor:
+        if not self._filled:
+            return torch.empty(shape, dtype=torch.uint8, device=self.device)
+        return torch.randint(256, shape, generator=self._generator, device=self.device, dtype=torch.uint8)
+
     def _make(self, random: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if not self._filled:
             return torch.empty(shape, dtype=dtype, device=self.device)
@@ -165,7 +171,7 @@ class Numbers:
 def calls(dtype: torch.dtype, device: str, size: Size = SMALL, backend: str = "triton") -> list[Call]:
     """Each operator with each of its optional arguments there and absent, contiguous and strided."""
     n = Numbers(dtype, device)
-    found = [*_loss(n, (size.samples, size.image, size.width)), *_block(n, size)]
+    found = [*_loss(n, (size.samples, size.image, size.width)), *_block(n, size), *_frozen_weights(n, size)]
     return [call.on(backend) for call in found if call.use != "compiled"]
 
 
@@ -176,14 +182,17 @@ def timed_loss_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) ->
 
 def timed_block_calls(size: Size, dtype: torch.dtype, device: str, filled: bool = True) -> dict[str, Call]:
     """As a fused block makes them. The text stream's calls are left out: they are smaller copies of the image's."""
-    found = _block(Numbers(dtype, device, filled=filled), size)
-    return {call.name: call.on("triton") for call in found if call.use == "timed"}
+    n = Numbers(dtype, device, filled=filled)
+    return {
+        call.name: call.on("triton") for call in (*_block(n, size), *_frozen_weights(n, size)) if call.use == "timed"
+    }
 
 
 def compiled_calls(dtype: torch.dtype, beside: torch.dtype) -> Iterator[Call]:
     """Every combination of options that has machine code of its own, at sizes of Flux; the tensors are not filled."""
     n = Numbers(dtype, "cpu", beside, filled=False)
-    lists = [_block(n, replace(FLUX_512, samples=2)), *(_loss(n, (2, tokens, 64)) for tokens in (1024, 4096))]
+    size = replace(FLUX_512, samples=2)
+    lists = [_block(n, size), _frozen_weights(n, size), *(_loss(n, (2, tokens, 64)) for tokens in (1024, 4096))]
     for call in itertools.chain(*lists):  # the two sizes of latents have a tile of the epilogue each
         yield call.on("triton")
 
@@ -287,6 +296,25 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     yield Call("bias_gelu_bwd_ output", inplace, (grad_wide, wide, bias, True), "timed", overwrites=True)
     yield Call("bias_gelu_bwd_ without bias", inplace, (grad_wide, wide, None, False), overwrites=True)
     yield Call("bias_gelu_bwd_ output, no bias", inplace, (grad_wide, wide, None, True), "compiled", overwrites=True)
+
+
+def _frozen_weights(n: Numbers, size: Size) -> Iterator[Call]:
+    """The first layer of a feed-forward, (4 C, C), in 8 and in 4 bits."""
+    rows, channels = 4 * size.width, size.width
+    scale = n.positive(rows, of=FP32)
+    codes = n.bytes(rows, channels)
+    float8 = codes.where(codes & 0x7F != 0x7F, codes - 1)  # which are its NaN
+    yield Call("dequantize_rows int8", dequantize_rows, (scale, codes.view(torch.int8), n.dtype), "timed")
+    yield Call("dequantize_rows float8", dequantize_rows, (scale, float8, n.dtype), "timed")
+    largest = next(power for power in (64, 32, 16, 8, 4, 2) if rows * channels % power == 0)
+    blocks = rows * channels // largest
+    table, codes = n.normal(16, of=FP32), n.bytes(rows, channels // 2)
+    outer = n.positive(-(-blocks // 256), of=FP32)
+    nested = (n.bytes(blocks), n.normal(256, of=FP32), n.positive(1, of=FP32)[0])
+    args: tuple[Any, ...] = (outer, codes, table, *nested, blocks, 256, n.dtype)
+    yield Call("dequantize_blocks", dequantize_blocks, args, "timed")
+    args = (n.positive(blocks, of=FP32), codes, table, None, None, None, blocks, 256, n.dtype)
+    yield Call("dequantize_blocks, one level", dequantize_blocks, args)
 
 
 def _strided(tensor: Tensor) -> Tensor:

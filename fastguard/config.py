@@ -140,6 +140,8 @@ class ModelConfig:
     """guidance scale, an input of guidance-distilled models such as Flux.1-dev"""
     train: Literal["lora", "full"] = "lora"
     """what is trained: float32 LoRA adapters, or every weight of the transformer in `dtype`"""
+    quantize: Literal["none", "int8", "float8", "nf4"] = "none"
+    """bits of the frozen weights of the blocks: as in `dtype`, in 8 (torchao's formats), or in 4 (bitsandbytes')"""
     fuse: bool = True
     """run the transformer's blocks with fused kernels, which save less for backward"""
     recompute: Literal["auto", Recompute] = "auto"
@@ -155,6 +157,11 @@ class ModelConfig:
         _require(
             self.recompute in recompute_levels(self.fuse) or self.recompute == "auto",
             f'recompute = "{self.recompute}" needs fused blocks: set fuse = true, or recompute to auto, none or block',
+        )
+        _require(
+            self.quantize == "none" or self.train == "lora",
+            f'quantize = "{self.quantize}" takes frozen weights, and train = "{self.train}" trains them: set train = '
+            '"lora", or quantize = "none"',
         )
 
 
@@ -616,6 +623,11 @@ class Recipe:
             "objective.window to 1",
         )
         sharded = self.hardware.sharding == "fsdp2"
+        _require(
+            not sharded or self.model.quantize == "none",
+            f'model.quantize = "{self.model.quantize}" cannot be sharded, as that would part codes from their scales: '
+            'set hardware.sharding = "none" (quantized weights fit on every GPU), or model.quantize = "none"',
+        )
         for name, works, value in (
             ("optimizer", "adamw", self.update.optimizer),
             ("copies", "device", self.update.copies),

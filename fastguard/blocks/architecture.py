@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from fastguard.blocks.linear import has_own_forward, is_bare
+from fastguard.blocks.linear import QuantizedLinear, has_own_forward, is_bare
 from fastguard.ops.registry import Recompute, autocast_to
 
 MAX_WIDTH = 16384
@@ -130,7 +130,7 @@ class Architecture:
         return next((kind for kind in self.kinds if isinstance(block, kind.spec.block)), None)
 
 
-LAYERS = (LoraLinear, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.Dropout)
+LAYERS = (LoraLinear, QuantizedLinear, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.Dropout)
 """Classes that every architecture bypasses."""
 FUNCTIONS = (
     (nn.Module, "__call__"),

@@ -3,6 +3,8 @@
 A layer is `y = n W^T + b + (n A^T) B^T`. Its backward needs n only for the gradients of W and A. There n is cheap to
 recompute: it is LayerNorm + modulate, or the GELU, of a tensor that is saved for backward anyway.
 
+A frozen weight in 8 or 4 bits is dequantized for each matmul and dropped; backward saves its codes, which exist anyway.
+
 Axes: B sample, S token, C input channel, N output channel, R rank (of all adapters of a group of layers, side by side).
 """
 
@@ -13,10 +15,24 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from fastguard.blocks.quantized import (
+    BlockScaled,
+    RowScaled,
+    Weight,
+    dense,
+    dequantizes,
+    four_bit_weight,
+    kind_of,
+    size_of,
+    tensors_of,
+    weight_of,
+    weights_of,
+)
 from fastguard.ops.adaln import adaln_apply
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
 from fastguard.ops.registry import backward_of_blocks
@@ -40,7 +56,7 @@ ADAPTER_LAYERS = (nn.Linear, LowPrecisionLinear)
 class LinearWeights(NamedTuple):
     """One layer in the dtype of the arithmetic, and its active adapters side by side."""
 
-    weight: Tensor
+    weight: Weight
     """(N, C)"""
     bias: Tensor | None
     """(N,)"""
@@ -52,7 +68,9 @@ class LinearWeights(NamedTuple):
 
 def backward_needs_input(linear: LinearWeights) -> bool:
     """A function, since the compiler of torch 2.9 cannot trace properties of named tuples."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (linear.weight, linear.down))
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in (linear.weight, linear.down)
+    )
 
 
 class AdaLNSources(NamedTuple):
@@ -84,7 +102,7 @@ class HiddenSources(NamedTuple):
 
     normed: AdaLNSources
     """of its input"""
-    weight: Tensor
+    weight: Weight
     """(N, C)"""
     low: Tensor | None
     """`input down^T`, (B, S, R)"""
@@ -118,25 +136,24 @@ def has_own_forward(module: nn.Module) -> bool:
     )
 
 
-def linear_weights(module: nn.Module, dtype: torch.dtype, autocast: bool) -> LinearWeights | str:
+def linear_weights(module: Any, dtype: torch.dtype, autocast: bool) -> LinearWeights | str:
     """The weights that a call of the module computes with, or the reason why it has to be called.
 
-    It knows `nn.Linear` and peft's LoRA around it, without hooks, quantized or sharded weights, dropout, DoRA or other
-    variants. Under autocast, weights are cast to `dtype`. Otherwise they must have it, except for float32 adapters that
-    compute in the dtype of their input (peft's `cast_input_dtype_enabled = False`).
+    It knows `nn.Linear` and peft's LoRA around it, without hooks, sharded weights, dropout, DoRA or other variants.
+    Frozen weights may be quantized: those of a `QuantizedLinear`, of bitsandbytes' 4-bit layers, and of tensors that
+    can dequantize themselves. Under autocast, weights are cast to `dtype`. Otherwise they must have it, except for
+    float32 adapters that compute in the dtype of their input (peft's `cast_input_dtype_enabled = False`).
     """
-    base = module.base_layer if type(module) is LoraLinear else module
-    if type(base) is not nn.Linear:
-        return f"is a {type(base).__name__}"
+    has_adapters = _is_lora(type(module))
+    base = module.base_layer if has_adapters else module
     if not (is_bare(module) and is_bare(base)):
         return "has hooks"
-    if type(base.weight) not in PLAIN_TENSORS:
-        return f"has a weight of type {type(base.weight).__name__}"
-    if base.weight.dtype != dtype and not autocast:
-        return f"has a {base.weight.dtype} weight for {dtype} inputs"
+    weight = _weight(base, dtype, autocast)
+    if isinstance(weight, str):
+        return weight
     bias = None if base.bias is None else base.bias.to(dtype)
-    plain = LinearWeights(base.weight.to(dtype), bias, None, None)
-    if type(module) is not LoraLinear:
+    plain = LinearWeights(weight, bias, None, None)
+    if not has_adapters:
         return plain
     if module.disable_adapters or module.merged:
         return "has merged adapters that are switched off" if module.disable_adapters and module.merged else plain
@@ -170,6 +187,30 @@ def linear_weights(module: nn.Module, dtype: torch.dtype, autocast: bool) -> Lin
     return plain._replace(down=_join(downs, 0), up=_join(ups, 1))
 
 
+def _is_lora(layer: type) -> bool:
+    """Whether a class is peft's LoRA around `nn.Linear`, or around one of its quantized kinds."""
+    if layer in (LoraLinear, TorchaoLoraLinear):
+        return True
+    return (layer.__module__, layer.__name__) == ("peft.tuners.lora.bnb", "Linear4bit")  # importing it takes seconds
+
+
+def _weight(base: Any, dtype: torch.dtype, autocast: bool) -> Any:
+    """The weight of a layer without adapters, or the reason why the layer has to be called."""
+    if type(base) is QuantizedLinear:
+        return base.quantized
+    if (four_bit := four_bit_weight(base)) is not None:
+        return four_bit
+    if type(base) is not nn.Linear:
+        return f"is a {type(base).__name__}"
+    if type(base.weight) not in PLAIN_TENSORS:
+        if dequantizes(base.weight) and not base.weight.requires_grad:
+            return base.weight
+        return f"has a weight of type {type(base.weight).__name__}"
+    if base.weight.dtype != dtype and not autocast:
+        return f"has a {base.weight.dtype} weight for {dtype} inputs"
+    return base.weight.to(dtype)
+
+
 def _join(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
@@ -190,9 +231,9 @@ def projections(normed: Normed, linears: Sequence[LinearWeights], backend: str) 
         needs_input and normed.sources is None,
         *sources,
         _join(downs, 0) if downs else None,
-        len(linears),
+        tuple([kind_of(linear.weight) for linear in linears]),
         backend,
-        *(linear.weight for linear in linears),
+        *(tensor for linear in linears for tensor in tensors_of(linear.weight)),
         *(linear.bias for linear in linears),
         *(linear.up for linear in linears),
     )
@@ -250,47 +291,52 @@ class ProjectionsFunction(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
         down: Tensor | None,
-        count: int,
+        kinds: tuple[str, ...],
         backend: str,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        weights, biases, ups = flat[:count], flat[count : 2 * count], flat[2 * count :]
+        count, n_held = len(kinds), sum(map(size_of, kinds))
+        held, biases, ups = flat[:n_held], flat[n_held : n_held + count], flat[n_held + count :]
         rows = _rows(n)
         low = n.new_empty(0) if down is None else _like_rows_of(F.linear(rows, down), n)
         outputs = []
-        for weight, bias, up, part in zip(weights, biases, ups, _slices(ups), strict=True):
-            assert weight is not None
-            out = _linear(rows, weight, bias, None if up is None else _rows(low)[:, part], up)
+        for weight, bias, up, part in zip(weights_of(kinds, held), biases, ups, _slices(ups), strict=True):
+            out = _linear(rows, dense(weight, n.dtype, backend), bias, None if up is None else _rows(low)[:, part], up)
             outputs.append(_like_rows_of(out, n))
         ctx.mark_non_differentiable(low)
-        ctx.save_for_backward(n if save_n else None, x, mean, rstd, scale, shift, down, low, *weights, *ups)
-        ctx.count, ctx.backend = count, backend
+        ctx.save_for_backward(n if save_n else None, x, mean, rstd, scale, shift, down, low, *held, *ups)
+        ctx.kinds, ctx.dtype, ctx.backend = kinds, n.dtype, backend
         return (*outputs, low)
 
     @staticmethod
     @backward_of_blocks
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         n, x, mean, rstd, scale, shift, down, low, *flat = ctx.saved_tensors
-        weights, ups = flat[: ctx.count], flat[ctx.count :]
+        sizes = [size_of(kind) for kind in ctx.kinds]
+        count, n_held = len(sizes), sum(sizes)
+        weights, ups = weights_of(ctx.kinds, flat[:n_held]), flat[n_held:]
         if x is not None:
-            n = adaln_apply(x, mean, rstd, scale, shift, ctx.backend).to(weights[0].dtype)  # narrower under autocast
+            n = adaln_apply(x, mean, rstd, scale, shift, ctx.backend).to(ctx.dtype)  # narrower under autocast
         need_n, need_down = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
         need = ctx.needs_input_grad[10:]
-        rows = [_rows(grad) for grad in grads[: ctx.count]]
+        rows = [_rows(grad) for grad in grads[:count]]
         grad_low = None if down is None else torch.empty_like(low)
-        grad_flat: list[Tensor | None] = [None] * (3 * ctx.count)
+        grad_flat: list[Tensor | None] = [None] * (n_held + 2 * count)
         grad_n: Tensor | None = None
         for i, (dy, weight, up, part) in enumerate(zip(rows, weights, ups, _slices(ups), strict=True)):
-            if need[i]:
-                grad_flat[i] = dy.T @ _rows(n)
-            if need[ctx.count + i]:
-                grad_flat[ctx.count + i] = dy.sum(0)
+            first = sum(sizes[:i])  # of the tensors that hold the weight: only a plain one can need a gradient
+            if need[first]:
+                grad_flat[first] = dy.T @ _rows(n)
+            if need[n_held + i]:
+                grad_flat[n_held + i] = dy.sum(0)
             if up is not None and grad_low is not None:
                 _rows(grad_low)[:, part] = dy @ up
-                if need[2 * ctx.count + i]:
-                    grad_flat[2 * ctx.count + i] = dy.T @ _rows(low)[:, part]
+                if need[n_held + count + i]:
+                    grad_flat[n_held + count + i] = dy.T @ _rows(low)[:, part]
             if need_n:
-                grad_n = dy @ weight if grad_n is None else grad_n.addmm_(dy, weight)
+                matrix = dense(weight, ctx.dtype, ctx.backend)
+                grad_n = dy @ matrix if grad_n is None else grad_n.addmm_(dy, matrix)
+                del matrix  # the next one need not wait beside it
         grad_down = None
         if grad_low is not None:
             if need_down:
@@ -300,6 +346,48 @@ class ProjectionsFunction(torch.autograd.Function):
         if grad_n is not None:
             grad_n = _like_rows_of(grad_n, grads[0])
         return (grad_n, *(None,) * 6, grad_down, None, None, *grad_flat)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose frozen weight is dequantized for each matmul, forward and backward, and dropped.
+
+    Its parameters are the tensors of the weight, with the codes as `weight`, and `bias`. They keep their dtypes when
+    the module is cast, but for the bias.
+    """
+
+    def __init__(self, weight: RowScaled | BlockScaled, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.kind = kind_of(weight)
+        self.out_features, self.in_features = weight.shape
+        for name, tensor in weight._asdict().items():
+            held = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter("weight" if name == "codes" else name, held)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def quantized(self) -> RowScaled | BlockScaled:
+        held: Any = self
+        if self.kind == "rows":
+            return RowScaled(held.scale, held.weight)
+        nested = (held.absmax_codes, held.absmax_table, held.absmax_offset)
+        return BlockScaled(held.absmax, held.weight, held.table, *nested)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weights = LinearWeights(self.quantized, bias, None, None)
+        return projections(Normed(x, None), [weights], "auto")[0][0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        bias = self.bias
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if tensor is bias or new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight in {self.kind}"
 
 
 # --- activation and the layer after it ------------------------------------------------------------------------------
@@ -314,11 +402,16 @@ def gelu_linear(
         hidden.value,
         hidden.bias,
         prefix,
-        *linear,
+        linear.bias,
+        linear.down,
+        linear.up,
+        kind_of(linear.weight),
         backward_needs_input(linear),
         save_activation,
         backend,
-        *(() if sources is None else (*sources.normed, sources.weight, sources.low, sources.up)),
+        "" if sources is None else kind_of(sources.weight),
+        *tensors_of(linear.weight),
+        *(() if sources is None else (*sources.normed, sources.low, sources.up, *tensors_of(sources.weight))),
     )
 
 
@@ -331,36 +424,44 @@ class GeluLinearFunction(torch.autograd.Function):
         hidden: Tensor,
         bias: Tensor | None,
         prefix: Tensor | None,
-        weight: Tensor,
         out_bias: Tensor | None,
         down: Tensor | None,
         up: Tensor | None,
+        kind: str,
         needs_input: bool,
         save_activation: bool,
         backend: str,
-        *sources: Tensor | None,
+        source_kind: str,
+        *flat: Tensor | None,
     ) -> Tensor:
+        held, sources = flat[: size_of(kind)], flat[size_of(kind) :]
         joined = bias_gelu_fwd(hidden, bias, prefix, backend)
         low = None if down is None else F.linear(_rows(joined), down)
         saved_joined = joined if needs_input and save_activation else None
         saved_prefix = prefix if needs_input and not save_activation else None
         saved_hidden = None if sources else hidden
-        ctx.save_for_backward(saved_hidden, bias, saved_prefix, saved_joined, weight, down, up, low, *sources)
+        ctx.save_for_backward(saved_hidden, bias, saved_prefix, saved_joined, down, up, low, *flat)
         ctx.n_prefix = 0 if prefix is None else prefix.shape[-1]
-        ctx.needs_input, ctx.backend = needs_input, backend
-        return _like_rows_of(_linear(_rows(joined), weight, out_bias, low, up), joined)
+        ctx.kind, ctx.source_kind, ctx.needs_input, ctx.backend = kind, source_kind, needs_input, backend
+        matrix = dense(weight_of(kind, held), joined.dtype, backend)
+        return _like_rows_of(_linear(_rows(joined), matrix, out_bias, low, up), joined)
 
     @staticmethod
     @backward_of_blocks
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, bias, prefix, joined, weight, down, up, low, *sources = ctx.saved_tensors
-        if sources:
-            *of_input, source_weight, source_low, source_up = sources
-            n = adaln_apply(*of_input, ctx.backend).to(source_weight.dtype)
-            low_rows = None if source_low is None else _rows(source_low)
-            hidden = _like_rows_of(_linear(_rows(n), source_weight, None, low_rows, source_up), n)
-        need_bias, need_prefix, need_weight, need_out_bias, need_down, need_up = ctx.needs_input_grad[1:7]
+        hidden, bias, prefix, joined, down, up, low, *flat = ctx.saved_tensors
+        held, sources = flat[: size_of(ctx.kind)], flat[size_of(ctx.kind) :]
         dy, p = _rows(grad), ctx.n_prefix
+        if sources:
+            of_input, (source_low, source_up) = sources[:5], sources[5:7]
+            n = adaln_apply(*of_input, ctx.backend).to(dy.dtype)  # narrower under autocast
+            low_rows = None if source_low is None else _rows(source_low)
+            matrix = dense(weight_of(ctx.source_kind, sources[7:]), dy.dtype, ctx.backend)
+            hidden = _like_rows_of(_linear(_rows(n), matrix, None, low_rows, source_up), n)
+            del n, matrix
+        need_bias, need_prefix, need_out_bias, need_down, need_up = ctx.needs_input_grad[1:6]
+        need_weight = ctx.needs_input_grad[11]
+        weight = dense(weight_of(ctx.kind, held), dy.dtype, ctx.backend)
         grad_low = None if down is None else dy @ up
 
         def of_input_part(columns: slice) -> Tensor:
@@ -382,9 +483,10 @@ class GeluLinearFunction(torch.autograd.Function):
             grad_hidden,
             _rows(grad_hidden).sum(0) if need_bias else None,
             of_input_part(slice(p)) if need_prefix else None,
-            of_weight(dy) if need_weight else None,
             dy.sum(0) if need_out_bias else None,
             of_weight(grad_low) if need_down and grad_low is not None else None,
             dy.T @ low if need_up else None,
-            *(None,) * (3 + len(sources)),
+            *(None,) * 5,
+            of_weight(dy) if need_weight else None,
+            *(None,) * (len(flat) - 1),
         )

@@ -24,6 +24,7 @@ from fastguard.blocks.linear import (
     linear_weights,
     projections,
 )
+from fastguard.blocks.quantized import detached
 from fastguard.ops.adaln import AdaLNFunction
 from fastguard.ops.gated_residual import GatedResidualFunction
 from fastguard.ops.gelu import BiasGeluFunction
@@ -76,7 +77,7 @@ def project(normed: Normed, modules: Sequence[nn.Module], fusion: Fusion) -> lis
     linears = _weights_of(modules, normed.value)
     if linears is None:
         return [module(normed.value) for module in modules]
-    return projections(_cast(normed, linears), linears, fusion.backend)[0]
+    return projections(_cast(normed), linears, fusion.backend)[0]
 
 
 def project_with_hidden(
@@ -87,13 +88,13 @@ def project_with_hidden(
     if linears is None:
         outputs = [module(normed.value) for module in (*modules, hidden_layer)]
         return outputs[:-1], Hidden(outputs[-1], None, None)
-    normed, last = _cast(normed, linears), linears[-1]
+    normed, last = _cast(normed), linears[-1]
     outputs, low = projections(normed, [*linears[:-1], last._replace(bias=None)], fusion.backend)
     sources = None
     if fusion.recompute == "mlp" and normed.sources is not None:
         mine = None if last.up is None else low[..., low.shape[-1] - last.up.shape[1] :]
         up = None if last.up is None else last.up.detach()
-        sources = HiddenSources(normed.sources, last.weight.detach(), mine, up)
+        sources = HiddenSources(normed.sources, detached(last.weight), mine, up)
     return outputs[:-1], Hidden(outputs[-1], last.bias, sources)
 
 
@@ -110,7 +111,7 @@ def linear(x: Tensor, module: nn.Module, fusion: Fusion) -> Tensor:
     linears = _weights_of([module], x)
     if linears is None:
         return module(x.contiguous())  # as diffusers does; F.linear rounds twice where it is not
-    return projections(_cast(Normed(x, None), linears), linears, fusion.backend)[0][0]
+    return projections(_cast(Normed(x, None)), linears, fusion.backend)[0][0]
 
 
 def _weights_of(modules: Sequence[nn.Module], x: Tensor) -> list[LinearWeights] | None:
@@ -120,9 +121,10 @@ def _weights_of(modules: Sequence[nn.Module], x: Tensor) -> list[LinearWeights] 
     return None if any(isinstance(weights, str) for weights in found) else found  # type: ignore[return-value]
 
 
-def _cast(normed: Normed, linears: Sequence[LinearWeights]) -> Normed:
-    """In the dtype of the weights, which is narrower under autocast."""
-    return normed._replace(value=normed.value.to(linears[0].weight.dtype))
+def _cast(normed: Normed) -> Normed:
+    """In the dtype of the matmuls, which is narrower under autocast."""
+    value = normed.value
+    return normed._replace(value=value.to(autocast_to(value.device) or value.dtype))
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from fastguard.backbones.base import to_pixels
 from fastguard.backbones.flux import Flux
+from fastguard.backbones.flux.parts import PARTS
+from fastguard.backbones.folder import pipeline_folder, read_json, weight_files
 from fastguard.backbones.lora import ADAPTER, add_lora
+from fastguard.backbones.quantize import adopt_quantized, format_of, load_quantized
 from fastguard.backbones.schedule import schedule_shift
 from fastguard.blocks import FuseReport, fuse_flux
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
@@ -109,6 +112,41 @@ def set_attention(transformer: Any, backend: str) -> None:
         raise UserError(f"model.attention = {backend!r}: {' '.join(str(error).split())}") from error
 
 
+def blocks_of(transformer: Any) -> dict[str, nn.Module]:
+    """The blocks by name."""
+    return {
+        f"{kind}.{i}": block
+        for kind in ("transformer_blocks", "single_transformer_blocks")
+        for i, block in enumerate(getattr(transformer, kind))
+    }
+
+
+def _load_transformer(recipe: Recipe, device: torch.device) -> Any:
+    """The transformer of model.path on the device, its frozen weights as in model.quantize."""
+    model, dtype = recipe.model, getattr(torch, recipe.model.dtype)
+    folder = pipeline_folder(model.path) / "transformer"
+    config = read_json(folder / "config.json")
+    if (stored := format_of(config)) is not None:
+        if model.quantize != "none":
+            raise UserError(
+                f'model.quantize = "{model.quantize}", but the transformer of {model.path} is quantized already '
+                f'({stored}): set model.quantize = "none", which takes it as it is'
+            )
+        transformer: Any = FluxTransformer2DModel.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, device_map={"": device}
+        )
+        adopt_quantized(transformer)
+        return transformer
+    if model.quantize == "none":
+        return FluxTransformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    files = weight_files(folder, PARTS.modules["transformer"][1])
+    blocks = blocks_of(transformer)
+    load_quantized(transformer, blocks, files, model.quantize, dtype, recipe.prompts.cache, device)
+    return transformer.eval()
+
+
 def latent_grid(vae_config: Any, model: ModelConfig) -> tuple[int, int]:
     """(rows, columns) of image tokens: the VAE's factor, then patches of 2 x 2.
 
@@ -172,8 +210,7 @@ class FluxBackbone:
         with fitting(f"model.path = {path!r}: the pipeline", "`fastguard plan` says what it needs"):
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")
             vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **options).requires_grad_(False).to(device)
-            transformer = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", **options)
-            transformer.to(device)
+            transformer = _load_transformer(recipe, device)
         require_finite(vae, "vae", path)
         require_finite(transformer, "transformer", path)
         fused = prepare_transformer(transformer, recipe.model, recipe.lora, recompute)

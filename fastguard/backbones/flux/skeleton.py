@@ -20,10 +20,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from fastguard.backbones.base import Skeleton, TextEncoder
 from fastguard.backbones.flux import TINY
-from fastguard.backbones.flux.backbone import FluxBackbone, latent_grid, prepare_transformer
+from fastguard.backbones.flux.backbone import FluxBackbone, blocks_of, latent_grid, prepare_transformer
 from fastguard.backbones.flux.parts import PARTS
 from fastguard.backbones.flux.tiny import _pipeline
 from fastguard.backbones.folder import described_by, read_json
+from fastguard.backbones.quantize import format_of, quantize_layers
 from fastguard.backbones.sizes import size_problems
 from fastguard.config import LoraConfig, ModelConfig, Recompute
 from fastguard.errors import UserError
@@ -191,6 +192,9 @@ def flux_skeleton(model: ModelConfig, lora: LoraConfig, recompute: Recompute) ->
     rows, columns = latent_grid(vae.config, model)
     transformer = meta_transformer(configs, dtype)
     with torch.device("meta"):
+        stored = format_of(configs.transformer) if model.quantize == "none" else model.quantize
+        if stored is not None:
+            quantize_layers(transformer, blocks_of(transformer), stored)
         fused = prepare_transformer(transformer, model, lora, recompute)
     return Skeleton(
         transformer=transformer,
