@@ -304,16 +304,16 @@ def _frozen_weights(n: Numbers, size: Size) -> Iterator[Call]:
     scale = n.positive(rows, of=FP32)
     codes = n.bytes(rows, channels)
     float8 = codes.where(codes & 0x7F != 0x7F, codes - 1)  # which are its NaN
-    yield Call("dequantize_rows int8", dequantize_rows, (scale, codes.view(torch.int8), n.dtype), "timed")
-    yield Call("dequantize_rows float8", dequantize_rows, (scale, float8, n.dtype), "timed")
+    yield Call("dequantize_rows int8", dequantize_rows, (scale, codes.view(torch.int8), n.dtype, False), "timed")
+    yield Call("dequantize_rows float8", dequantize_rows, (scale, float8, n.dtype, False), "timed")
     largest = next(power for power in (64, 32, 16, 8, 4, 2) if rows * channels % power == 0)
     blocks = rows * channels // largest
     table, codes = n.normal(16, of=FP32), n.bytes(rows, channels // 2)
     outer = n.positive(-(-blocks // 256), of=FP32)
     nested = (n.bytes(blocks), n.normal(256, of=FP32), n.positive(1, of=FP32)[0])
-    args: tuple[Any, ...] = (outer, codes, table, *nested, blocks, 256, n.dtype)
+    args: tuple[Any, ...] = (outer, codes, table, *nested, blocks, 256, n.dtype, False)
     yield Call("dequantize_blocks", dequantize_blocks, args, "timed")
-    args = (n.positive(blocks, of=FP32), codes, table, None, None, None, blocks, 256, n.dtype)
+    args = (n.positive(blocks, of=FP32), codes, table, None, None, None, blocks, 256, n.dtype, True)
     yield Call("dequantize_blocks, one level", dequantize_blocks, args)
 
 

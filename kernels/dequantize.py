@@ -55,10 +55,10 @@ def _dequantize_rows_kernel(
     tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask)
 
 
-def dequantize_rows(scale: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_rows(scale: Tensor, codes: Tensor, dtype: torch.dtype, again: bool) -> Tensor:
     """`scale codes`, (N, C) in `dtype`: scale (N,) float32; codes (N, C) int8, or uint8 with the bits of float8 e4m3fn.
 
-    Both contiguous. One launch.
+    Both contiguous. One launch; `again` changes nothing.
     """
     n_rows, n_channels = codes.shape
     out = torch.empty((n_rows, n_channels), dtype=dtype, device=codes.device)
@@ -121,6 +121,7 @@ def dequantize_blocks(
     n_blocks: int,
     n_nested: int,
     dtype: torch.dtype,
+    again: bool,
 ) -> Tensor:
     """`absmax[g] table[code]` of G = n_blocks equal blocks, (N, C) in `dtype`; see the operator. One launch.
 

@@ -334,7 +334,7 @@ class ProjectionsFunction(torch.autograd.Function):
                 if need[n_held + count + i]:
                     grad_flat[n_held + count + i] = dy.T @ _rows(low)[:, part]
             if need_n:
-                matrix = dense(weight, ctx.dtype, ctx.backend)
+                matrix = dense(weight, ctx.dtype, ctx.backend, again=True)
                 grad_n = dy @ matrix if grad_n is None else grad_n.addmm_(dy, matrix)
                 del matrix  # the next one need not wait beside it
         grad_down = None
@@ -456,12 +456,12 @@ class GeluLinearFunction(torch.autograd.Function):
             of_input, (source_low, source_up) = sources[:5], sources[5:7]
             n = adaln_apply(*of_input, ctx.backend).to(dy.dtype)  # narrower under autocast
             low_rows = None if source_low is None else _rows(source_low)
-            matrix = dense(weight_of(ctx.source_kind, sources[7:]), dy.dtype, ctx.backend)
+            matrix = dense(weight_of(ctx.source_kind, sources[7:]), dy.dtype, ctx.backend, again=True)
             hidden = _like_rows_of(_linear(_rows(n), matrix, None, low_rows, source_up), n)
             del n, matrix
         need_bias, need_prefix, need_out_bias, need_down, need_up = ctx.needs_input_grad[1:6]
         need_weight = ctx.needs_input_grad[11]
-        weight = dense(weight_of(ctx.kind, held), dy.dtype, ctx.backend)
+        weight = dense(weight_of(ctx.kind, held), dy.dtype, ctx.backend, again=True)
         grad_low = None if down is None else dy @ up
 
         def of_input_part(columns: slice) -> Tensor:

@@ -33,9 +33,9 @@ class RowScaled(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
-    def dequantize(self, dtype: torch.dtype, backend: str) -> Tensor:
+    def dequantize(self, dtype: torch.dtype, backend: str, again: bool = False) -> Tensor:
         """(N, C)"""
-        return dequantize_rows(self.scale, self.codes, dtype, backend)
+        return dequantize_rows(self.scale, self.codes, dtype, again, backend)
 
 
 class BlockScaled(NamedTuple):
@@ -58,10 +58,10 @@ class BlockScaled(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], 2 * self.codes.shape[1]
 
-    def dequantize(self, dtype: torch.dtype, backend: str) -> Tensor:
+    def dequantize(self, dtype: torch.dtype, backend: str, again: bool = False) -> Tensor:
         """(N, C)"""
         n_blocks = len(self.absmax if self.absmax_codes is None else self.absmax_codes)
-        return dequantize_blocks(*self, n_blocks, NESTED, dtype, backend)
+        return dequantize_blocks(*self, n_blocks, NESTED, dtype, again, backend)
 
 
 Weight: TypeAlias = Tensor | RowScaled | BlockScaled
@@ -69,10 +69,10 @@ Weight: TypeAlias = Tensor | RowScaled | BlockScaled
 KINDS: dict[str, Any] = {"rows": RowScaled, "blocks": BlockScaled}
 
 
-def dense(weight: Weight, dtype: torch.dtype, backend: str) -> Tensor:
-    """(N, C) in `dtype`: the weight itself, or what dequantizes it."""
+def dense(weight: Weight, dtype: torch.dtype, backend: str, again: bool = False) -> Tensor:
+    """(N, C) in `dtype`: the weight itself, or its values dequantized; `again` in a backward pass."""
     if not isinstance(weight, Tensor):
-        return weight.dequantize(dtype, backend)
+        return weight.dequantize(dtype, backend, again)
     return weight.dequantize().to(dtype) if dequantizes(weight) else weight
 
 

@@ -3,6 +3,9 @@
 Codes and scales are those of torchao (8 bits) and bitsandbytes (4 bits; QLoRA, arXiv 2305.14314, section 3). A weight
 is multiplied in float32 and rounded once, to the dtype of the matmul.
 
+`again` tells the call of a backward pass from that of its forward pass: torch.compile would make one of two equal
+calls, and save the dequantized weight for backward.
+
 Axes: N output channel, C input channel, G block of weights that share a scale.
 """
 
@@ -15,7 +18,7 @@ from fastguard.ops.registry import operator
 
 
 @operator(triton="dequantize")
-def dequantize_rows(scale: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_rows(scale: Tensor, codes: Tensor, dtype: torch.dtype, again: bool) -> Tensor:
     """`scale codes`, (N, C) in `dtype`: scale (N,) float32; codes (N, C) int8, or uint8 with the bits of float8 e4m3fn.
 
     Both contiguous.
@@ -35,6 +38,7 @@ def dequantize_blocks(
     n_blocks: int,
     n_nested: int,
     dtype: torch.dtype,
+    again: bool,
 ) -> Tensor:
     """`absmax[g] table[code]`, (N, C) in `dtype`, of G = n_blocks blocks that divide the weight, row by row.
 
