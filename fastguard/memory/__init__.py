@@ -2,7 +2,7 @@
 
 `plan` predicts the peak memory of each phase, `choose_recompute` decides model.recompute = "auto", `kept_activations`
 lists what waits for the backward pass; `update_flops` and `executed_flops` count what an update needs and does, and
-`rollout_flops` what a step of a rollout does.
+`rollout_flops` what a step of a rollout does, and `update_bytes` what an update moves.
 """
 
 from fastguard.extras import need
@@ -17,6 +17,7 @@ from fastguard.memory.planner import (
     executed_flops,
     plan,
     rollout_flops,
+    update_bytes,
     update_flops,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "kept_activations",
     "plan",
     "rollout_flops",
+    "update_bytes",
     "update_flops",
 ]

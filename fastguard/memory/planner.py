@@ -117,6 +117,13 @@ def rollout_flops(recipe: Recipe) -> int:
     return passes.rollout_flops(sampling_settings(recipe))
 
 
+def update_bytes(recipe: Recipe) -> tuple[int, int]:
+    """Bytes that the operators of the forward and backward pass of one micro-batch read and write, as the model runs
+    without a compiler; and how many of these dequantize weights: codes and scales read, weights written."""
+    check_plannable(recipe)
+    return passes.update_bytes(update_settings(recipe, resolve_recompute(recipe)))
+
+
 def _notes(recipe: Recipe, recompute: Recompute, roomy: bool) -> Iterator[str]:
     if recipe.model.recompute == "auto":
         reason = "the fastest that leaves" if roomy else "the smallest; none leaves"
