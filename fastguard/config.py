@@ -141,7 +141,7 @@ class ModelConfig:
     train: Literal["lora", "full"] = "lora"
     """what is trained: float32 LoRA adapters, or every weight of the transformer in `dtype`"""
     quantize: Literal["none", "int8", "float8", "nf4"] = "none"
-    """bits of the frozen weights of the blocks: as in `dtype`, in 8 (torchao's formats), or in 4 (bitsandbytes')"""
+    """format of the blocks' frozen weights: `dtype`, torchao's int8 or float8 (8 bits), bitsandbytes' nf4 (4 bits)"""
     fuse: bool = True
     """run the transformer's blocks with fused kernels, which save less for backward"""
     recompute: Literal["auto", Recompute] = "auto"

@@ -63,7 +63,7 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
     or after peft's adapters are added, with gradient checkpointing, `torch.compile`, DDP, FSDP1 and FSDP2, for training
     and inference. For Flux it works with every attention backend of diffusers.
 
-    Frozen weights may be quantized, as those of bitsandbytes in 4 bits and those of torchao: each is dequantized for its
+    Frozen weights may be quantized, as those of torchao and, in 4 bits, of bitsandbytes: each is dequantized for its
     matmul, forward and backward, and nothing of its size is saved. Linear layers with hooks, DoRA, dropout, or of other
     kinds (bitsandbytes' in 8 bits) run unchanged, and their inputs are saved for backward.
     A block with hooks inside or with parts of other classes (such as the attention processor of an IP-Adapter) runs its
