@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute
+from fastguard.config import Encoders, LoraConfig, ModelConfig, Recipe, Recompute
 from fastguard.prompts import Prompt, read_prompts
 from fastguard.utils.findings import Finding
 
@@ -178,6 +178,6 @@ class Family(ABC):
         """The modules of a run without weights; downloads nothing. Raises UserError for a model that is not known."""
         raise NotImplementedError(f"{type(self).__name__} has neither a skeleton nor a footprint")
 
-    def text_encoders(self, model: ModelConfig, max_tokens: int) -> Sequence[TextEncoder]:
-        """The text encoders, in the order in which a run calls them; none by default."""
+    def text_encoders(self, model: ModelConfig, max_tokens: int, encoders: Encoders) -> Sequence[TextEncoder]:
+        """The text encoders, as prompts.encoders has them; a run never has two at once. None by default."""
         return ()

@@ -30,6 +30,7 @@ class Digits(Family):
         "lora": 'model.kind = "digits" trains every weight',
         "prompts.file": _DRAWS,
         "prompts.max_tokens": _NO_ENCODER,
+        "prompts.encoders": _NO_ENCODER,
         "prompts.cache": _NO_ENCODER,
         "monitor.file": _DRAWS,
     }

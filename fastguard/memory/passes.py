@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastguard.backbones import Backbone, Skeleton, family_of
 from fastguard.backbones.folder import described_by
 from fastguard.blocks import FuseReport
-from fastguard.config import LoraConfig, ModelConfig, ObjectiveConfig, Recompute
+from fastguard.config import Encoders, LoraConfig, ModelConfig, ObjectiveConfig, Recompute
 from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.prompts import ENCODE_BATCH
 from fastguard.sde import Transition
@@ -214,19 +214,20 @@ def _some_step(n: int) -> Transition:
 
 
 @lru_cache(maxsize=16)
-def encode_pass(model: ModelConfig, max_tokens: int) -> Pass:
-    """The text encoders on a batch of `ENCODE_BATCH` prompts, one after the other."""
-    encoders = family_of(model.kind).text_encoders(model, max_tokens)
+def encode_pass(model: ModelConfig, max_tokens: int, encoders: Encoders) -> Pass:
+    """The largest of the text encoders on a batch of `ENCODE_BATCH` prompts: one is freed before the next is loaded."""
+    parts = family_of(model.kind).text_encoders(model, max_tokens, encoders)
+    found = [Pass(0, 0, {})]
     with described_by(_folder(model)), FakeTensorMode(), torch.no_grad():
-        live = LiveBytes()
-        for encoder in encoders:
+        for encoder in parts:
+            live = LiveBytes()
             materialize(encoder.module)
             live.hold((*encoder.module.parameters(), *encoder.module.buffers()), "weights")
-        ids = [torch.empty(ENCODE_BATCH, encoder.tokens, dtype=torch.int64) for encoder in encoders]
-        with live:
-            kept = [encoder.embed(some) for encoder, some in zip(encoders, ids, strict=True)]
-            del kept
-    return Pass(0, live.peak, live.at_peak)
+            ids = torch.empty(ENCODE_BATCH, encoder.tokens, dtype=torch.int64)
+            with live:
+                encoder.embed(ids)
+            found.append(Pass(0, live.peak, live.at_peak))
+    return max(found, key=lambda run: run.peak)
 
 
 @lru_cache(maxsize=64)

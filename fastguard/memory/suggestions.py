@@ -76,6 +76,7 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Sequence[Any]]]:
             yield "hardware.sharding", ["fsdp2"]
     if "encode" in over:
         yield "prompts.max_tokens", [n for n in (256, 128, 64) if n < recipe.prompts.max_tokens]
+        yield "prompts.encoders", [where for where in ("int8", "cpu") if where != recipe.prompts.encoders]
 
 
 def _last_resorts(recipe: Recipe) -> Iterator[Change]:
