@@ -230,6 +230,8 @@ class SamplerConfig:
     """images sampled at once, per process"""
     decode_batch: int = 4
     """images that the VAE decodes at once, per process"""
+    decode_tiled: bool = False
+    """decode images above 512 pixels in overlapping tiles of 512: less memory, and pixels that differ a little"""
     store: Literal["device", "cpu"] = "cpu"
     """where trained transitions wait for their update: on the GPU, or in pinned host memory"""
 

@@ -90,9 +90,9 @@ class Skeleton:
     """elements of an encoded prompt: of each of prompts.max_tokens tokens, and of the rest"""
     fused: FuseReport | None
     """what was fused; names are those of `transformer`'s modules"""
-    assemble: Callable[[int, int], Backbone]
-    """(prompts.max_tokens, sampler.decode_batch) -> the backbone around these modules, with one prompt's embeddings.
-    Called under FakeTensorMode, once the modules' parameters have been made there."""
+    assemble: Callable[[int, int, bool], Backbone]
+    """(prompts.max_tokens, sampler.decode_batch, sampler.decode_tiled) -> the backbone around these modules, with one
+    prompt's embeddings. Called under FakeTensorMode, once the modules' parameters have been made there."""
 
 
 @dataclass(frozen=True)

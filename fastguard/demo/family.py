@@ -32,6 +32,7 @@ class Digits(Family):
         "prompts.max_tokens": _NO_ENCODER,
         "prompts.encoders": _NO_ENCODER,
         "prompts.cache": _NO_ENCODER,
+        "sampler.decode_tiled": 'model.kind = "digits" has no VAE',
         "monitor.file": _DRAWS,
     }
     footprint = "a few MB"

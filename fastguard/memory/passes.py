@@ -152,7 +152,9 @@ def _sizes(parameters: Sequence[Tensor], skeleton: Skeleton) -> Sizes:
 
 
 @contextmanager
-def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tuple[Backbone, LiveBytes]]:
+def _fake_backbone(
+    settings: PassSettings, decode_batch: int = 1, decode_tiled: bool = False
+) -> Iterator[tuple[Backbone, LiveBytes]]:
     """The product's own backbone on fake weights; inside, new tensors are fake. Weights of the transformer are held.
 
     One prompt's embeddings are there, but not held: the planner counts the table of all prompts.
@@ -170,7 +172,7 @@ def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tu
                 use_cuda_kernels(transformer.get_submodule(name))
         materialize(transformer)
         materialize(skeleton.decoder)
-        backbone = skeleton.assemble(settings.max_tokens, decode_batch)
+        backbone = skeleton.assemble(settings.max_tokens, decode_batch, decode_tiled)
         live = LiveBytes()
         live.hold(transformer.parameters(), "weights")
         for kind, blocks in skeleton.blocks.items():
@@ -248,14 +250,14 @@ DECODED_PARTS = 3
 
 
 @lru_cache(maxsize=64)
-def decode_pass(settings: PassSettings, decode_batch: int) -> Pass:
+def decode_pass(settings: PassSettings, decode_batch: int, decode_tiled: bool = False) -> Pass:
     """The decoder on the `micro_batch` images of a rollout batch, `decode_batch` at once; without its weights.
 
     Only the last parts are decoded: all are alike, and the images of the others are there.
     """
     n = settings.micro_batch
     skipped = max(0, n // decode_batch - DECODED_PARTS) * decode_batch
-    with _fake_backbone(settings, decode_batch) as (backbone, live):
+    with _fake_backbone(settings, decode_batch, decode_tiled) as (backbone, live):
         latents = torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype)
         shape = family_of(settings.model.kind).image_shape(settings.model)
         with live:

@@ -120,7 +120,7 @@ def _rollout(recipe: Recipe, weights: Weights) -> Phase:
 
 
 def _decode(recipe: Recipe, weights: Weights) -> Phase:
-    run = decode_pass(sampling_settings(recipe), recipe.sampler.decode_batch)
+    run = decode_pass(sampling_settings(recipe), recipe.sampler.decode_batch, recipe.sampler.decode_tiled)
     return _resident(recipe, weights, "decode", run, swaps=False)
 
 

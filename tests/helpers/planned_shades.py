@@ -22,7 +22,7 @@ class PlannedShades(Shades):
         with torch.device("meta"):
             backbone, decoder = ShadeBackbone([], torch.empty(0), 0), nn.Linear(3, 5)
 
-        def assemble(max_tokens: int, decode_batch: int) -> Backbone:
+        def assemble(max_tokens: int, decode_batch: int, decode_tiled: bool) -> Backbone:
             backbone.policy.embeds = torch.empty(1, 2)
             return backbone
 

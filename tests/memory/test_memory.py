@@ -17,6 +17,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from fastguard.backbones.flux import backbone as backbone_module
+from fastguard.backbones.flux import skeleton
 from fastguard.backbones.flux.backbone import prepare_transformer
 from fastguard.backbones.flux.parts import PARTS
 from fastguard.backbones.flux.tiny import _pipeline, make_tiny_flux
@@ -48,7 +50,7 @@ from fastguard.memory import (
     update_flops,
 )
 from fastguard.memory.live import Label, LiveBytes, allocated, use_cuda_kernels
-from fastguard.memory.passes import PassSettings, Sizes, as_built, rollout_pass, update_pass, weights_of
+from fastguard.memory.passes import Pass, PassSettings, Sizes, as_built, rollout_pass, update_pass, weights_of
 from fastguard.memory.phases import (
     LIBRARY_BYTES,
     Phase,
@@ -346,6 +348,16 @@ def rows_of_the_page(start: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in lines if line.startswith(start)]
 
 
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("side", [pytest.param(512, marks=pytest.mark.slow), 1024])
+def test_flux_devs_decoding_takes_what_the_page_says(side: int, batch: int) -> None:
+    settings = sampling_settings(recipe(model={"height": side, "width": side}))
+    whole, tiled = (passes.decode_pass(settings, batch, tiles).at_peak["activations"] for tiles in (False, True))
+    assert tiled == whole if side == 512 else tiled < 0.3 * whole
+    (cells,) = rows_of_the_page(f"| {side} x {side} |")
+    assert cells[1:][2 * (batch == 4) :][:2] == [f"{n / GIB:.1f}" for n in (whole, tiled)]
+
+
 # --- everything else on the tiny model -------------------------------------------------------------------------------
 
 
@@ -415,6 +427,22 @@ def test_text_encoders_in_8_bits_are_planned_without_torchao(monkeypatch: pytest
     passes.encode_pass.cache_clear()
     small = tiny(prompts={"max_tokens": 512})  # T5 is the larger one then
     assert 0 < encode_phase(small, "int8").peak < encode_phase(small, "device").peak
+
+
+def test_tiles_that_are_not_decoded_take_the_memory_that_they_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone_module, "TILE", 32)
+    wide = tiny(model={"height": 56, "width": 40}, sampler={"decode_batch": 2})
+
+    def peak() -> Pass:
+        passes.decode_pass.cache_clear()
+        return passes.decode_pass(sampling_settings(wide), 2, True)
+
+    few = peak()
+    with monkeypatch.context() as patched:
+        patched.setattr(skeleton, "_decode_last_tiles", lambda *_: None)
+        assert few == peak()
+    assert few.peak < passes.decode_pass(sampling_settings(wide), 2, False).peak
+    passes.decode_pass.cache_clear()
 
 
 def test_8_bit_state_is_what_torchao_makes() -> None:
@@ -658,6 +686,19 @@ def test_text_encoders_that_do_not_fit_may_be_smaller_or_on_the_host() -> None:
         tight = recipe_with(now, "hardware", memory_gb=(encode_phase(small, encoders).peak - 1) / 1e9)
         assert dict(_alternatives(tight))["prompts.encoders"] == others
         assert all(encode_phase(small, other).peak < limit_bytes(tight) for other in others)
+
+
+def test_decoding_that_does_not_fit_may_be_tiled() -> None:
+    large = tiny(
+        model={"height": 1024, "width": 1024, "recompute": "block"}, sampler={"batch_size": 1, "decode_batch": 1},
+        update={"micro_batch": 1},
+    )  # fmt: skip
+    peaks = [recipe_with(large, "sampler", decode_tiled=tiled) for tiled in (False, True)]
+    whole, tiled = (plan(one).phase("decode").peak for one in peaks)
+    assert max(phase.peak for phase in plan(large).phases) == whole
+    found = plan(recipe_with(large, "hardware", memory_gb=(whole - 1) / 1e9)).suggestions
+    assert any(s.startswith("sampler.decode_tiled = true: peak") for s in found)
+    assert tiled < 0.5 * whole
 
 
 def test_what_fits_only_together_is_said_so_and_what_never_fits_too() -> None:
