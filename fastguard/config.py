@@ -52,6 +52,7 @@ StepWeights = Literal[Reweight, "tempflow", "noise_level"]
 """`guard_loss` knows the first ones; `train.step_weights` finds the others from the schedule."""
 ModelKind = Literal["flux", "digits"]
 """The names in `backbones.build.FAMILIES`, as types."""
+Encoders = Literal["device", "int8", "cpu"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -192,6 +193,8 @@ class PromptsConfig:
     """prompts per rollout, over all processes; in a seeded order, and none comes twice before all have come once"""
     max_tokens: int = 128
     """T5 tokens per prompt; longer prompts are cut"""
+    encoders: Encoders = "device"
+    """where prompts are encoded: on the GPU, there with the weights of T5 in 8 bits (torchao), or on the host"""
     cache: Path | None = None
     """folder of encoded prompts; none takes $FASTGUARD_CACHE, or ~/.cache/fastguard"""
 
@@ -227,6 +230,8 @@ class SamplerConfig:
     """images sampled at once, per process"""
     decode_batch: int = 4
     """images that the VAE decodes at once, per process"""
+    decode_tiled: bool = False
+    """decode images above 512 pixels in overlapping tiles of 512: less memory, and pixels that differ a little"""
     store: Literal["device", "cpu"] = "cpu"
     """where trained transitions wait for their update: on the GPU, or in pinned host memory"""
 

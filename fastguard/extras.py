@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -42,3 +44,17 @@ def need(extra: str) -> None:
             f"this needs the extra {extra!r} of fastguard; not installed: {', '.join(missing)}. "
             f"Run pip install '{DISTRIBUTION}[{extra}]'"
         )
+
+
+@contextmanager
+def importing_torchao(setting: str, instead: str) -> Iterator[None]:
+    """Inside, an import of torchao that fails becomes a UserError: what to install, or what to set.
+
+    Args:
+        setting: what needs it, as in a recipe.
+        instead: other values of that field, which do not.
+    """
+    try:
+        yield
+    except ImportError:
+        raise UserError(f"{setting} needs torchao: pip install '{DISTRIBUTION}[lowbit]', or choose {instead}") from None

@@ -125,16 +125,18 @@ Encode = Callable[[Sequence[str]], Iterable[dict[str, Tensor]]]
 
 
 def encode_once(
-    prompts: Sequence[Prompt], key: str, cache: Path | None, load_encoders: Callable[[], Encode]
+    prompts: Sequence[Prompt], key: str, cache: Path | None, load_encoders: Sequence[Callable[[], Encode]]
 ) -> EncodedPrompts:
-    """Encode what the cache does not hold yet, and free the encoders again.
+    """Encode what the cache does not hold yet, with one encoder after the other, and free each of them again.
 
     Args:
         key: tells apart all that the embeddings depend on, but for the text.
         cache: as in `cache_folder`.
-        load_encoders: called only if something is missing; what it returns gets `ENCODE_BATCH` texts at most at once.
+        load_encoders: each makes a part of the embeddings, and is called only if something is missing, once the
+            encoder before has been freed. What it returns gets `ENCODE_BATCH` texts at most at once. What all but the
+            last make of every missing text waits in host memory: the one with the large embeddings comes last.
 
-    Raises what these two raise; embeddings that come after an error are not cached.
+    Raises what these raise; embeddings that come after an error are not cached.
     """
     folder = cache_folder(cache) / "prompts" / key
     files = [folder / f"{hashlib.sha256(p.text.encode()).hexdigest()[:32]}.safetensors" for p in prompts]
@@ -162,17 +164,40 @@ def _unusable(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if file not in whole]
 
 
-def _encode(missing: Sequence[tuple[Path, str]], load_encoders: Callable[[], Encode]) -> None:
-    encode = load_encoders()
-    starts = tqdm(range(0, len(missing), ENCODE_BATCH), desc="encoding prompts", unit="batch", disable=None)
-    if starts.disable:  # stderr is a file or a pipe
-        say(f"encoding prompts: {len(missing)}")
-    for start in starts:
-        part = missing[start : start + ENCODE_BATCH]
-        for (file, _), embeddings in zip(part, encode([text for _, text in part]), strict=True):
-            with writing(file, then=ANOTHER_CACHE):
-                save_sealed({name: tensor.cpu().contiguous() for name, tensor in embeddings.items()}, file)
-    del encode
+def _encode(missing: Sequence[tuple[Path, str]], load_encoders: Sequence[Callable[[], Encode]]) -> None:
+    """A file is written with the last encoder's part, and so holds all parts or is not there."""
+    made: list[dict[str, Tensor]] = [{} for _ in missing]
+    starts = range(0, len(missing), ENCODE_BATCH)
+    with tqdm(total=len(load_encoders) * len(starts), desc="encoding prompts", unit="batch", disable=None) as bar:
+        for number, load_encoder in enumerate(load_encoders, start=1):
+            encode = load_encoder()
+            if bar.disable and number == 1:  # stderr is a file or a pipe
+                say(f"encoding prompts: {len(missing)}")
+            for start in starts:
+                batch = slice(start, start + ENCODE_BATCH)
+                _add(made[batch], encode([text for _, text in missing[batch]]))
+                if number == len(load_encoders):
+                    _write(missing[batch], made[batch])
+                bar.update()
+            del encode
+            _free_memory()
+
+
+def _add(embeddings: Sequence[dict[str, Tensor]], parts: Iterable[dict[str, Tensor]]) -> None:
+    """Move what an encoder made to the host, beside what the ones before it made."""
+    for one, part in zip(embeddings, parts, strict=True):
+        one |= {name: tensor.cpu().contiguous() for name, tensor in part.items()}
+
+
+def _write(entries: Sequence[tuple[Path, str]], embeddings: Sequence[dict[str, Tensor]]) -> None:
+    """Write the file of each prompt, and forget its embeddings."""
+    for (file, _), one in zip(entries, embeddings, strict=True):
+        with writing(file, then=ANOTHER_CACHE):
+            save_sealed(one, file)
+        one.clear()
+
+
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute
+from fastguard.config import Encoders, LoraConfig, ModelConfig, Recipe, Recompute
 from fastguard.prompts import Prompt, read_prompts
 from fastguard.utils.findings import Finding
 
@@ -90,9 +90,9 @@ class Skeleton:
     """elements of an encoded prompt: of each of prompts.max_tokens tokens, and of the rest"""
     fused: FuseReport | None
     """what was fused; names are those of `transformer`'s modules"""
-    assemble: Callable[[int, int], Backbone]
-    """(prompts.max_tokens, sampler.decode_batch) -> the backbone around these modules, with one prompt's embeddings.
-    Called under FakeTensorMode, once the modules' parameters have been made there."""
+    assemble: Callable[[int, int, bool], Backbone]
+    """(prompts.max_tokens, sampler.decode_batch, sampler.decode_tiled) -> the backbone around these modules, with one
+    prompt's embeddings. Called under FakeTensorMode, once the modules' parameters have been made there."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,6 @@ class Family(ABC):
         """The modules of a run without weights; downloads nothing. Raises UserError for a model that is not known."""
         raise NotImplementedError(f"{type(self).__name__} has neither a skeleton nor a footprint")
 
-    def text_encoders(self, model: ModelConfig, max_tokens: int) -> Sequence[TextEncoder]:
-        """The text encoders, in the order in which a run calls them; none by default."""
+    def text_encoders(self, model: ModelConfig, max_tokens: int, encoders: Encoders) -> Sequence[TextEncoder]:
+        """The text encoders, as prompts.encoders has them; a run never has two at once. None by default."""
         return ()

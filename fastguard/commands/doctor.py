@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastguard import guard_loss, sde_step
 from fastguard.backbones import family_of
+from fastguard.backbones.int8 import int8_weight_only
 from fastguard.commands import OptionalRecipeFields
 from fastguard.config import Recipe, RewardConfig
 from fastguard.errors import UserError
@@ -41,7 +42,7 @@ GIB = 2**30
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pydantic")
 """Packages whose versions are shown, and which have to be there."""
 OPTIONAL = {
-    "torchao": 'update.optimizer = "adamw8bit"',
+    "torchao": 'update.optimizer = "adamw8bit" and prompts.encoders = "int8"',
     "tensorboard": 'run.trackers = ["tensorboard"]',
     "wandb": 'run.trackers = ["wandb"]',
     "easyocr": 'the reward "ocr"',
@@ -107,6 +108,7 @@ def recipe_checks(recipe: Recipe) -> list[tuple[str, Check]]:
         ("processes", partial(_processes, recipe)),
         ("run.dir", partial(_run_folder, recipe)),
         ("disk", partial(_disk, recipe)),
+        ("encoders", partial(_encoders, recipe)),
         ("optimizer", partial(_optimizer, recipe)),
         ("trackers", partial(_trackers, recipe)),
         *rewards,
@@ -342,6 +344,13 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     shared = recipe.objective.reuse == "best"  # every process has the same
     rollouts = buffer_bytes(recipe) * (1 if shared else recipe.hardware.processes)
     return count * (2 * weight + 4 * recipe.averages + state) + rollouts
+
+
+def _encoders(recipe: Recipe) -> Iterator[Finding]:
+    """The others need nothing."""
+    if recipe.prompts.encoders == "int8":
+        int8_weight_only()(nn.Linear(64, 64, device="cpu"))
+        yield Finding("ok", recipe.prompts.encoders)
 
 
 def _optimizer(recipe: Recipe) -> Iterator[Finding]:

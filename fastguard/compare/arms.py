@@ -15,7 +15,10 @@ from fastguard.recipe import load_toml, with_values
 
 SHARED = ("run", "model", "rewards", "monitor", "hardware")
 """Sections that are the same for all arms: with other weights, rewards or evaluations, their numbers do not compare."""
-EVALUATED_BY = (("sampler", "shift"), ("prompts", "file"), ("prompts", "max_tokens"))
+EVALUATED_BY = (
+    ("sampler", "shift"), ("sampler", "decode_tiled"), ("prompts", "file"), ("prompts", "max_tokens"),
+    ("prompts", "encoders"),
+)  # fmt: skip
 """Further fields on which an evaluation depends."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """of an arm, which is that of a folder, too"""

@@ -30,7 +30,9 @@ class Digits(Family):
         "lora": 'model.kind = "digits" trains every weight',
         "prompts.file": _DRAWS,
         "prompts.max_tokens": _NO_ENCODER,
+        "prompts.encoders": _NO_ENCODER,
         "prompts.cache": _NO_ENCODER,
+        "sampler.decode_tiled": 'model.kind = "digits" has no VAE',
         "monitor.file": _DRAWS,
     }
     footprint = "a few MB"

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastguard.backbones import Backbone, Skeleton, family_of
 from fastguard.backbones.folder import described_by
 from fastguard.blocks import FuseReport
-from fastguard.config import LoraConfig, ModelConfig, ObjectiveConfig, Recompute
+from fastguard.config import Encoders, LoraConfig, ModelConfig, ObjectiveConfig, Recompute
 from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.prompts import ENCODE_BATCH
 from fastguard.sde import Transition
@@ -154,7 +154,9 @@ def _sizes(parameters: Sequence[Tensor], skeleton: Skeleton) -> Sizes:
 
 
 @contextmanager
-def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tuple[Backbone, LiveBytes]]:
+def _fake_backbone(
+    settings: PassSettings, decode_batch: int = 1, decode_tiled: bool = False
+) -> Iterator[tuple[Backbone, LiveBytes]]:
     """The product's own backbone on fake weights; inside, new tensors are fake. Weights of the transformer are held.
 
     One prompt's embeddings are there, but not held: the planner counts the table of all prompts.
@@ -172,7 +174,7 @@ def _fake_backbone(settings: PassSettings, decode_batch: int = 1) -> Iterator[tu
                 use_cuda_kernels(transformer.get_submodule(name))
         materialize(transformer)
         materialize(skeleton.decoder)
-        backbone = skeleton.assemble(settings.max_tokens, decode_batch)
+        backbone = skeleton.assemble(settings.max_tokens, decode_batch, decode_tiled)
         live = LiveBytes()
         live.hold(transformer.parameters(), "weights")
         for kind, blocks in skeleton.blocks.items():
@@ -216,19 +218,20 @@ def _some_step(n: int) -> Transition:
 
 
 @lru_cache(maxsize=16)
-def encode_pass(model: ModelConfig, max_tokens: int) -> Pass:
-    """The text encoders on a batch of `ENCODE_BATCH` prompts, one after the other."""
-    encoders = family_of(model.kind).text_encoders(model, max_tokens)
+def encode_pass(model: ModelConfig, max_tokens: int, encoders: Encoders) -> Pass:
+    """The largest of the text encoders on a batch of `ENCODE_BATCH` prompts: one is freed before the next is loaded."""
+    parts = family_of(model.kind).text_encoders(model, max_tokens, encoders)
+    found = [Pass(0, 0, {})]
     with described_by(_folder(model)), FakeTensorMode(), torch.no_grad():
-        live = LiveBytes()
-        for encoder in encoders:
+        for encoder in parts:
+            live = LiveBytes()
             materialize(encoder.module)
             live.hold((*encoder.module.parameters(), *encoder.module.buffers()), "weights")
-        ids = [torch.empty(ENCODE_BATCH, encoder.tokens, dtype=torch.int64) for encoder in encoders]
-        with live:
-            kept = [encoder.embed(some) for encoder, some in zip(encoders, ids, strict=True)]
-            del kept
-    return Pass(0, live.peak, live.at_peak)
+            ids = torch.empty(ENCODE_BATCH, encoder.tokens, dtype=torch.int64)
+            with live:
+                encoder.embed(ids)
+            found.append(Pass(0, live.peak, live.at_peak))
+    return max(found, key=lambda run: run.peak)
 
 
 @lru_cache(maxsize=64)
@@ -249,14 +252,14 @@ DECODED_PARTS = 3
 
 
 @lru_cache(maxsize=64)
-def decode_pass(settings: PassSettings, decode_batch: int) -> Pass:
+def decode_pass(settings: PassSettings, decode_batch: int, decode_tiled: bool = False) -> Pass:
     """The decoder on the `micro_batch` images of a rollout batch, `decode_batch` at once; without its weights.
 
     Only the last parts are decoded: all are alike, and the images of the others are there.
     """
     n = settings.micro_batch
     skipped = max(0, n // decode_batch - DECODED_PARTS) * decode_batch
-    with _fake_backbone(settings, decode_batch) as (backbone, live):
+    with _fake_backbone(settings, decode_batch, decode_tiled) as (backbone, live):
         latents = torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype)
         shape = family_of(settings.model.kind).image_shape(settings.model)
         with live:

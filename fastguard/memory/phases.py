@@ -47,7 +47,7 @@ class Phase:
     trajectories: int
     """stored transitions, of the epoch and of earlier ones, and the embeddings of their prompts"""
     host: int = 0
-    """bytes in host memory: what `sampler.store`, `update.copies` and adamw_cpu put there, per process"""
+    """bytes in host memory per process: what sampler.store, update.copies, adamw_cpu and prompts.encoders put there"""
 
     @property
     def peak(self) -> int:
@@ -106,8 +106,11 @@ def planned_phases(recipe: Recipe, recompute: Recompute) -> tuple[Phase, ...]:
 
 def _encode(recipe: Recipe) -> Phase:
     """Before anything else is loaded; nothing if all prompts are in the cache."""
-    model = recipe.model
-    run = encode_pass(ModelConfig(kind=model.kind, path=model.path, dtype=model.dtype), recipe.prompts.max_tokens)
+    model, prompts = recipe.model, recipe.prompts
+    alone = ModelConfig(kind=model.kind, path=model.path, dtype=model.dtype)
+    run = encode_pass(alone, prompts.max_tokens, prompts.encoders)
+    if prompts.encoders == "cpu":
+        return Phase("encode", 0, 0, 0, 0, 0, host=run.peak)
     weights, activations = (run.at_peak.get(kind, 0) for kind in ("weights", "activations"))
     return Phase("encode", weights, 0, 0, activations + LIBRARY_BYTES, 0)
 
@@ -117,7 +120,7 @@ def _rollout(recipe: Recipe, weights: Weights) -> Phase:
 
 
 def _decode(recipe: Recipe, weights: Weights) -> Phase:
-    run = decode_pass(sampling_settings(recipe), recipe.sampler.decode_batch)
+    run = decode_pass(sampling_settings(recipe), recipe.sampler.decode_batch, recipe.sampler.decode_tiled)
     return _resident(recipe, weights, "decode", run, swaps=False)
 
 

@@ -65,6 +65,7 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Sequence[Any]]]:
         yield "sampler.batch_size", _smaller(recipe.sampler.batch_size, recipe, "sampler.batch_size", images)
     if "decode" in over:
         yield "sampler.decode_batch", _smaller(recipe.sampler.decode_batch, recipe, "sampler.decode_batch")
+        yield "sampler.decode_tiled", [True]
     if over & {"rollout", "decode", "update"}:
         yield "sampler.store", ["cpu"]
         if recipe.objective.rollouts > 1:
@@ -75,6 +76,7 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Sequence[Any]]]:
         if recipe.hardware.processes > 1:
             yield "hardware.sharding", ["fsdp2"]
     if "encode" in over:
+        yield "prompts.encoders", [where for where in ("int8", "cpu") if where != recipe.prompts.encoders]
         yield "prompts.max_tokens", [n for n in (256, 128, 64) if n < recipe.prompts.max_tokens]
 
 

@@ -103,7 +103,9 @@ class Monitor:
             "monitor.gold": [_scored_by(reward) for reward in recipe["monitor"]["gold"]],
             "rewards": [_scored_by(reward) for reward in recipe["rewards"]],
             "sampler.shift": recipe["sampler"]["shift"],
+            "sampler.decode_tiled": recipe["sampler"]["decode_tiled"],
             "prompts.max_tokens": recipe["prompts"]["max_tokens"],
+            "prompts.encoders": recipe["prompts"]["encoders"],
             "model": {name: recipe["model"][name] for name in ("dtype", "height", "width", "guidance")},
         }
 

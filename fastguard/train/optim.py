@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastguard.config import UpdateConfig
 from fastguard.errors import UserError
-from fastguard.extras import DISTRIBUTION
+from fastguard.extras import importing_torchao
 from fastguard.utils.sharding import copy_into, unpacked
 
 
@@ -75,13 +75,8 @@ class AdamW8bit:
     """torchao's AdamW with 8-bit state and stochastic rounding of low-precision weights."""
 
     def __init__(self, parameters: list[nn.Parameter], config: UpdateConfig) -> None:
-        try:
+        with importing_torchao('update.optimizer = "adamw8bit"', '"adamw" or "adamw_cpu"'):
             from torchao.optim import AdamW8bit as TorchaoAdamW8bit
-        except ImportError:
-            raise UserError(
-                'update.optimizer = "adamw8bit" needs torchao: '
-                f'pip install \'{DISTRIBUTION}[lowbit]\', or choose "adamw" or "adamw_cpu"'
-            ) from None
         self._optimizer = TorchaoAdamW8bit(parameters, bf16_stochastic_round=True, **_settings(config))
 
     def step(self) -> None:

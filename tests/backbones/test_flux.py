@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from fastguard import prompts as prompts_module
 from fastguard.backbones.flux import Flux
+from fastguard.backbones.flux import backbone as backbone_module
 from fastguard.backbones.flux.backbone import FluxBackbone, FluxPolicy, latent_grid
 from fastguard.backbones.flux.encoding import encode_prompts
 from fastguard.backbones.flux.tiny import make_tiny_flux
@@ -178,6 +179,37 @@ def test_decoding_in_chunks_changes_nothing(backbone: FluxBackbone, recipe: Reci
     chunked = load(replace(recipe, sampler=replace(recipe.sampler, decode_batch=2)), encoded)
     difference = backbone.decode(latents).int() - chunked.decode(latents).int()
     assert difference.abs().max() <= 1  # another batch size may round a pixel the other way
+
+
+def test_tiles_change_nothing_up_to_their_size_and_little_above(
+    recipe: Recipe, encoded: EncodedPrompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoded(height: int, width: int, tiled: bool) -> Tensor:
+        sampler = replace(recipe.sampler, decode_tiled=tiled)
+        backbone = load(
+            replace(recipe, model=replace(recipe.model, height=height, width=width), sampler=sampler), encoded
+        )
+        latents = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+        return backbone.decode(latents)
+
+    monkeypatch.setattr(backbone_module, "TILE", 128)
+    assert torch.equal(decoded(128, 64, tiled=True), decoded(128, 64, tiled=False))
+    whole, tiled = decoded(192, 160, tiled=False), decoded(192, 160, tiled=True)
+    difference = (whole.int() - tiled.int()).abs().float()
+    assert tiled.shape == (2, 3, 192, 160)
+    assert 0 < difference.mean() < 0.05 * whole.float().std()  # each tile is normalized by itself
+
+
+def test_tiles_are_of_512_pixels_whatever_the_vae_was_trained_with(recipe: Recipe, encoded: EncodedPrompts) -> None:
+    backbone = load(replace(recipe, sampler=replace(recipe.sampler, decode_tiled=True)), encoded)
+    seen: list[tuple[int, ...]] = []
+    backbone._vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
+    factor = 4
+    with torch.no_grad():
+        for side in (512, 516):
+            backbone._vae.decode(torch.zeros(1, 4, side // factor, 64 // factor))
+    assert seen[0] == (512 // factor, 64 // factor)  # whole
+    assert seen[1:] == [(512 // factor, 64 // factor), (129 - 96, 64 // factor)]  # 384 pixels further down
 
 
 def test_image_sizes_that_do_not_divide_are_refused(pipe: Any) -> None:

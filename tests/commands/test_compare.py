@@ -83,7 +83,11 @@ def test_paths_of_an_arm_are_relative_to_its_file(tmp_path: Path) -> None:
     assert arm.recipe.prompts.file == tmp_path / "mine.txt"
 
 
-@pytest.mark.parametrize("line", ["sampler.shift = 1.0", 'prompts.file = "mine.txt"', "prompts.max_tokens = 7"])
+@pytest.mark.parametrize(
+    "line",
+    ["sampler.shift = 1.0", "sampler.decode_tiled = true", 'prompts.file = "mine.txt"', "prompts.max_tokens = 7",
+     'prompts.encoders = "cpu"'],
+)  # fmt: skip
 def test_what_evaluations_depend_on_is_the_same_for_all_arms(tmp_path: Path, line: str) -> None:
     field = line.split(" ")[0]
     with pytest.raises(UserError, match=f"evaluations depend on {field}, so it is the same for all arms"):

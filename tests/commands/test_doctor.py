@@ -19,6 +19,7 @@ from fastguard.backbones.flux.tiny import make_tiny_flux
 from fastguard.commands import doctor
 from fastguard.commands.doctor import Finding, checkpoint_bytes, examine
 from fastguard.config import (
+    Encoders,
     HardwareConfig,
     LoraConfig,
     ModelConfig,
@@ -289,6 +290,18 @@ def test_optimizer_and_trackers_need_their_packages(recipe: Recipe, monkeypatch:
     assert finding.level == "FAIL"
     assert "pip install 'fastguard-rl[lowbit]'" in finding.text
     assert [(f.level, f.text.split(" ")[0]) for f in trackers()] == [("warn", "tensorboard"), ("FAIL", "wandb")]
+
+
+def test_text_encoders_in_8_bits_need_their_package(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def checked(encoders: Encoders) -> list[str]:
+        changed = replace(recipe, prompts=replace(recipe.prompts, encoders=encoders))
+        return [f"{f.level} {f.text}" for f in doctor._findings(dict(doctor.recipe_checks(changed))["encoders"])]
+
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    assert [checked("device"), checked("int8"), checked("cpu")] == [[], ["ok int8"], []]
+    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
+    (finding,) = checked("int8")
+    assert finding.startswith("FAIL prompts.encoders = \"int8\" needs torchao: pip install 'fastguard-rl[lowbit]'")
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
 
 def test_weights_that_do_not_fit_name_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel
+    from transformers import T5EncoderModel
 
     encoded = encode(folder)
     monkeypatch.setattr(FluxTransformer2DModel, "to", lambda *_: fill_a_gpu())
@@ -216,7 +217,7 @@ def test_weights_that_do_not_fit_name_the_model(folder: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match=told.format("the pipeline")):
         FluxBackbone.load(recipe_for(folder), encoded, 1, CPU, "none")
     shutil.rmtree(folder.parent / "cache")
-    monkeypatch.setattr(FluxPipeline, "to", lambda *_: fill_a_gpu())
+    monkeypatch.setattr(T5EncoderModel, "to", lambda *_: fill_a_gpu())
     with pytest.raises(ValueError, match=told.format("what encodes the prompts")):
         encode(folder)
 

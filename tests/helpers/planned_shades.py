@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.backbones import Backbone, Skeleton, TextEncoder
-from fastguard.config import LoraConfig, ModelConfig, Recompute
+from fastguard.config import Encoders, LoraConfig, ModelConfig, Recompute
 from helpers.shades import SHAPE, ShadeBackbone, Shades
 
 
@@ -22,7 +22,7 @@ class PlannedShades(Shades):
         with torch.device("meta"):
             backbone, decoder = ShadeBackbone([], torch.empty(0), 0), nn.Linear(3, 5)
 
-        def assemble(max_tokens: int, decode_batch: int) -> Backbone:
+        def assemble(max_tokens: int, decode_batch: int, decode_tiled: bool) -> Backbone:
             backbone.policy.embeds = torch.empty(1, 2)
             return backbone
 
@@ -37,7 +37,7 @@ class PlannedShades(Shades):
             assemble=assemble,
         )
 
-    def text_encoders(self, model: ModelConfig, max_tokens: int) -> Sequence[TextEncoder]:
+    def text_encoders(self, model: ModelConfig, max_tokens: int, encoders: Encoders) -> Sequence[TextEncoder]:
         with torch.device("meta"):
             words = nn.Embedding(7, 4)
         return (TextEncoder(words, max_tokens, lambda ids: words(ids)[:, 0]),)

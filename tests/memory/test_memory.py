@@ -5,21 +5,27 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from fastguard.backbones.flux import backbone as backbone_module
+from fastguard.backbones.flux import skeleton
 from fastguard.backbones.flux.backbone import prepare_transformer
 from fastguard.backbones.flux.parts import PARTS
 from fastguard.backbones.flux.tiny import _pipeline, make_tiny_flux
 from fastguard.backbones.folder import pipeline_problems
+from fastguard.backbones.int8 import plan_int8_linears, quantize_linears
 from fastguard.config import (
+    Encoders,
     HardwareConfig,
     LoraConfig,
     ModelConfig,
@@ -44,9 +50,20 @@ from fastguard.memory import (
     update_flops,
 )
 from fastguard.memory.live import Label, LiveBytes, allocated, use_cuda_kernels
-from fastguard.memory.passes import PassSettings, Sizes, as_built, rollout_pass, update_pass, weights_of
-from fastguard.memory.phases import buffer_bytes, optimizer_bytes, planned_phases, sampling_settings
+from fastguard.memory.passes import Pass, PassSettings, Sizes, as_built, rollout_pass, update_pass, weights_of
+from fastguard.memory.phases import (
+    LIBRARY_BYTES,
+    Phase,
+    _encode,
+    buffer_bytes,
+    limit_bytes,
+    optimizer_bytes,
+    planned_phases,
+    sampling_settings,
+)
+from fastguard.memory.suggestions import _alternatives
 from fastguard.train.optim import build_optimizer
+from fastguard.utils.sharding import unpacked
 
 GIB = 2**30
 KIB = 2**10
@@ -309,6 +326,38 @@ def recipe_with(base: Recipe, section: str, **values: Any) -> Recipe:
     return replace(base, **{section: replace(getattr(base, section), **values)})
 
 
+@pytest.mark.parametrize("tokens", [128, pytest.param(512, marks=pytest.mark.slow)])
+def test_flux_devs_text_encoders_take_what_the_page_says(tokens: int) -> None:
+    """T5 has 4.63 billion weights in linear layers, and 0.13 billion in its embedding; CLIP is gone before T5 comes."""
+    linear, rows, rest = 24 * (4 * 4096**2 + 3 * 4096 * 10240), 24 * (5 * 4096 + 2 * 10240), 32128 * 4096
+    base = recipe(prompts={"max_tokens": tokens})
+    device, eight, host = encode_phase(base, "device"), encode_phase(base, "int8"), encode_phase(base, "cpu")
+    assert device.weights == pytest.approx(2 * (linear + rest), rel=1e-3)
+    assert eight.weights == pytest.approx(linear + 5 * rows + 2 * rest, rel=1e-3)
+    assert (host.peak, device.host, eight.host) == (0, 0, 0)
+    assert host.host == device.peak - LIBRARY_BYTES
+    table = {row[0]: row[1:] for row in rows_of_the_page('| `"')}
+    assert table['`"device"`'][tokens == 512] == f"{device.peak / GIB:.1f}"
+    assert table['`"int8"`'][tokens == 512] == f"{eight.peak / GIB:.1f}"
+    assert table['`"cpu"`'][2].split(" and ")[tokens == 512] == f"{host.host / GIB:.1f}"
+
+
+def rows_of_the_page(start: str) -> list[list[str]]:
+    """Cells of the lines of docs/training.md that begin so."""
+    lines = (ROOT / "docs" / "training.md").read_text().splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith(start)]
+
+
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("side", [pytest.param(512, marks=pytest.mark.slow), 1024])
+def test_flux_devs_decoding_takes_what_the_page_says(side: int, batch: int) -> None:
+    settings = sampling_settings(recipe(model={"height": side, "width": side}))
+    whole, tiled = (passes.decode_pass(settings, batch, tiles).at_peak["activations"] for tiles in (False, True))
+    assert tiled == whole if side == 512 else tiled < 0.3 * whole
+    (cells,) = rows_of_the_page(f"| {side} x {side} |")
+    assert cells[1:][2 * (batch == 4) :][:2] == [f"{n / GIB:.1f}" for n in (whole, tiled)]
+
+
 # --- everything else on the tiny model -------------------------------------------------------------------------------
 
 
@@ -343,6 +392,57 @@ def test_optimizer_state_is_what_the_optimizer_makes(dtype: torch.dtype) -> None
     on_host = optimizer_bytes(recipe_with(tiny(), "update", optimizer="adamw_cpu"), sizes)
     assert on_host.device == 0
     assert on_host.host == (12 + 4) * parameter.numel()  # master, two moments, and a gradient
+
+
+def encode_phase(base: Recipe, encoders: Encoders) -> Phase:
+    return _encode(recipe_with(base, "prompts", encoders=encoders))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_in_8_bits_takes_what_torchaos_does(dtype: torch.dtype, bias: bool) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    with torch.device("meta"):
+        planned = nn.Sequential(nn.Linear(512, 768, bias, dtype=dtype))
+    plan_int8_linears(planned)
+    passes.materialize(planned)
+    real = nn.Sequential(nn.Linear(512, 768, bias, dtype=dtype))
+    quantize_linears(real, torch.device("cpu"))
+    parts = [part for name, tensor in real.named_parameters() for _, part in unpacked(name, tensor)]
+    found = []
+    for module, held in ((planned, (*planned.parameters(), *planned.buffers())), (real, parts)):
+        x, live = torch.zeros(2, 64, 512, dtype=dtype), LiveBytes()
+        live.hold(held, "weights")
+        with live, torch.no_grad():
+            assert module(x).shape == (2, 64, 768)
+        found.append((live.peak, live.at_peak))
+    assert found[0] == found[1]
+    assert found[0][1]["weights"] == 512 * 768 + 768 * 4 + 1024 + bias * allocated(768 * dtype.itemsize)
+    assert found[0][1]["activations"] >= 512 * 768 * dtype.itemsize  # the copy of the weight
+
+
+def test_text_encoders_in_8_bits_are_planned_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, None)
+    passes.encode_pass.cache_clear()
+    small = tiny(prompts={"max_tokens": 512})  # T5 is the larger one then
+    assert 0 < encode_phase(small, "int8").peak < encode_phase(small, "device").peak
+
+
+def test_tiles_that_are_not_decoded_take_the_memory_that_they_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone_module, "TILE", 32)
+    wide = tiny(model={"height": 56, "width": 40}, sampler={"decode_batch": 2})
+
+    def peak() -> Pass:
+        passes.decode_pass.cache_clear()
+        return passes.decode_pass(sampling_settings(wide), 2, True)
+
+    few = peak()
+    with monkeypatch.context() as patched:
+        patched.setattr(skeleton, "_decode_last_tiles", lambda *_: None)
+        assert few == peak()
+    assert few.peak < passes.decode_pass(sampling_settings(wide), 2, False).peak
+    passes.decode_pass.cache_clear()
 
 
 def test_8_bit_state_is_what_torchao_makes() -> None:
@@ -577,6 +677,28 @@ def test_suggestions_are_planned_and_true() -> None:
     value = int(smaller.split("= ")[1].split(":")[0])
     assert plan(recipe_with(tight, "update", micro_batch=value)).fits
     assert not plan(recipe_with(tight, "update", micro_batch=2 * value)).fits
+
+
+def test_text_encoders_that_do_not_fit_may_be_smaller_or_on_the_host() -> None:
+    small = tiny(model={"dtype": "bfloat16"}, prompts={"max_tokens": 512})
+    for encoders, others in (("device", ["int8", "cpu"]), ("int8", ["cpu"])):
+        now = recipe_with(small, "prompts", encoders=encoders)
+        tight = recipe_with(now, "hardware", memory_gb=(encode_phase(small, encoders).peak - 1) / 1e9)
+        assert dict(_alternatives(tight))["prompts.encoders"] == others
+        assert all(encode_phase(small, other).peak < limit_bytes(tight) for other in others)
+
+
+def test_decoding_that_does_not_fit_may_be_tiled() -> None:
+    large = tiny(
+        model={"height": 1024, "width": 1024, "recompute": "block"}, sampler={"batch_size": 1, "decode_batch": 1},
+        update={"micro_batch": 1},
+    )  # fmt: skip
+    peaks = [recipe_with(large, "sampler", decode_tiled=tiled) for tiled in (False, True)]
+    whole, tiled = (plan(one).phase("decode").peak for one in peaks)
+    assert max(phase.peak for phase in plan(large).phases) == whole
+    found = plan(recipe_with(large, "hardware", memory_gb=(whole - 1) / 1e9)).suggestions
+    assert any(s.startswith("sampler.decode_tiled = true: peak") for s in found)
+    assert tiled < 0.5 * whole
 
 
 def test_what_fits_only_together_is_said_so_and_what_never_fits_too() -> None:

@@ -280,6 +280,8 @@ def test_another_factor_of_the_steps_drops_the_buffer(
     in_process(recipe)
     capsys.readouterr()
     weighted = replace(recipe, objective=replace(recipe.objective, reweight="tempflow"))
+    weighted = replace(weighted, prompts=replace(recipe.prompts, encoders="cpu"))
     in_process(replace(weighted, run=replace(weighted.run, epochs=weighted.run.epochs + 1)), resume="auto")
     said = capsys.readouterr().out
     assert "earlier rollouts are not trained on again, since they do not fit: objective.reweight" in said
+    assert "prompts.encoders: device -> cpu" in said

@@ -255,6 +255,8 @@ def go_on(watched: Recipe, folder: Path, policy: nn.Module | None = None, **sect
         {"monitor": {"gold": (RewardConfig("g", weight=0.5),)}},
         {"monitor": {"gold": (RewardConfig("g"), RewardConfig("h"))}},
         {"sampler": {"shift": 2.0}},
+        {"sampler": {"decode_tiled": True}},
+        {"prompts": {"encoders": "cpu"}},
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastguard.backbones.base import Backbone, Family, Skeleton, TextEncoder
-from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute
+from fastguard.config import Encoders, LoraConfig, ModelConfig, Recipe, Recompute
 from fastguard.prompts import EncodedPrompts, Prompt, cache_folder
 from fastguard.utils.findings import Finding
 
@@ -54,9 +54,11 @@ class Flux(Family):
         from fastguard.backbones.flux.parts import PARTS
         from fastguard.backbones.folder import check_pipeline, pipeline_folder
 
-        model, dtype = recipe.model, getattr(torch, recipe.model.dtype)
+        model, config, dtype = recipe.model, recipe.prompts, getattr(torch, recipe.model.dtype)
         check_pipeline(pipeline_folder(model.path), PARTS)
-        return encode_prompts(prompts, model.path, recipe.prompts.max_tokens, recipe.prompts.cache, dtype, device)
+        return encode_prompts(
+            prompts, model.path, config.max_tokens, config.cache, dtype, device, encoders=config.encoders
+        )
 
     def load(
         self, recipe: Recipe, encoded: Any, num_trained_prompts: int, device: torch.device, recompute: Recompute
@@ -98,7 +100,7 @@ class Flux(Family):
 
         return flux_skeleton(model, lora, recompute)
 
-    def text_encoders(self, model: ModelConfig, max_tokens: int) -> Sequence[TextEncoder]:
+    def text_encoders(self, model: ModelConfig, max_tokens: int, encoders: Encoders) -> Sequence[TextEncoder]:
         from fastguard.backbones.flux.skeleton import flux_text_encoders
 
-        return flux_text_encoders(model, max_tokens)
+        return flux_text_encoders(model, max_tokens, encoders)

@@ -35,6 +35,8 @@ from fastguard.utils.finite import require_finite
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 """diffusers' name for the files of a model."""
+TILE = 512
+"""Pixels of a side of the tiles of sampler.decode_tiled."""
 
 
 class FluxPolicy(nn.Module):
@@ -159,6 +161,16 @@ def latent_grid(vae_config: Any, model: ModelConfig) -> tuple[int, int]:
     return model.height // factor, model.width // factor
 
 
+def _decode_in_tiles(vae: Any) -> None:
+    """Decode in tiles that overlap by a quarter, and blend them; an image that is no larger than one is decoded whole.
+
+    The VAE's own tiles would be as large as the images that it was trained with: 1024 pixels, for Flux.1-dev.
+    """
+    vae.enable_tiling()
+    vae.tile_sample_min_size = TILE
+    vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 class FluxBackbone:
     """Flux.1-dev, or any pipeline of its kind; the protocol is `backbones.base.Backbone`.
 
@@ -191,6 +203,8 @@ class FluxBackbone:
         self.fused = fused
         self._vae, self._encoded, self._recipe, self._device = vae, encoded, recipe, device
         self._transformer = transformer
+        if recipe.sampler.decode_tiled:
+            _decode_in_tiles(vae)
 
     @classmethod
     def load(
