@@ -47,8 +47,8 @@ def need(extra: str) -> None:
 
 
 @contextmanager
-def importing_torchao(setting: str, instead: str) -> Iterator[None]:
-    """Inside, an import of torchao that fails becomes a UserError: what to install, or what to set.
+def importing(library: str, setting: str, instead: str) -> Iterator[None]:
+    """Inside, an import of a library of [lowbit] that fails becomes a UserError: what to install, or what to set.
 
     Args:
         setting: what needs it, as in a recipe.
@@ -57,4 +57,6 @@ def importing_torchao(setting: str, instead: str) -> Iterator[None]:
     try:
         yield
     except ImportError:
-        raise UserError(f"{setting} needs torchao: pip install '{DISTRIBUTION}[lowbit]', or choose {instead}") from None
+        raise UserError(
+            f"{setting} needs {library}: pip install '{DISTRIBUTION}[lowbit]', or choose {instead}"
+        ) from None

@@ -1,4 +1,4 @@
-"""Frozen weights of a transformer's blocks in 8 or 4 bits: made block by block, and kept on disk.
+"""Frozen weights in 8 or 4 bits: those of a transformer's blocks, made block by block and kept on disk, and of T5.
 
 The codes come from the libraries that know the formats: torchao for int8 and float8 (a scale per row), bitsandbytes for
 nf4 (QLoRA, arXiv 2305.14314, with scales in 8 bits). bitsandbytes' nf4 is the one that model hubs hold; torchao's is of
@@ -10,7 +10,8 @@ Axes: N output channel, C input channel.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from tqdm import tqdm
 
 from fastguard.blocks.linear import QuantizedLinear
 from fastguard.blocks.quantized import NESTED, BlockScaled, RowScaled, four_bit, four_bit_weight
+from fastguard.config import Recipe
 from fastguard.errors import UserError
-from fastguard.extras import DISTRIBUTION
+from fastguard.extras import importing
 from fastguard.prompts import ANOTHER_CACHE, cache_folder
 from fastguard.utils.files import writing
 from fastguard.utils.finite import is_finite
@@ -43,11 +45,7 @@ REST = "rest"
 
 
 def quantize(weight: Tensor, how: Format) -> RowScaled | BlockScaled:
-    """The weight (N, C), floating, in 8 or 4 bits, on its device.
-
-    Raises UserError if the library of the format is not installed.
-    """
-    require_library(how)
+    """The weight (N, C), floating, in 8 or 4 bits, on its device; `require_library` tells whether it can be done."""
     if how == "nf4":
         from bitsandbytes.functional import quantize_4bit
 
@@ -85,15 +83,32 @@ def empty(n: int, c: int, how: Format) -> RowScaled | BlockScaled:
     )
 
 
-def require_library(how: Format) -> None:
-    """Raise UserError, with the line that installs it, if the library of a format is missing."""
-    try:
-        __import__(LIBRARIES[how])
-    except ImportError:
-        raise UserError(
-            f'model.quantize = "{how}" needs {LIBRARIES[how]} to make the weights: '
-            f"pip install '{DISTRIBUTION}[lowbit]', or set model.quantize to another format"
-        ) from None
+def require_library(how: Format, setting: str, instead: str) -> None:
+    """Raise UserError, as `extras.importing`, if the library that makes weights of this format is missing."""
+    with importing(LIBRARIES[how], setting, instead):
+        import_module({"torchao": "torchao.quantization", "bitsandbytes": "bitsandbytes.functional"}[LIBRARIES[how]])
+
+
+def require_library_of(recipe: Recipe) -> None:
+    """The same for model.quantize."""
+    if recipe.model.quantize != "none":
+        require_library(recipe.model.quantize, f'model.quantize = "{recipe.model.quantize}"', "another format")
+
+
+# --- any module
+
+
+def quantize_linears(module: nn.Module, device: torch.device, how: Format) -> None:
+    """Move a module from the host to the device with the weights of its linear layers quantized, in place.
+
+    Each weight is quantized on the host and then moved: no wider copy of it is ever on the device, and all devices get
+    the same bits.
+    """
+    for name, layer in list(module.named_modules()):
+        if type(layer) is nn.Linear:
+            bias = None if layer.bias is None else layer.bias.data
+            _put(module, name, QuantizedLinear(quantize(layer.weight.data, how), bias).to(device))
+    module.to(device)
 
 
 # --- a transformer --------------------------------------------------------------------------------------------------
@@ -104,7 +119,8 @@ def quantize_layers(transformer: nn.Module, blocks: Mapping[str, nn.Module], how
     names.
 
     Args:
-        blocks: the transformer's blocks by name. What is outside of them is small, and stays as it is.
+        blocks: the transformer's blocks by name. What is outside of them is small, and stays as it is. A module itself,
+            by the name "", stands for all of its layers.
     """
     names = [name for prefix, block in blocks.items() for name in _linear_layers(prefix, block, how)]
     for name in names:
@@ -117,7 +133,7 @@ def quantize_layers(transformer: nn.Module, blocks: Mapping[str, nn.Module], how
 def _linear_layers(prefix: str, block: nn.Module, how: Format) -> Iterator[str]:
     for name, layer in block.named_modules():
         if type(layer) is nn.Linear and (how != "nf4" or layer.in_features % BLOCK == 0):
-            yield f"{prefix}.{name}"
+            yield f"{prefix}.{name}".lstrip(".")
 
 
 def _put(transformer: nn.Module, name: str, layer: nn.Module) -> None:
@@ -133,6 +149,7 @@ def load_quantized(
     dtype: torch.dtype,
     cache: Path | None,
     device: torch.device,
+    require: Callable[[], None],
 ) -> None:
     """Give a transformer on the meta device its weights, those of the blocks' linear layers quantized, in place.
 
@@ -144,9 +161,9 @@ def load_quantized(
         files: safetensors files with all of its weights.
         dtype: of the weights that are not quantized.
         cache: as in `prompts.cache_folder`.
+        require: called before anything is quantized; see `require_library`.
 
-    Raises UserError for weights that are not finite, and if the format's library is missing and something is not
-    cached.
+    Raises UserError for weights that are not finite.
     """
     with torch.device("meta"):
         layers = set(quantize_layers(transformer, blocks, how))
@@ -160,6 +177,7 @@ def load_quantized(
         try:
             tensors = load_sealed(file)
         except (OSError, DamagedError):
+            require()
             names = [name for name in stored.files if _part_of(name, blocks) == part]
             tensors = {key: t for name in names for key, t in _converted(name, stored, layers, how, dtype, device)}
             with writing(file, then=ANOTHER_CACHE):

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from fastguard import guard_loss, sde_step
 from fastguard.backbones import family_of
-from fastguard.backbones.int8 import int8_weight_only
 from fastguard.commands import OptionalRecipeFields
 from fastguard.config import Recipe, RewardConfig
 from fastguard.errors import UserError
@@ -42,7 +41,8 @@ GIB = 2**30
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pydantic")
 """Packages whose versions are shown, and which have to be there."""
 OPTIONAL = {
-    "torchao": 'update.optimizer = "adamw8bit" and prompts.encoders = "int8"',
+    "torchao": 'update.optimizer = "adamw8bit", model.quantize = "int8" or "float8", prompts.encoders = "int8"',
+    "bitsandbytes": 'model.quantize = "nf4"',
     "tensorboard": 'run.trackers = ["tensorboard"]',
     "wandb": 'run.trackers = ["wandb"]',
     "easyocr": 'the reward "ocr"',
@@ -104,6 +104,7 @@ def recipe_checks(recipe: Recipe) -> list[tuple[str, Check]]:
     return [
         ("prompts", partial(_prompts, recipe)),
         ("model", partial(_model, recipe)),
+        ("quantize", partial(_quantize, recipe)),
         ("attention", partial(_attention, recipe)),
         ("processes", partial(_processes, recipe)),
         ("run.dir", partial(_run_folder, recipe)),
@@ -349,8 +350,20 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 def _encoders(recipe: Recipe) -> Iterator[Finding]:
     """The others need nothing."""
     if recipe.prompts.encoders == "int8":
-        int8_weight_only()(nn.Linear(64, 64, device="cpu"))
+        from fastguard.backbones.quantize import require_library
+
+        require_library("int8", 'prompts.encoders = "int8"', '"device" or "cpu"')
         yield Finding("ok", recipe.prompts.encoders)
+
+
+def _quantize(recipe: Recipe) -> Iterator[Finding]:
+    """Whether the weights can be made; those in the cache are read without a library."""
+    if recipe.model.quantize != "none":
+        from fastguard.backbones.quantize import LIBRARIES, require_library_of
+
+        require_library_of(recipe)
+        library = LIBRARIES[recipe.model.quantize]
+        yield Finding("ok", f"{recipe.model.quantize}, made by {library} {metadata.version(library)}")
 
 
 def _optimizer(recipe: Recipe) -> Iterator[Finding]:

@@ -106,7 +106,7 @@ class Monitor:
             "sampler.decode_tiled": recipe["sampler"]["decode_tiled"],
             "prompts.max_tokens": recipe["prompts"]["max_tokens"],
             "prompts.encoders": recipe["prompts"]["encoders"],
-            "model": {name: recipe["model"][name] for name in ("dtype", "height", "width", "guidance")},
+            "model": {name: recipe["model"][name] for name in ("dtype", "quantize", "height", "width", "guidance")},
         }
 
     def has_seen(self, epoch: int) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastguard.config import UpdateConfig
 from fastguard.errors import UserError
-from fastguard.extras import importing_torchao
+from fastguard.extras import importing
 from fastguard.utils.sharding import copy_into, unpacked
 
 
@@ -75,7 +75,7 @@ class AdamW8bit:
     """torchao's AdamW with 8-bit state and stochastic rounding of low-precision weights."""
 
     def __init__(self, parameters: list[nn.Parameter], config: UpdateConfig) -> None:
-        with importing_torchao('update.optimizer = "adamw8bit"', '"adamw" or "adamw_cpu"'):
+        with importing("torchao", 'update.optimizer = "adamw8bit"', '"adamw" or "adamw_cpu"'):
             from torchao.optim import AdamW8bit as TorchaoAdamW8bit
         self._optimizer = TorchaoAdamW8bit(parameters, bf16_stochastic_round=True, **_settings(config))
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastguard.backbones.flux import encoding
 from fastguard.backbones.flux.encoding import encode_prompts
-from fastguard.backbones.int8 import int8_weight_only, quantize_linears
+from fastguard.backbones.quantize import quantize, quantize_linears
+from fastguard.blocks.linear import QuantizedLinear
 from fastguard.config import Encoders
 from fastguard.prompts import ENCODE_BATCH, EncodedPrompts, Prompt
 from fastguard.utils.sealed import is_whole
@@ -101,15 +102,12 @@ def test_the_text_encoders_are_never_there_together(
 def test_t5_in_8_bits_is_t5_with_its_quantized_weights(
     encode: Callable[..., EncodedPrompts], tiny_flux: Path, dtype: torch.dtype, rounding: float, loss: float
 ) -> None:
-    """To the rounding of the dtype: torchao multiplies by the scale of a row after the matmul, not before it."""
     pytest.importorskip("torchao", reason="torchao is not installed")
-    quantize = int8_weight_only()
 
     def dequantized(pipe: Any) -> None:
         for layer in pipe.text_encoder_2.modules():
             if isinstance(layer, nn.Linear):
-                quantize(layer)
-                layer.weight = nn.Parameter(layer.weight.dequantize())
+                layer.weight = nn.Parameter(quantize(layer.weight.data, "int8").dequantize(dtype, "torch"))
 
     ours, plain = embeddings(encode("int8", dtype)), by_the_pipeline(tiny_flux, dtype)
     assert ours["embeds"].dtype == dtype
@@ -127,23 +125,22 @@ def test_8_bits_lose_little_more_than_bfloat16_does(encode: Callable[..., Encode
 
 
 def test_a_layer_moves_in_8_bits_and_everything_else_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    pytest.importorskip("torchao", reason="torchao is not installed")
     module = nn.Sequential(nn.Embedding(5, 64), nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 48, bias=False)))
-    moved: list[tuple[type, list[type]]] = []
+    moved: list[tuple[type, list[torch.dtype]]] = []
     real = nn.Module.to
 
     def spy(self: nn.Module, *args: Any) -> nn.Module:
         wide = [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)]
-        moved.append((type(self), [type(weight) for weight in wide]))
+        moved.append((type(self), [weight.dtype for weight in wide]))
         return real(self, *args)
 
     monkeypatch.setattr(nn.Module, "to", spy)
-    quantize_linears(module, META)
-    one = quantization.Int8Tensor
-    assert moved == [(nn.Linear, [one]), (nn.Linear, [one]), (nn.Sequential, [one, one])]
+    quantize_linears(module, META, "int8")
+    codes = torch.int8
+    assert moved == [(QuantizedLinear, [codes])] * 2 + [(nn.Sequential, [codes] * 2)]
     assert {p.device for p in module.parameters()} == {META}
     assert module[0].weight.dtype == torch.float32
-    assert module[1][0].weight.qdata.dtype == torch.int8
     assert not module[1][0].weight.requires_grad
 
 

@@ -24,7 +24,14 @@ from fastguard.backbones.flux.backbone import FluxBackbone, blocks_of
 from fastguard.backbones.flux.encoding import encode_prompts
 from fastguard.backbones.flux.skeleton import flux_skeleton
 from fastguard.backbones.folder import weight_files
-from fastguard.backbones.quantize import adopt_quantized, empty, format_of, load_quantized, quantize
+from fastguard.backbones.quantize import (
+    adopt_quantized,
+    empty,
+    format_of,
+    load_quantized,
+    quantize,
+    require_library_of,
+)
 from fastguard.blocks.linear import QuantizedLinear
 from fastguard.config import HardwareConfig, LoraConfig, ModelConfig, Recipe, UpdateConfig
 from fastguard.errors import UserError
@@ -74,7 +81,7 @@ def _holder(weight: Tensor) -> Any:
 def test_a_missing_library_is_named(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, module.LIBRARIES[how], None)
     with pytest.raises(UserError, match=rf"model.quantize = .{how}. needs {module.LIBRARIES[how]}.*\[lowbit\]"):
-        quantize(torch.randn(64, 64), how)
+        require_library_of(replace(load_recipe(find_recipe("flux_tiny")), model=ModelConfig(quantize=how)))
 
 
 # --- files
@@ -86,7 +93,7 @@ class Blank:
     def __init__(self, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.config = json.loads((folder / "transformer" / "config.json").read_text())
         self.files = weight_files(folder / "transformer", "diffusion_pytorch_model")
-        self.cache, self.quantized, self.fails_after = cache, 0, 10**9
+        self.cache, self.quantized, self.fails_after, self.required = cache, 0, 10**9, 0
         real = module.quantize
 
         def spy(weight: Tensor, how: Any) -> Any:
@@ -100,9 +107,12 @@ class Blank:
     def __call__(self, how: Any = "int8", dtype: torch.dtype = FP32) -> Any:
         with torch.device("meta"):
             model: Any = FluxTransformer2DModel.from_config(self.config)
-        load_quantized(model, blocks_of(model), self.files, how, dtype, self.cache, CPU)
+        load_quantized(model, blocks_of(model), self.files, how, dtype, self.cache, CPU, self.require)
         assert not any(parameter.is_meta for parameter in model.parameters())
         return model
+
+    def require(self) -> None:
+        self.required += 1
 
     def count(self, how: Any = "int8", dtype: torch.dtype = FP32) -> int:
         """Weights that are quantized by this load."""
@@ -120,8 +130,9 @@ def test_weights_are_quantized_once(blank: Blank) -> None:
     first = blank()
     layers = [layer for layer in first.modules() if isinstance(layer, QuantizedLinear)]
     assert blank.quantized == len(layers) == 26
+    assert blank.required == 4
     again = blank()
-    assert blank.quantized == len(layers)
+    assert (blank.quantized, blank.required) == (len(layers), 4)
     for (name, got), (_, want) in zip(again.state_dict().items(), first.state_dict().items(), strict=True):
         assert torch.equal(got, want), name
     plain = dequantized(FluxTransformer2DModel.from_pretrained(blank.files[0].parent), first).float()

@@ -23,7 +23,6 @@ from fastguard.backbones.flux.backbone import prepare_transformer
 from fastguard.backbones.flux.parts import PARTS
 from fastguard.backbones.flux.tiny import _pipeline, make_tiny_flux
 from fastguard.backbones.folder import pipeline_problems
-from fastguard.backbones.int8 import plan_int8_linears, quantize_linears
 from fastguard.config import (
     Encoders,
     HardwareConfig,
@@ -63,7 +62,6 @@ from fastguard.memory.phases import (
 )
 from fastguard.memory.suggestions import _alternatives
 from fastguard.train.optim import build_optimizer
-from fastguard.utils.sharding import unpacked
 
 GIB = 2**30
 KIB = 2**10
@@ -396,29 +394,6 @@ def test_optimizer_state_is_what_the_optimizer_makes(dtype: torch.dtype) -> None
 
 def encode_phase(base: Recipe, encoders: Encoders) -> Phase:
     return _encode(recipe_with(base, "prompts", encoders=encoders))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_linear_layer_in_8_bits_takes_what_torchaos_does(dtype: torch.dtype, bias: bool) -> None:
-    pytest.importorskip("torchao", reason="torchao is not installed")
-    with torch.device("meta"):
-        planned = nn.Sequential(nn.Linear(512, 768, bias, dtype=dtype))
-    plan_int8_linears(planned)
-    passes.materialize(planned)
-    real = nn.Sequential(nn.Linear(512, 768, bias, dtype=dtype))
-    quantize_linears(real, torch.device("cpu"))
-    parts = [part for name, tensor in real.named_parameters() for _, part in unpacked(name, tensor)]
-    found = []
-    for module, held in ((planned, (*planned.parameters(), *planned.buffers())), (real, parts)):
-        x, live = torch.zeros(2, 64, 512, dtype=dtype), LiveBytes()
-        live.hold(held, "weights")
-        with live, torch.no_grad():
-            assert module(x).shape == (2, 64, 768)
-        found.append((live.peak, live.at_peak))
-    assert found[0] == found[1]
-    assert found[0][1]["weights"] == 512 * 768 + 768 * 4 + 1024 + bias * allocated(768 * dtype.itemsize)
-    assert found[0][1]["activations"] >= 512 * 768 * dtype.itemsize  # the copy of the weight
 
 
 def test_text_encoders_in_8_bits_are_planned_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fastguard.backbones.flux import Flux
 from fastguard.backbones.flux.parts import PARTS
 from fastguard.backbones.folder import pipeline_folder, read_json, weight_files
 from fastguard.backbones.lora import ADAPTER, add_lora
-from fastguard.backbones.quantize import adopt_quantized, format_of, load_quantized
+from fastguard.backbones.quantize import adopt_quantized, format_of, load_quantized, require_library_of
 from fastguard.backbones.schedule import schedule_shift
 from fastguard.blocks import FuseReport, fuse_flux
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
@@ -145,7 +146,16 @@ def _load_transformer(recipe: Recipe, device: torch.device) -> Any:
         transformer = FluxTransformer2DModel.from_config(config)
     files = weight_files(folder, PARTS.modules["transformer"][1])
     blocks = blocks_of(transformer)
-    load_quantized(transformer, blocks, files, model.quantize, dtype, recipe.prompts.cache, device)
+    load_quantized(
+        transformer,
+        blocks,
+        files,
+        model.quantize,
+        dtype,
+        recipe.prompts.cache,
+        device,
+        partial(require_library_of, recipe),
+    )
     return transformer.eval()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastguard.backbones.folder import pipeline_folder
-from fastguard.backbones.int8 import int8_weight_only, quantize_linears
+from fastguard.backbones.quantize import quantize_linears, require_library
 from fastguard.config import Encoders
 from fastguard.errors import UserError
 from fastguard.prompts import Encode, EncodedPrompts, Prompt, encode_once
@@ -58,7 +58,8 @@ def encode_prompts(
 
 def _load_clip(path: str, dtype: torch.dtype, device: torch.device, encoders: Encoders) -> Encode:
     if encoders == "int8":  # CLIP itself, 0.2 GB in bfloat16, is not worth a loss
-        int8_weight_only()  # where torchao is missing, not only after every prompt went through CLIP
+        # Where torchao is missing, not only after every prompt went through CLIP.
+        require_library("int8", 'prompts.encoders = "int8"', '"device" or "cpu"')
     pipe = _load("text_encoder", path, dtype)
     pipe.text_encoder.to(device)
     require_finite(pipe.text_encoder, "text_encoder", path)
@@ -69,7 +70,7 @@ def _load_clip(path: str, dtype: torch.dtype, device: torch.device, encoders: En
 def _load_t5(path: str, max_tokens: int, dtype: torch.dtype, device: torch.device, encoders: Encoders) -> Encode:
     pipe = _load("text_encoder_2", path, dtype)
     if encoders == "int8":
-        quantize_linears(pipe.text_encoder_2, device)
+        quantize_linears(pipe.text_encoder_2, device, "int8")
     else:
         pipe.text_encoder_2.to(device)
     require_finite(pipe.text_encoder_2, "text_encoder_2", path)

@@ -26,7 +26,6 @@ from fastguard.backbones.flux.backbone import FluxBackbone, blocks_of, latent_gr
 from fastguard.backbones.flux.parts import PARTS
 from fastguard.backbones.flux.tiny import _pipeline
 from fastguard.backbones.folder import described_by, read_json
-from fastguard.backbones.int8 import plan_int8_linears
 from fastguard.backbones.quantize import format_of, quantize_layers
 from fastguard.backbones.sizes import size_problems
 from fastguard.config import Encoders, LoraConfig, ModelConfig, Recompute
@@ -266,7 +265,8 @@ def flux_text_encoders(model: ModelConfig, max_tokens: int, encoders: Encoders) 
     """CLIP and T5, as `FluxPipeline.encode_prompt` calls them; T5 in 8 bits with encoders = "int8"."""
     clip, t5 = meta_encoders(pipeline_configs(model.path), getattr(torch, model.dtype))
     if encoders == "int8":
-        plan_int8_linears(t5)
+        with torch.device("meta"):
+            quantize_layers(t5, {"": t5}, "int8")
     return (
         TextEncoder(
             clip, clip.config.max_position_embeddings, lambda ids: clip(ids, output_hidden_states=False).pooler_output
