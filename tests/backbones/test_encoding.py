@@ -121,7 +121,7 @@ def test_8_bits_lose_little_more_than_bfloat16_does(encode: Callable[..., Encode
     pytest.importorskip("torchao", reason="torchao is not installed")
     exact = by_the_pipeline(tiny_flux, torch.float32)["embeds"]
     made = [embeddings(encode(encoders, torch.bfloat16))["embeds"] for encoders in ("int8", "device")]
-    assert [f"{distance(embeds, exact):.1%}" for embeds in made] == ["1.1%", "0.7%"]
+    assert [f"{distance(embeds, exact):.1%}" for embeds in made] == ["1.2%", "0.7%"]
 
 
 def test_a_layer_moves_in_8_bits_and_everything_else_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +231,8 @@ def test_weights_that_are_not_finite_are_named_after_they_are_quantized(
     weights = load_file(file)
     weights[name][3, 5] = value
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"weights of text_encoder_2 hold NaN or infinity \({name}\.scale\)"):
+    with pytest.raises(
+        ValueError, match=rf"weights of text_encoder_2 hold NaN or infinity \({name.removesuffix('.weight')}\.scale\)"
+    ):
         encode("int8", folder=folder)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -79,7 +80,8 @@ def _holder(weight: Tensor) -> Any:
 
 @pytest.mark.parametrize("how", FORMATS)
 def test_a_missing_library_is_named(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, module.LIBRARIES[how], None)
+    for name in ("torchao.quantization", "bitsandbytes.functional"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"model.quantize = .{how}. needs {module.LIBRARIES[how]}.*\[lowbit\]"):
         require_library_of(replace(load_recipe(find_recipe("flux_tiny")), model=ModelConfig(quantize=how)))
 
