@@ -61,8 +61,8 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_every_recipe_is_there() -> None:
     assert SHIPPED == [
-        "digits", "digits_plain", "flux_full_1gpu", "flux_full_fsdp2", "flux_lora", "flux_lora_1024", "flux_lora_fast",
-        "flux_tiny",
+        "digits", "digits_plain", "flux_full_1gpu", "flux_full_fsdp2", "flux_lora", "flux_lora_1024", "flux_lora_16gb",
+        "flux_lora_24gb", "flux_lora_fast", "flux_tiny",
     ]  # fmt: skip
 
 
@@ -115,6 +115,16 @@ def test_the_flux_recipe_is_the_public_one() -> None:
     changed = [line.split(":")[0] for line in differences(as_dict(recipe), as_dict(fast))]
     assert changed == ["run.dir", "sampler.sde_steps", "sampler.window"]
     assert 1 <= fast.sampler.sde_steps <= 3
+
+
+@pytest.mark.parametrize("name", ["flux_lora_16gb", "flux_lora_24gb"])
+def test_recipes_for_small_cards_are_the_flux_recipe(name: str) -> None:
+    recipe, small = load_recipe(find_recipe("flux_lora")), load_recipe(find_recipe(name))
+    changed = [line.split(":")[0] for line in differences(as_dict(recipe), as_dict(small))]
+    assert sorted(changed) == [
+        "hardware.memory_gb", "model.quantize", "monitor.gold.0.options.device", "rewards.0.options.device", "run.dir", "sampler.batch_size",
+        "sampler.decode_batch", "update.micro_batch", "update.optimizer",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
