@@ -102,19 +102,19 @@ def update_flops(recipe: Recipe) -> int:
     of one transition.
     """
     check_plannable(recipe)
-    return passes.update_flops(update_settings(recipe, "none"))
+    return passes.update_pass(update_settings(recipe, "none")).flops
 
 
 def executed_flops(recipe: Recipe) -> int:
     """As `update_flops`, with what the level of model.recompute computes again."""
     check_plannable(recipe)
-    return passes.update_flops(update_settings(recipe, resolve_recompute(recipe)))
+    return passes.update_pass(update_settings(recipe, resolve_recompute(recipe))).flops
 
 
 def rollout_flops(recipe: Recipe) -> int:
     """FLOPs of the transformer in one denoising step of a rollout batch, `sampler.batch_size` images; counted alike."""
     check_plannable(recipe)
-    return passes.rollout_flops(sampling_settings(recipe))
+    return passes.rollout_pass(sampling_settings(recipe)).flops
 
 
 def _notes(recipe: Recipe, recompute: Recompute, roomy: bool) -> Iterator[str]:
