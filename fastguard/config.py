@@ -561,12 +561,16 @@ class HardwareConfig:
     """weights unsharded on every GPU (DDP), or sharded over the GPUs (FSDP2)"""
     memory_gb: float = 80.0
     """memory of one GPU in GB (1e9 bytes), for the planner"""
+    tflops: float = 989.0
+    """peak of one GPU in TFLOP/s, for the planner's hours; the default is an H100 SXM's in dense bf16"""
 
     def __post_init__(self) -> None:
         _at_least(1, processes=self.processes)
         _at_most(MOST_AT_ONCE, processes=self.processes)
         _require(self.memory_gb > 0, f"memory_gb must be positive, got {self.memory_gb}")
         _at_most(10**6, memory_gb=self.memory_gb)
+        _require(self.tflops > 0, f"tflops must be positive, got {self.tflops}")
+        _at_most(10**6, tflops=self.tflops)
 
 
 @dataclass(frozen=True)
@@ -799,10 +803,15 @@ class Recipe:
         return self.prompts.per_epoch * self.objective.replayed_images(self.sampler.group_size)
 
     @property
+    def fresh_transitions(self) -> int:
+        """Transitions of the fresh rollout that one process contributes to an optimizer update."""
+        batches = self.images_per_process // self.sampler.batch_size
+        return batches * self.trained_images * self.trained_steps // self.update.minibatches
+
+    @property
     def transitions_per_update(self) -> int:
         """Transitions that one process contributes to an optimizer update, once all earlier rollouts are there."""
-        batches = self.images_per_process // self.sampler.batch_size
-        fresh = batches * self.trained_images * self.trained_steps // self.update.minibatches
+        fresh = self.fresh_transitions
         if self.objective.reuse == "rollouts":
             return fresh * self.objective.rollouts
         shares = self.update.minibatches * self.hardware.processes

@@ -21,6 +21,7 @@ FOR_CUDA = pytest.StashKey[int]()
 # Files whose tests start processes, or take many seconds of CPU time, the longest first.
 LONG = (
     "test_memory.py",
+    "test_flops.py",
     "test_fuse_flux.py",
     "test_distributed.py",
     "test_demo.py",
@@ -41,6 +42,8 @@ LONG = (
     "test_damage.py",
     "test_hostile_files.py",
     "test_reward_server.py",
+    "test_proposals.py",
+    "test_plan.py",
     "test_optim.py",
     "test_fuzz_recipes.py",
     "test_extending.py",

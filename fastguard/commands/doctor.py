@@ -419,12 +419,11 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     if family.footprint is not None:
         yield Finding("ok", f"{family.describe(recipe.model)} takes {family.footprint}")
         return
-    from fastguard.memory import plan
+    from fastguard.memory import plan, propose
 
     planned = plan(recipe)
     text = f"predicted peak {_size(planned.peak)} of {recipe.hardware.memory_gb:g} GB per GPU"
     if planned.fits:
         yield Finding("ok", text)
     else:
-        helps = "; ".join(planned.suggestions[:2]) or "`fastguard plan` shows which phase"
-        yield Finding("FAIL", f"{text} does not fit: {helps}")
+        yield Finding("FAIL", f"{text} does not fit: {propose(recipe).summary}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastguard.backbones import Backbone, Skeleton, family_of
 from fastguard.backbones.folder import described_by
 from fastguard.blocks import FuseReport
 from fastguard.config import Encoders, LoraConfig, ModelConfig, ObjectiveConfig, Recompute
+from fastguard.memory.counter import Flops
 from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.prompts import ENCODE_BATCH
 from fastguard.sde import Transition
@@ -72,7 +72,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Pass:
-    """Live bytes of one fake run."""
+    """Live bytes and FLOPs of one fake run."""
 
     kept: int
     """activations after the forward pass, alive for the backward pass (0 without one)"""
@@ -81,6 +81,8 @@ class Pass:
     """the peak, split"""
     kept_tensors: tuple[Label, ...] = ()
     """what `kept` is made of; places are a kind of block and a number, "double 0", and "" outside of the blocks"""
+    flops: int = 0
+    """of matmuls, attention and convolutions; what is computed again counts again"""
 
 
 @dataclass(frozen=True)
@@ -228,23 +230,30 @@ def encode_pass(model: ModelConfig, max_tokens: int, encoders: Encoders) -> Pass
             materialize(encoder.module)
             live.hold((*encoder.module.parameters(), *encoder.module.buffers()), "weights")
             ids = torch.empty(ENCODE_BATCH, encoder.tokens, dtype=torch.int64)
-            with live:
+            with live, Flops() as flops:
                 encoder.embed(ids)
-            found.append(Pass(0, live.peak, live.at_peak))
-    return max(found, key=lambda run: run.peak)
+            found.append(Pass(0, live.peak, live.at_peak, flops=flops.total))
+    return replace(max(found, key=lambda run: run.peak), flops=sum(run.flops for run in found))
 
 
 @lru_cache(maxsize=64)
-def rollout_pass(settings: PassSettings) -> Pass:
-    """One denoising step of `micro_batch` images: the transformer without gradients, then the stochastic step."""
+def rollout_pass(settings: PassSettings, adapters: bool = True) -> Pass:
+    """One denoising step of `micro_batch` images: the transformer without gradients, then the stochastic step.
+
+    adapters: False takes the model before training, which has no adapters to compute.
+    """
     n = settings.micro_batch
-    with _fake_backbone(settings) as (backbone, live), torch.no_grad():
+    with (
+        _fake_backbone(settings) as (backbone, live),
+        nullcontext() if adapters or not backbone.has_adapters else backbone.adapters_off(),
+        torch.no_grad(),
+    ):
         latents = torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype)
         prompts, seeds, step = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), _some_step(n)
-        with live:
+        with live, Flops() as flops:
             velocity = predict_velocity(backbone.policy, latents, 0.5, prompts)
             sde_step(latents, velocity, step, seeds=seeds)
-    return Pass(0, live.peak, live.at_peak)
+    return Pass(0, live.peak, live.at_peak, flops=flops.total)
 
 
 DECODED_PARTS = 3
@@ -255,17 +264,17 @@ DECODED_PARTS = 3
 def decode_pass(settings: PassSettings, decode_batch: int, decode_tiled: bool = False) -> Pass:
     """The decoder on the `micro_batch` images of a rollout batch, `decode_batch` at once; without its weights.
 
-    Only the last parts are decoded: all are alike, and the images of the others are there.
+    Only the last parts are decoded: all are alike, and the images of the others are there. Their FLOPs count.
     """
     n = settings.micro_batch
     skipped = max(0, n // decode_batch - DECODED_PARTS) * decode_batch
     with _fake_backbone(settings, decode_batch, decode_tiled) as (backbone, live):
         latents = torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype)
         shape = family_of(settings.model.kind).image_shape(settings.model)
-        with live:
+        with live, Flops() as flops:
             earlier = torch.empty(skipped, *shape, dtype=torch.uint8)
             torch.cat([earlier, backbone.decode(latents[skipped:])])
-    return Pass(0, live.peak, live.at_peak)
+    return Pass(0, live.peak, live.at_peak, flops=flops.total * n // (n - skipped))
 
 
 @lru_cache(maxsize=64)
@@ -282,40 +291,12 @@ def update_pass(settings: PassSettings) -> Pass:
                 parameter.grad = torch.empty_like(parameter)
         live.hold_gradients(trained)
         advantages = torch.empty(n)
-        with live:
+        with live, Flops() as flops:
             before = live.live.get("activations", 0)
             result = policy_loss(backbone.policy, batch, advantages, settings.objective)
             kept, kept_tensors = live.live["activations"] - before, tuple(live.labels("activations"))
             result.loss.backward()
-    return Pass(kept, live.peak, live.at_peak, kept_tensors)
-
-
-@lru_cache(maxsize=16)
-def rollout_flops(settings: PassSettings) -> int:
-    """Matmul, convolution and attention FLOPs of the transformer in one denoising step of `micro_batch` images."""
-    n = settings.micro_batch
-    with _fake_backbone(settings) as (backbone, _), torch.no_grad():
-        latents, prompts = (
-            torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype),
-            torch.empty(n, dtype=torch.int64),
-        )
-        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-            predict_velocity(backbone.policy, latents, 0.5, prompts)
-    return counter.get_total_flops()
-
-
-@lru_cache(maxsize=16)
-def update_flops(settings: PassSettings) -> int:
-    """Matmul, convolution and attention FLOPs of a forward and backward pass, with those that are done twice.
-
-    Only what flash attention computes again inside its backward does not count. Frozen weights get no gradient.
-    """
-    with _fake_backbone(settings) as (backbone, _):
-        batch = _transitions(backbone, settings.micro_batch, with_reference=False)
-        advantages = torch.empty(settings.micro_batch)
-        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-            policy_loss(backbone.policy, batch, advantages, replace(settings.objective, kl_weight=0.0)).loss.backward()
-    return counter.get_total_flops()
+    return Pass(kept, live.peak, live.at_peak, kept_tensors, flops.total)
 
 
 class _MovedBytes(TorchDispatchMode):
@@ -346,26 +327,3 @@ def update_bytes(settings: PassSettings) -> tuple[int, int]:
         with _MovedBytes() as moved:
             policy_loss(backbone.policy, batch, advantages, replace(settings.objective, kl_weight=0.0)).loss.backward()
     return moved.total, moved.dequantizing
-
-
-def _linear_flops(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
-    """(m, k) by (k, n), added to the first argument."""
-    return 2 * a[0] * a[1] * b[1]
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two matmuls, q k^T and p v; the arguments are shapes (B, H, S, D)."""
-    batch, heads, rows, channels = query
-    return 2 * batch * heads * rows * key[2] * (channels + value[3])
-
-
-def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """Four matmuls: the gradients of p, v, q and k."""
-    return 2 * _attention_flops(query, key, value)
-
-
-FLOPS = {
-    torch.ops.aten.addmm_: _linear_flops,  # in place: PyTorch's own table lacks it
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}

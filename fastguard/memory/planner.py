@@ -1,4 +1,4 @@
-"""Peak memory of a recipe, phase by phase, and what would make it fit."""
+"""Peak memory of a recipe, phase by phase."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from fastguard.memory.phases import (
     sampling_settings,
     update_settings,
 )
-from fastguard.memory.suggestions import suggest
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,6 @@ class MemoryPlan:
     """blocks that will run fused, as far as that follows from the configuration; None with model.fuse = false"""
     notes: tuple[str, ...]
     """what was decided and assumed"""
-    suggestions: tuple[str, ...]
-    """changes to the recipe with the peak that each gives; only if it does not fit"""
 
     @property
     def peak(self) -> int:
@@ -62,8 +59,6 @@ class MemoryPlan:
         verdict = "fits in" if self.fits else "does not fit in"
         lines += ["", f"Peak {gib(self.peak)}: {verdict} {gib(self.limit)} (hardware.memory_gb)."]
         lines += [f"- {note}" for note in self.notes]
-        if self.suggestions:
-            lines += ["", "What would help:", *(f"- {suggestion}" for suggestion in self.suggestions)]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -73,17 +68,16 @@ class MemoryPlan:
 def plan(recipe: Recipe) -> MemoryPlan:
     """Predict the peak memory of each phase by running the program on fake tensors; needs no GPU and no weights.
 
+    `propose` finds changes that make a recipe fit.
+
     Raises UserError for a model that is too small to plan, and for a `model.path` whose configuration is not at hand.
     """
     check_plannable(recipe)
     recompute = resolve_recompute(recipe)
     found = planned_phases(recipe, recompute)
-    limit, fused = limit_bytes(recipe), passes.weights_of(passes.as_built(recipe.model), recipe.lora).fused
-    suggestions: tuple[str, ...] = ()
-    if max(phase.peak for phase in found) > limit:
-        suggestions = tuple(suggest(recipe))
+    fused = passes.weights_of(passes.as_built(recipe.model), recipe.lora).fused
     notes = tuple(_notes(recipe, recompute, leaves_reserve(recipe, found[-1])))
-    return MemoryPlan(found, limit, recompute, fused, notes, suggestions)
+    return MemoryPlan(found, limit_bytes(recipe), recompute, fused, notes)
 
 
 def choose_recompute(recipe: Recipe) -> Recompute:
@@ -102,19 +96,19 @@ def update_flops(recipe: Recipe) -> int:
     of one transition.
     """
     check_plannable(recipe)
-    return passes.update_flops(update_settings(recipe, "none"))
+    return passes.update_pass(update_settings(recipe, "none")).flops
 
 
 def executed_flops(recipe: Recipe) -> int:
     """As `update_flops`, with what the level of model.recompute computes again."""
     check_plannable(recipe)
-    return passes.update_flops(update_settings(recipe, resolve_recompute(recipe)))
+    return passes.update_pass(update_settings(recipe, resolve_recompute(recipe))).flops
 
 
 def rollout_flops(recipe: Recipe) -> int:
     """FLOPs of the transformer in one denoising step of a rollout batch, `sampler.batch_size` images; counted alike."""
     check_plannable(recipe)
-    return passes.rollout_flops(sampling_settings(recipe))
+    return passes.rollout_pass(sampling_settings(recipe)).flops
 
 
 def update_bytes(recipe: Recipe) -> tuple[int, int]:

@@ -53,7 +53,7 @@ def one_too_few(images: torch.Tensor, prompts: Sequence[str], metadata: Sequence
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A recipe in which every check passes; its memory plan is made up."""
-    monkeypatch.setattr(fastguard.memory, "plan", lambda recipe: SimpleNamespace(fits=True, peak=2**30, suggestions=()))
+    monkeypatch.setattr(fastguard.memory, "plan", lambda recipe: SimpleNamespace(fits=True, peak=2**30))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     prompts = tmp_path / "prompts.jsonl"
@@ -147,13 +147,11 @@ def test_gold_rewards_get_the_prompts_of_the_monitor(recipe: Recipe, tmp_path: P
     assert [prompts for _, prompts, _ in SEEN] == [["prompt 0", "prompt 1"], ["held out", "held out"]]
 
 
-def test_a_plan_that_does_not_fit_fails_with_its_suggestions(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up = SimpleNamespace(fits=False, peak=100 * 2**30, suggestions=("update.micro_batch = 1: 60 GiB",))
-    monkeypatch.setattr(fastguard.memory, "plan", lambda recipe: made_up)
+def test_a_plan_that_does_not_fit_fails_with_what_would(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastguard.memory, "plan", lambda recipe: SimpleNamespace(fits=False, peak=100 * 2**30))
+    monkeypatch.setattr(fastguard.memory, "propose", lambda recipe: SimpleNamespace(summary="--a.b 1 would fit"))
     finding = one(doctor._memory, recipe)
-    assert finding == Finding(
-        "FAIL", "predicted peak 100.0 GiB of 80 GB per GPU does not fit: update.micro_batch = 1: 60 GiB"
-    )
+    assert finding == Finding("FAIL", "predicted peak 100.0 GiB of 80 GB per GPU does not fit: --a.b 1 would fit")
 
 
 def test_kernels_that_are_off_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
