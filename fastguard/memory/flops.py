@@ -119,6 +119,8 @@ def _update(recipe: Recipe, transitions: int, moved: bool) -> int:
 def _notes(recipe: Recipe) -> Iterator[str]:
     yield "FLOPs are those of matmuls, attention and convolutions, with what is recomputed"
     yield "without text encoding (once a prompt), rewards, and evaluations of the monitor"
+    if recipe.sampler.decode_tiled:
+        yield "decoding counts whole images, without what tiles decode twice where they overlap"
     if recipe.update.stop != "none":
         yield f"as if update.stop = {recipe.update.stop} left out no update"
     if recipe.best_images:
