@@ -35,6 +35,7 @@ RECIPE = Recipe(
     rewards=(RewardConfig("jpeg_compressibility"),),
 )
 LEVELS = {"none": 8, "pointwise": 6, "mlp": 4, "block": 2, "further": 1}
+WEIGHTS = {"none": 20, "int8": 20, "nf4": 20}  # of most tests: quantized weights are no help
 OPTIMIZERS = {"adamw": 4, "adamw8bit": 2, "adamw_cpu": 0}
 
 
@@ -42,7 +43,7 @@ def made_up(recipe: Recipe, level: str) -> tuple[Phase, ...]:
     """In GiB, as `RECIPE` has it: weights 20, a copy 2, optimizer 4, stored 3; rollout 2, decode 4, update 32."""
     sampler, update, hardware = recipe.sampler, recipe.update, recipe.hardware
     share = 1 if hardware.sharding == "none" else 0.5
-    weights = 20 * share + (2 if update.copies == "device" else 0)
+    weights = WEIGHTS[recipe.model.quantize] * share + (2 if update.copies == "device" else 0)
     state, stored = OPTIMIZERS[update.optimizer] * share, 3 if sampler.store == "device" else 0
     activations = {
         "rollout": sampler.batch_size / 4,
@@ -118,10 +119,26 @@ def test_levers_of_activations_wait_for_those_of_weights(summed: Callable[..., P
     """Recompute cannot help while weights and optimizer alone take 24, and would be planned in vain."""
     found = summed(23.5, sampler={"batch_size": 1, "decode_batch": 1}, update={"micro_batch": 1})
     assert steps(found) == [
-        '+store = "cpu"', '+copies = "cpu"', '+optimizer = "adamw_cpu"', '+recompute = "block"',
+        '+store = "cpu"', '+copies = "cpu"', '-quantize = "nf4"', '+optimizer = "adamw_cpu"', '+recompute = "block"',
         '+optimizer = "adamw8bit"',
     ]  # fmt: skip
     assert (found.recompute, found.peak) == ("block", 23 * GIB)
+
+
+def test_quantized_weights_come_after_recompute_and_before_smaller_micro_batches(
+    summed: Callable[..., Proposal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WEIGHTS, "int8", 12)
+    monkeypatch.setitem(WEIGHTS, "nf4", 8)
+    small: Any = {"sampler": {"store": "cpu", "batch_size": 4, "decode_batch": 1}, "update": {"copies": "cpu"}}
+    assert steps(summed(33, **small)) == ['+recompute = "block"']
+    found = summed(25, **small)
+    assert steps(found) == ['+recompute = "block"', '+quantize = "nf4"', '+quantize = "int8"']
+    assert found.changes == {"model.recompute": "block", "model.quantize": "int8"}
+    assert summed(21, **small).changes == {"model.recompute": "block", "model.quantize": "nf4"}
+    assert "update.micro_batch" in summed(19, **small).changes
+    full = summed(25, model={"train": "full"}, **small)  # whose weights are not frozen
+    assert "model.quantize" not in full.changes
 
 
 def test_what_fits_at_no_price_is_said_with_its_smallest_peak(summed: Callable[..., Proposal]) -> None:
@@ -155,7 +172,9 @@ def test_what_the_recipe_has_already_or_does_not_read_is_not_tried(summed: Calla
     found = summed(
         15, model={"recompute": "block"}, sampler={"store": "cpu"}, update={"ema_decay": 0.0, "optimizer": "adamw_cpu"}
     )
-    assert {one.field for one in found.tried} == {"sampler.decode_batch", "sampler.batch_size", "update.micro_batch"}
+    assert {one.field for one in found.tried} == {
+        "sampler.decode_batch", "sampler.decode_tiled", "sampler.batch_size", "model.quantize", "update.micro_batch",
+    }  # fmt: skip
 
 
 def test_batches_stay_divisors_that_the_recipe_takes(summed: Callable[..., Proposal]) -> None:
