@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastguard.backbones import Backbone, Skeleton, family_of
 from fastguard.backbones.folder import described_by
 from fastguard.blocks import FuseReport
+from fastguard.blocks.offload import host_memory_inside
 from fastguard.config import LoraConfig, ModelConfig, ObjectiveConfig, Recompute
 from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.prompts import ENCODE_BATCH
@@ -79,6 +80,8 @@ class Pass:
     """the peak, split"""
     kept_tensors: tuple[Label, ...] = ()
     """what `kept` is made of; places are a kind of block and a number, "double 0", and "" outside of the blocks"""
+    host: int = 0
+    """the most pinned host memory at once: offloaded checkpoints"""
 
 
 @dataclass(frozen=True)
@@ -277,12 +280,12 @@ def update_pass(settings: PassSettings) -> Pass:
                 parameter.grad = torch.empty_like(parameter)
         live.hold_gradients(trained)
         advantages = torch.empty(n)
-        with live:
+        with live, host_memory_inside(partial(live.making, "host")):
             before = live.live.get("activations", 0)
             result = policy_loss(backbone.policy, batch, advantages, settings.objective)
             kept, kept_tensors = live.live["activations"] - before, tuple(live.labels("activations"))
             result.loss.backward()
-    return Pass(kept, live.peak, live.at_peak, kept_tensors)
+    return Pass(kept, live.peak, live.at_peak, kept_tensors, live.host_peak)
 
 
 @lru_cache(maxsize=16)
