@@ -68,6 +68,7 @@ CASES = [
     "full-512-mlp", "full-1024-block", "full-1024-unfused-block", "lora-1024-unfused-none-compiled",
     "lora-1024-none-compiled", "lora-512-unfused-none-compiled", "lora-512-none-compiled",
     "full-512-unfused-block-compiled", "full-512-block-compiled", "full-1024-block-compiled",
+    "lora-1024-offload", "lora-512-offload", "full-512-offload", "lora-1024-unfused-offload",
 ]  # fmt: skip
 TOY_CASE = "full-512-block"
 """the one with most branches; --only runs any other"""

@@ -35,6 +35,7 @@ RECOMPUTED = {
     "pointwise": "LayerNorm + modulate, GELU, normalized query and key; no matmul",
     "mlp": "also the first layer of each feed-forward",
     "block": "whole blocks: gradient checkpointing",
+    "offload": "whole blocks, whose inputs wait in host memory",
 }
 PARTS = {"weights": BLUE, "gradients": SKY, "optimizer": GREEN, "activations": VERMILLION, "trajectories": PURPLE}
 GIB = 2**30

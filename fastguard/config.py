@@ -78,7 +78,7 @@ def _within(low: float, high: float, **values: float) -> None:
 
 def recompute_levels(fuse: bool) -> tuple[Recompute, ...]:
     """The levels of model.recompute that there are with model.fuse, from the fastest to the smallest."""
-    return get_args(Recompute) if fuse else ("none", "block")
+    return get_args(Recompute) if fuse else ("none", "block", "offload")
 
 
 def _check_images(images: int, called: str, num_steps: int, steps_called: str) -> None:
@@ -123,8 +123,8 @@ class ModelConfig:
 
     The levels of `recompute`, from the fastest to the smallest: `none` saves the input of every linear layer.
     `pointwise` recomputes LayerNorms, activations, and normalized query and key, but no matmul. `mlp` also recomputes
-    the first layer of each feed-forward. `block` recomputes whole blocks (gradient checkpointing). Unfused blocks have
-    only `none` and `block`.
+    the first layer of each feed-forward. `block` recomputes whole blocks (gradient checkpointing). `offload` does, too,
+    and the inputs of blocks wait in host memory. Unfused blocks have only `none`, `block` and `offload`.
     """
 
     kind: ModelKind = "flux"
@@ -157,7 +157,8 @@ class ModelConfig:
         _at_most(1000, guidance=self.guidance)
         _require(
             self.recompute in recompute_levels(self.fuse) or self.recompute == "auto",
-            f'recompute = "{self.recompute}" needs fused blocks: set fuse = true, or recompute to auto, none or block',
+            f'recompute = "{self.recompute}" needs fused blocks: set fuse = true, or recompute to auto, none, block or '
+            "offload",
         )
         _require(
             self.quantize == "none" or self.train == "lora",

@@ -42,7 +42,9 @@ class Fusion:
     rotated: bool
     """recover the normalized query and key from the rotated ones; the weights of their norms decide"""
     checkpointing: bool = False
-    """whether `fuse` switched gradient checkpointing on"""
+    """whether `fuse` switched gradient checkpointing on, or replaced its function"""
+    function_before: Callable[..., Any] | None = None
+    """the checkpoint function that it replaced"""
 
 
 # --- what an architecture says --------------------------------------------------------------------------------------

@@ -24,12 +24,16 @@ from fastguard.blocks.architecture import (
     unfuse_block,
 )
 from fastguard.blocks.linear import has_own_forward, linear_weights
+from fastguard.blocks.offload import OffloadedCheckpoints
 from fastguard.ops.registry import Backend, Recompute
 
 ARCHITECTURES = {
     "flux": "fastguard.blocks.flux:FLUX",
 }
 """Where each architecture lives; its module, and what that imports, waits until a transformer is fused."""
+
+CHECKPOINTED = ("block", "offload")
+"""Levels of recompute that are gradient checkpointing."""
 
 WRAPPED = ("module", "_orig_mod", "base_model", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names by which wrappers hold a model: DDP, `torch.compile`, peft (two), FSDP1, PyTorch's checkpoint wrapper."""
@@ -84,18 +88,20 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
             `mlp`: also the first layer of each feed-forward. It costs one extra matmul for each feed-forward.
             `block`: everything. It costs a second forward pass. This is gradient checkpointing of whole blocks, which
             is switched on here if it is off.
+            `offload`: as `block`, and the inputs of blocks, which `block` saves on the GPU, wait in pinned host memory
+            until their backward. Copies overlap with compute. A checkpoint function of your own is replaced.
         backend: `auto` (Triton on CUDA, plain torch elsewhere), `triton` or `torch`.
 
     Raises:
         TypeError: the model is of no known architecture.
         ValueError: it is fused already, `recompute` or `backend` is unknown, or the model has no gradient checkpointing
-            for `recompute="block"`.
+            for `recompute="block"` or `"offload"`.
     """
     return _fuse(*_find(transformer, ARCHITECTURES), recompute, backend)
 
 
 def unfuse(transformer: Any) -> None:
-    """Undo `fuse`, in place. If it switched gradient checkpointing on, that is switched off.
+    """Undo `fuse`, in place. If it changed gradient checkpointing, that becomes what it was.
 
     Raises:
         TypeError: the model is of no known architecture.
@@ -144,15 +150,17 @@ def _fuse(model: Any, architecture: Architecture, recompute: Recompute, backend:
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}; got {recompute!r}")
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
-    if recompute == "block" and not hasattr(model, "enable_gradient_checkpointing"):
+    if recompute in CHECKPOINTED and not hasattr(model, "enable_gradient_checkpointing"):
         raise ValueError(
-            f'recompute="block" needs gradient checkpointing, but {type(model).__name__} has no method '
+            f'recompute="{recompute}" needs gradient checkpointing, but {type(model).__name__} has no method '
             "enable_gradient_checkpointing; choose another level of recompute"
         )
     blocks = dict(_blocks(model, architecture))
     if any("fusion" in vars(block) for block in blocks.values()):
         raise ValueError("this transformer is fused already; to fuse it differently, call unfuse(transformer) first")
-    checkpointing = recompute == "block" and not model.is_gradient_checkpointing
+    checkpointed = recompute in CHECKPOINTED and model.is_gradient_checkpointing
+    checkpointing = recompute == "offload" or (recompute == "block" and not checkpointed)
+    before = model._gradient_checkpointing_func if checkpointed else None
     fused: list[str] = []
     left: dict[str, str] = {}
     kept: dict[str, str] = {}
@@ -163,7 +171,8 @@ def _fuse(model: Any, architecture: Architecture, recompute: Recompute, backend:
             left[name] = reason
             continue
         rotated = recoverable(qk_norms(block, kind.spec))
-        fuse_block(block, kind, Fusion(recompute, backend, rotated=rotated, checkpointing=checkpointing))
+        fusion = Fusion(recompute, backend, rotated=rotated, checkpointing=checkpointing, function_before=before)
+        fuse_block(block, kind, fusion)
         block.register_load_state_dict_post_hook(_decide_again)
         fused.append(name)
         kept |= {f"{name}.{part}".rstrip("."): why for part, why in _saves_more(block)}
@@ -173,7 +182,7 @@ def _fuse(model: Any, architecture: Architecture, recompute: Recompute, backend:
         if fused and type(blocks[name]).forward is kind.spec.block.forward:
             fuse_block(blocks[name], kind, None)
     if checkpointing and fused:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(OffloadedCheckpoints() if recompute == "offload" else None)
     return FuseReport(tuple(fused), left, kept)
 
 
@@ -187,8 +196,11 @@ def _unfuse(model: Any, architecture: Architecture) -> None:
             raise ValueError(
                 f"the forward of {name} was replaced after fuse (by an offloading hook?); remove that first"
             )
-    if any(block.fusion.checkpointing for block in fused.values()):
-        model.disable_gradient_checkpointing()
+    for fusion in [block.fusion for block in fused.values() if block.fusion.checkpointing][:1]:
+        if fusion.function_before is None:
+            model.disable_gradient_checkpointing()
+        else:
+            model.enable_gradient_checkpointing(fusion.function_before)
     for block in fused.values():
         hooks = block._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is _decide_again]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Kind = Literal["weights", "gradients", "optimizer", "activations", "trajectories"]
+Kind = Literal["weights", "gradients", "optimizer", "activations", "trajectories", "host"]
 BLOCK = 512
 """the CUDA caching allocator rounds every allocation up to this many bytes"""
 
@@ -25,6 +26,11 @@ BLOCK = 512
 def allocated(n_bytes: int) -> int:
     """Bytes that an allocation of `n_bytes` takes."""
     return -(-n_bytes // BLOCK) * BLOCK
+
+
+def pinned(n_bytes: int) -> int:
+    """Bytes that an allocation in pinned host memory takes: PyTorch hands it out in powers of two."""
+    return 2 ** (n_bytes - 1).bit_length() if n_bytes else 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class LiveBytes(TorchDispatchMode):
     """Counts the storages that are alive while it is active, by kind, and remembers the largest sum.
 
     A storage enters with the operator that makes it and leaves when the last tensor on it is gone; it counts as
-    activations unless `hold` says otherwise. Temporaries inside a kernel count as listed in `WORKSPACES`.
+    activations unless `hold` or `making` says otherwise. Temporaries inside a kernel count as listed in `WORKSPACES`.
+    The kind "host" is pinned memory of the host: it has a peak of its own.
     """
 
     def __init__(self) -> None:
@@ -54,6 +61,8 @@ class LiveBytes(TorchDispatchMode):
         self.live: dict[Kind, int] = {}
         self.at_peak: dict[Kind, int] = {}
         self.peak = 0
+        self.host_peak = 0
+        self._made: Kind = "activations"
         self._kinds: dict[int, Kind] = {}
         self._labels: dict[int, Label] = {}
         self._refs: dict[int, weakref.ref[Any]] = {}
@@ -68,11 +77,21 @@ class LiveBytes(TorchDispatchMode):
         """Of the storages of this kind that are alive, in the order in which they were made."""
         return [label for key, label in self._labels.items() if self._kinds[key] == kind]
 
+    @contextmanager
+    def making(self, kind: Kind) -> Iterator[None]:
+        """What operators make inside counts as this kind."""
+        before, self._made = self._made, kind
+        try:
+            yield
+        finally:
+            self._made = before
+
     def hold(self, tensors: Iterable[Tensor], kind: Kind, operator: str = "") -> None:
         """Count tensors made elsewhere, or move tensors to another kind."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            key, size = storage._cdata, allocated(storage.nbytes())
+            key, n_bytes = storage._cdata, storage.nbytes()
+            size = pinned(n_bytes) if kind == "host" else allocated(n_bytes)
             if key in self._kinds:
                 self._add(self._kinds[key], -size)
             else:
@@ -97,7 +116,7 @@ class LiveBytes(TorchDispatchMode):
             # A view of a tensor from elsewhere is nothing new.
             given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
             mine = [x for x in new if x.untyped_storage()._cdata not in given]
-            self.hold(mine, "activations", NAMES.get(func) or func._schema.name)
+            self.hold(mine, self._made, NAMES.get(func) or func._schema.name)
         if (workspace := WORKSPACES.get(func)) is not None:
             self._add("activations", extra := allocated(workspace(args, out)))
             self._note()
@@ -108,9 +127,10 @@ class LiveBytes(TorchDispatchMode):
         self.live[kind] = self.live.get(kind, 0) + size
 
     def _note(self) -> None:
-        total = sum(self.live.values())
-        if total > self.peak:
-            self.peak, self.at_peak = total, dict(self.live)
+        on_device: dict[Kind, int] = {kind: n_bytes for kind, n_bytes in self.live.items() if kind != "host"}
+        if (total := sum(on_device.values())) > self.peak:
+            self.peak, self.at_peak = total, on_device
+        self.host_peak = max(self.host_peak, self.live.get("host", 0))
 
     def _forget(self, key: int, size: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fastguard.backbones import Backbone, Skeleton, family_of
 from fastguard.backbones.folder import described_by
 from fastguard.blocks import FuseReport
+from fastguard.blocks.offload import host_memory_inside
 from fastguard.config import Encoders, LoraConfig, ModelConfig, ObjectiveConfig, Recompute
 from fastguard.memory.counter import Flops
 from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
@@ -83,6 +84,8 @@ class Pass:
     """what `kept` is made of; places are a kind of block and a number, "double 0", and "" outside of the blocks"""
     flops: int = 0
     """of matmuls, attention and convolutions; what is computed again counts again"""
+    host: int = 0
+    """the most pinned host memory at once: offloaded checkpoints"""
 
 
 @dataclass(frozen=True)
@@ -291,12 +294,12 @@ def update_pass(settings: PassSettings) -> Pass:
                 parameter.grad = torch.empty_like(parameter)
         live.hold_gradients(trained)
         advantages = torch.empty(n)
-        with live, Flops() as flops:
+        with live, Flops() as flops, host_memory_inside(partial(live.making, "host")):
             before = live.live.get("activations", 0)
             result = policy_loss(backbone.policy, batch, advantages, settings.objective)
             kept, kept_tensors = live.live["activations"] - before, tuple(live.labels("activations"))
             result.loss.backward()
-    return Pass(kept, live.peak, live.at_peak, kept_tensors, flops.total)
+    return Pass(kept, live.peak, live.at_peak, kept_tensors, flops.total, live.host_peak)
 
 
 class _MovedBytes(TorchDispatchMode):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fastguard.backbones import family_of
 from fastguard.config import ModelConfig, Recipe, Recompute, objective_config, recompute_levels
 from fastguard.errors import UserError
-from fastguard.memory.live import allocated
+from fastguard.memory.live import allocated, pinned
 from fastguard.memory.passes import (
     Pass,
     PassSettings,
@@ -47,7 +47,7 @@ class Phase:
     trajectories: int
     """stored transitions, of the epoch and of earlier ones, and the embeddings of their prompts"""
     host: int = 0
-    """bytes in host memory per process: what sampler.store, update.copies, adamw_cpu and prompts.encoders put there"""
+    """bytes in host memory per process, by sampler.store, update.copies, adamw_cpu, prompts.encoders and `offload`"""
 
     @property
     def peak(self) -> int:
@@ -168,7 +168,7 @@ def _update(recipe: Recipe, weights: Weights, recompute: Recompute) -> Phase:
         optimizer=state.device,
         activations=state.temporaries + LIBRARY_BYTES,
         trajectories=trajectories,
-        host=state.host + copies_host + trajectories_host,
+        host=state.host + copies_host + trajectories_host + run.host,
     )
     # A sharded gradient is whole only for its block; otherwise take the gradients that are there at the peak.
     there = gradients if recipe.hardware.sharding == "fsdp2" else run.at_peak.get("gradients", 0)
@@ -285,12 +285,8 @@ def _trajectories(recipe: Recipe, weights: Weights, sampling: bool) -> tuple[int
     # The best images of each earlier rollout; in an update, those that are replayed have been copied out of them.
     kept, replayed = tensors * (recipe.objective.rollouts - 1), 0 if sampling else tensors * best
     if sampler.store == "cpu":
-        return table + images + 2 * batch, batches * tensors * _pinned(one) + kept * _pinned(best) + replayed
+        return table + images + 2 * batch, batches * tensors * pinned(one) + kept * pinned(best) + replayed
     return table + images + batch + batches * tensors * allocated(one) + kept * allocated(best) + replayed, 0
-
-
-def _pinned(n_bytes: int) -> int:
-    return 2 ** (n_bytes - 1).bit_length() if n_bytes else 0
 
 
 def _transition_bytes(recipe: Recipe, weights: Weights) -> int:

@@ -22,7 +22,7 @@ PACKAGE = __name__.removesuffix(".ops.registry")
 NAMESPACE = PACKAGE.replace(".", "_")
 """of the operators. A copy of the package under another name has its own, so that both can be loaded."""
 Backend = Literal["auto", "triton", "torch"]
-Recompute = Literal["none", "pointwise", "mlp", "block"]
+Recompute = Literal["none", "pointwise", "mlp", "block", "offload"]
 """How much of a fused block its backward pass recomputes, from the fastest to the smallest."""
 # Looked up without importing triton, which takes a second.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None

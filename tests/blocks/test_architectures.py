@@ -212,8 +212,10 @@ def test_errors_list_the_known_architectures() -> None:
     for call in (fg.fuse_flux, fg.unfuse_flux):
         with pytest.raises(TypeError, match="FluxControlNetModel, got ToyTransformer; known architectures: flux$"):
             call(make_toy())
-    with pytest.raises(ValueError, match='recompute="block" needs gradient checkpointing, but ToyTransformer has no'):
-        fg.fuse(make_toy(), recompute="block")
+    for level in ("block", "offload"):
+        message = f'recompute="{level}" needs gradient checkpointing, but ToyTransformer has no'
+        with pytest.raises(ValueError, match=message):
+            fg.fuse(make_toy(), recompute=level)  # type: ignore[arg-type]
 
 
 def test_fuse_finds_flux() -> None:

@@ -314,7 +314,9 @@ def test_compiled_without_a_graph_break(train: str) -> None:
         assert distance(compiled(**make_inputs())[0], want[0]) <= FLOAT32
 
 
-@pytest.mark.parametrize("recompute", ["pointwise", pytest.param("block", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recompute", ["pointwise", *(pytest.param(level, marks=pytest.mark.slow) for level in ("block", "offload"))]
+)
 def test_blocks_compiled_one_by_one_share_their_code(recompute: Any) -> None:
     """diffusers' compile_repeated_blocks: four blocks of a kind are compiled like one, not each anew."""
     model = make_transformer("lora", num_layers=4, num_single_layers=4)
@@ -799,7 +801,7 @@ def test_errors() -> None:
     holder.transformer = model
     with pytest.raises(TypeError, match=r"pass its transformer: pipeline\.transformer"):
         fg.fuse_flux(holder)
-    with pytest.raises(ValueError, match="recompute must be one of none, pointwise, mlp, block; got 'all'"):
+    with pytest.raises(ValueError, match="recompute must be one of none, pointwise, mlp, block, offload; got 'all'"):
         fg.fuse_flux(model, "all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend must be one of"):
         fg.fuse_flux(model, backend="cuda")

@@ -15,7 +15,7 @@ from fastguard.backbones.flux import Flux
 from fastguard.backbones.lora import add_lora
 from fastguard.config import LoraConfig as OurLoraConfig
 
-LEVELS = ["none", "pointwise", "mlp", "block"]
+LEVELS = ["none", "pointwise", "mlp", "block", "offload"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out"]
 LORA_TARGETS = [*ATTENTION, "net.0.proj", "net.2", "proj_mlp", "proj_out"]
 CONFIG: dict[str, Any] = {

@@ -27,7 +27,7 @@ from fastguard.backbones.folder import pipeline_folder, read_json, weight_files
 from fastguard.backbones.lora import ADAPTER, add_lora
 from fastguard.backbones.quantize import adopt_quantized, format_of, load_quantized, require_library_of
 from fastguard.backbones.schedule import schedule_shift
-from fastguard.blocks import FuseReport, fuse_flux
+from fastguard.blocks import FuseReport, OffloadedCheckpoints, fuse_flux
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
 from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts, Prompt
@@ -100,8 +100,8 @@ def prepare_transformer(
     report = None
     if model.fuse:
         report = fuse_flux(transformer, recompute)
-    elif recompute == "block":
-        transformer.enable_gradient_checkpointing()
+    elif recompute != "none":
+        transformer.enable_gradient_checkpointing(OffloadedCheckpoints() if recompute == "offload" else None)
     if model.attention != "native":
         set_attention(transformer, model.attention)
     return report
