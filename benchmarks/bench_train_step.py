@@ -4,7 +4,8 @@
     python benchmarks/bench_train_step.py --plan   the planner's predictions; needs no GPU
 
 A case is `lora` (rank 64, AdamW) or `full` (8-bit AdamW), at 512^2 or 1024^2, with fused or `unfused` blocks, at one
-level of model.recompute, as far as it could fit, `compiled` (diffusers' compile_repeated_blocks) or not; no KL, no EMA.
+level of model.recompute, as far as it could fit, frozen weights in `int8`, `float8` or `nf4` at a micro-batch of
+`x1` or `x3`, `compiled` (diffusers' compile_repeated_blocks) or not; no KL, no EMA.
 Each runs in a process of its own, held to 80 GB (1e9 bytes; the planner's unit) on larger cards too. Nothing is
 downloaded: weights and prompt embeddings are random, made on the device; all else is the trainer's own code, with the
 VAE in memory. The allocator is given expandable segments, so that fragmentation does not decide what fits.
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import naive
 import rows
@@ -39,9 +40,10 @@ from timing import call_time, graph_times, percentiles, rotations
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from fastguard.backbones.flux.backbone import FluxBackbone, prepare_transformer
+from fastguard.backbones.flux.backbone import FluxBackbone, blocks_of, prepare_transformer
 from fastguard.backbones.flux.skeleton import meta_transformer, meta_vae, pipeline_configs
-from fastguard.config import Recipe, Recompute
+from fastguard.backbones.quantize import Format, quantize_layers
+from fastguard.config import Recipe, Recompute, recompute_levels
 from fastguard.memory import executed_flops, kept_activations, rollout_flops, update_flops
 from fastguard.memory.phases import limit_bytes, planned_phases
 from fastguard.prompts import EncodedPrompts, Prompt
@@ -69,7 +71,12 @@ CASES = [
     "lora-1024-none-compiled", "lora-512-unfused-none-compiled", "lora-512-none-compiled",
     "full-512-unfused-block-compiled", "full-512-block-compiled", "full-1024-block-compiled",
     "lora-1024-offload", "lora-512-offload", "full-512-offload", "lora-1024-unfused-offload",
+    # Frozen weights in 8 and 4 bits, at micro-batches of 1 and 3, as docs/formats.py plans them.
+    *(f"lora-{pixels}-{how}-x{micro_batch}-{level}" for pixels in (512, 1024) for how in get_args(Format)
+      for micro_batch in (1, 3) for level in recompute_levels(fuse=True)),
 ]  # fmt: skip
+SCALES = ("scale", "absmax", "absmax_table")
+"""Names of what multiplies the codes of quantized weights."""
 TOY_CASE = "full-512-block"
 """the one with most branches; --only runs any other"""
 
@@ -79,9 +86,12 @@ def recipe_of(case: str, toy: bool) -> Recipe:
 
     The rollout batch equals the micro-batch, as parity asks for.
     """
-    train, pixels, *_, recompute = case.removesuffix("-compiled").split("-")
+    train, pixels, *others, recompute = case.removesuffix("-compiled").split("-")
+    how = next((part for part in others if part in get_args(Format)), "none")
+    chosen = next((int(part[1:]) for part in others if part.startswith("x")), None)
     size = int(pixels) // 8 if toy else int(pixels)
-    of_each = 1 if pixels == "1024" or case == "full-512-pointwise" else 3 if train == "lora" else 2
+    usual = 1 if pixels == "1024" or case == "full-512-pointwise" else 3 if train == "lora" else 2
+    of_each = chosen or usual
     fields: dict[str, Any] = {
         "model": {"path": "tiny", "dtype": "float32"} if toy else {"dtype": "bfloat16"},
         "prompts": {"per_epoch": 1, "max_tokens": 32 if toy else 128},
@@ -91,7 +101,7 @@ def recipe_of(case: str, toy: bool) -> Recipe:
         "update": {"minibatches": 1, "micro_batch": of_each, "learning_rate": 0.0},
         "hardware": {"memory_gb": MEMORY_GB},
     }
-    fields["model"] |= {"train": train, "height": size, "width": size, "recompute": recompute}
+    fields["model"] |= {"train": train, "quantize": how, "height": size, "width": size, "recompute": recompute}
     fields["model"]["fuse"] = "unfused" not in case
     fields["sampler"] |= {"group_size": max(2, of_each), "batch_size": of_each}
     fields["update"]["optimizer"] = "adamw" if train == "lora" else "adamw8bit"
@@ -128,8 +138,12 @@ def fill(module: nn.Module, device: torch.device) -> None:
     """Give a meta module memory on the device and random matrices; biases are 0, scales 1."""
     module.to_empty(device=device)
     for name, parameter in module.named_parameters():
-        if parameter.ndim >= 2:
+        if not parameter.is_floating_point():  # codes of quantized weights
+            parameter.random_(0, 120)  # as float8: no NaN
+        elif parameter.ndim >= 2:
             parameter.normal_(0.0, 0.02)
+        elif name.endswith(SCALES):
+            parameter.fill_(1e-4)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
@@ -140,6 +154,9 @@ def build(case: str, toy: bool) -> TrainState:
     recipe, accelerator = recipe_of(case, toy), Accelerator(cpu=toy)
     configs, dtype = pipeline_configs(recipe.model.path), getattr(torch, recipe.model.dtype)
     vae, transformer = meta_vae(configs, dtype), meta_transformer(configs, dtype)
+    if recipe.model.quantize != "none":
+        with torch.device("meta"):
+            quantize_layers(transformer, blocks_of(transformer), recipe.model.quantize)
     for module in (vae, transformer):
         fill(module, accelerator.device)
         module.eval()
