@@ -79,7 +79,7 @@ def parse_recipe_command(name: str, options: Sequence[str]) -> Command:
     if options and not options[0].startswith("-"):
         path = find_recipe(options[0])
         recipe, others = with_names(load_recipe(path), options[1:])
-        known = {"arms": arms_beside(path), "name": options[0]}
+        known = {"arms": arms_beside(path), "recipe_name": options[0]}
         beside = {name: value for name, value in known.items() if name in kind.__dataclass_fields__}
         command: Any = tyro.cli(kind, default=kind(recipe, **beside), args=others, prog=f"{prog} {options[0]}")
         overridden(recipe, command.recipe)

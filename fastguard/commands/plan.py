@@ -23,7 +23,7 @@ UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Plan:
-    """Predict a recipe's peak memory, phase by phase, and its FLOPs, without a GPU."""
+    """Predict a recipe's peak memory, phase by phase, and its hours, without a GPU."""
 
     recipe: RecipeFields
     kept: bool = False
@@ -32,7 +32,7 @@ class Plan:
     """print the plan as one JSON object"""
     utilisation: float = UTILISATION
     """share of hardware.tflops that the hours assume, recomputed FLOPs counted, in (0, 1]"""
-    name: Annotated[str, tyro.conf.Suppress] = ""
+    recipe_name: Annotated[str, tyro.conf.Suppress] = ""
     """the recipe as it was called"""
 
     def __call__(self) -> int:
@@ -41,7 +41,7 @@ class Plan:
         if self.json and self.kept:
             raise UserError("--kept prints tables alone: leave out --json")
         if self.json:
-            return print_json(self.recipe, self.name, self.utilisation)
+            return print_json(self.recipe, self.recipe_name, self.utilisation)
         return print_plan(self.recipe, self.kept, self.utilisation)
 
 
