@@ -19,11 +19,13 @@ from helpers import ROOT, script
 from fastguard.advantages import ESTIMATOR_OPTIONS
 from fastguard.config import Recipe
 from fastguard.loss.objectives import OPTIONS
-from fastguard.memory import kept_activations
+from fastguard.memory import kept_activations, plan
 from fastguard.recipe import find_recipe, load_recipe
 
 MEMORY = script("docs/memory.py")
 ROWS = json.loads(MEMORY.TABLE.read_text())
+FORMATS = script("docs/formats.py")
+QUANTIZED = json.loads(FORMATS.TABLE.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,25 @@ def test_the_tables_of_benchmarks_are_those_of_the_results() -> None:
     assert "not yet measured" not in made
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", made):
         assert (ROOT / "docs" / picture).is_file()
+
+
+def test_the_tables_of_quantized_weights_are_those_of_their_file() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for marker, table in FORMATS.tables(QUANTIZED).items():
+        assert f"<!-- {marker}: begin -->\n{table}\n<!-- {marker}: end -->" in text
+    assert all(row["bytes"] <= 1.25 * row["bytes_in_full_precision"] for row in QUANTIZED["costs"])
+
+
+def test_the_planner_says_what_the_file_of_quantized_weights_does() -> None:
+    """One row of it; `make test-all` compares them all."""
+    (row,) = [r for r in QUANTIZED["peaks"] if [*r.values()][:4] == [512, "nf4", "block", 1]]
+    phase = plan(FORMATS.chosen(512, "nf4", "block", 1)).phase("update")
+    assert {part: getattr(phase, part) for part in FORMATS.PARTS} == {part: row[part] for part in FORMATS.PARTS}
+
+
+@pytest.mark.slow
+def test_the_planner_says_all_that_the_file_of_quantized_weights_does() -> None:
+    assert list(FORMATS.rows()) == QUANTIZED["peaks"]
 
 
 @pytest.mark.slow

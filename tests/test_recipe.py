@@ -122,9 +122,9 @@ def test_recipes_for_small_cards_are_the_flux_recipe(name: str) -> None:
     recipe, small = load_recipe(find_recipe("flux_lora")), load_recipe(find_recipe(name))
     changed = [line.split(":")[0] for line in differences(as_dict(recipe), as_dict(small))]
     assert sorted(changed) == [
-        "hardware.memory_gb", "model.quantize", "monitor.gold.0.options.device", "rewards.0.options.device",
-        "run.dir", "sampler.batch_size",
-        "sampler.decode_batch", "update.micro_batch", "update.optimizer",
+        "hardware.memory_gb", "hardware.tflops", "model.quantize", "monitor.gold.0.options.device",
+        "rewards.0.options.device", "run.dir", "sampler.batch_size", "sampler.decode_batch", "update.micro_batch",
+        "update.optimizer",
     ]  # fmt: skip
 
 

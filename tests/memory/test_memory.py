@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -21,8 +22,10 @@ from fastguard.backbones.flux import backbone as backbone_module
 from fastguard.backbones.flux import skeleton
 from fastguard.backbones.flux.backbone import prepare_transformer
 from fastguard.backbones.flux.parts import PARTS
+from fastguard.backbones.flux.skeleton import flux_skeleton
 from fastguard.backbones.flux.tiny import _pipeline, make_tiny_flux
 from fastguard.backbones.folder import pipeline_problems
+from fastguard.blocks.linear import QuantizedLinear
 from fastguard.config import (
     Encoders,
     HardwareConfig,
@@ -46,6 +49,7 @@ from fastguard.memory import (
     passes,
     plan,
     rollout_flops,
+    update_bytes,
     update_flops,
 )
 from fastguard.memory.live import Label, LiveBytes, allocated, use_cuda_kernels
@@ -674,6 +678,30 @@ def test_auto_takes_the_fastest_level_that_fits(fuse: bool, deep: str) -> None:
     assert 'is "offload": the smallest; none leaves 5%' in plan(tight).notes[0]
     assert choose_recompute(recipe_with(tight, "model", recompute="none")) == "none"
     assert (plan(small).fused is not None) == fuse
+
+
+@pytest.mark.parametrize("how", ["int8", "float8", "nf4"])
+def test_quantized_weights_take_their_bytes_and_are_dequantized_where_a_matmul_needs_them(how: Any) -> None:
+    small = tiny(model={"quantize": how, "recompute": "pointwise"})
+    full = recipe_with(small, "model", quantize="none")
+    held, moved = 0, 0
+    transformer = flux_skeleton(small.model, small.lora, "pointwise").transformer
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            codes = sum(t.nbytes for t in layer.quantized if t is not None)
+            held += sum(allocated(t.nbytes) for t in layer.quantized if t is not None)
+            # Nothing before the first block is trained, nor what makes modulations.
+            forward_alone = ".linear" in name or re.match(r"transformer_blocks.0.attn.(to|add)_[qkv]", name)
+            moved += (1 if forward_alone else 2) * (codes + 4 * math.prod(layer.quantized.shape))
+    assert update_bytes(small)[1] == moved
+    assert update_bytes(full)[1] == 0
+    weights = [plan(each).phase("update").weights for each in (full, small)]
+    plain = sum(
+        allocated(4 * math.prod(layer.quantized.shape))
+        for layer in transformer.modules()
+        if isinstance(layer, QuantizedLinear)
+    )
+    assert weights[0] - weights[1] == plain - held
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
