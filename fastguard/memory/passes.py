@@ -231,7 +231,10 @@ def encode_pass(model: ModelConfig, max_tokens: int) -> Pass:
 
 @lru_cache(maxsize=64)
 def rollout_pass(settings: PassSettings) -> Pass:
-    """One denoising step of `micro_batch` images: the transformer without gradients, then the stochastic step."""
+    """One denoising step of `micro_batch` images: the transformer without gradients, then the stochastic step.
+
+    With compiled blocks, their wrapper runs here too: it saves one block's activations for a backward that never comes.
+    """
     n = settings.micro_batch
     with _fake_backbone(settings) as (backbone, live), torch.no_grad():
         latents = torch.empty(n, *backbone.latent_shape, dtype=backbone.dtype)

@@ -61,6 +61,8 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Sequence[Any]]]:
             yield "model.recompute", stronger
         yield "update.micro_batch", _smaller(recipe.micro_batch, recipe, "update.micro_batch")
     if "rollout" in over:
+        if recipe.model.compile == "blocks":
+            yield "model.compile", ["none"]
         images = recipe.images_per_process
         yield "sampler.batch_size", _smaller(recipe.sampler.batch_size, recipe, "sampler.batch_size", images)
     if "decode" in over:

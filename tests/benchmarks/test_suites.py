@@ -93,11 +93,20 @@ def test_a_plan_adds_up_and_cases_are_what_their_names_say() -> None:
     assert sum(found[f"planner update {part}_bytes"] for part in parts) == found["planner update peak_bytes"]
     assert found["planner both fits"] == 1
     assert found["planner update executed_per_needed"] == 1
-    assert len(bench_train_step.CASES) == 25
+    assert len(bench_train_step.CASES) == 27
     recipe = bench_train_step.recipe_of("full-512-unfused-block-compiled", toy=False)
     model, update = recipe.model, recipe.update
     assert (model.train, model.height, model.fuse, model.recompute) == ("full", 512, False, "block")
+    assert model.compile == "blocks"
     assert (update.micro_batch, update.optimizer) == (2, "adamw8bit")
+
+
+def test_a_compiled_case_updates_with_ratios_of_1() -> None:
+    """The rollout batch is the micro-batch, so that the log-ratios are exactly 0 before any weight has changed."""
+    state = bench_train_step.build("lora-512-pointwise-compiled", toy=True)
+    assert state.backbone.policy.transformer.transformer_blocks[0]._compiled_call_impl is not None
+    state.backbone.load_prompts([0])
+    assert bench_train_step.update(state, bench_train_step.sample(state))["worst_log_ratio"] == 0
 
 
 # Stands in for the process of a case, and does what its name says.

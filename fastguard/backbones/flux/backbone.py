@@ -24,6 +24,7 @@ from fastguard.backbones.flux import Flux
 from fastguard.backbones.lora import ADAPTER, add_lora
 from fastguard.backbones.schedule import schedule_shift
 from fastguard.blocks import FuseReport, fuse_flux
+from fastguard.blocks.compiled import compile_blocks
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
 from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts, Prompt
@@ -78,7 +79,7 @@ class FluxPolicy(nn.Module):
 def prepare_transformer(
     transformer: Any, model: ModelConfig, lora: LoraConfig, recompute: Recompute
 ) -> FuseReport | None:
-    """Choose what is trained and how, in place: adapters or all weights, fused blocks, attention backend.
+    """Choose what is trained and how, in place: adapters or all weights, fused and compiled blocks, attention backend.
 
     Args:
         recompute: level of model.recompute, "auto" resolved.
@@ -98,6 +99,8 @@ def prepare_transformer(
         transformer.enable_gradient_checkpointing()
     if model.attention != "native":
         set_attention(transformer, model.attention)
+    if model.compile == "blocks":
+        compile_blocks(transformer, [*transformer.transformer_blocks, *transformer.single_transformer_blocks])
     return report
 
 
