@@ -5,7 +5,7 @@
 
 A case is `lora` (rank 64, AdamW) or `full` (8-bit AdamW), at 512^2 or 1024^2, with fused or `unfused` blocks, at one
 level of model.recompute, as far as it could fit, frozen weights in `int8`, `float8` or `nf4` at a micro-batch of
-`x1` or `x3`, `compiled` (diffusers' compile_repeated_blocks) or not; no KL, no EMA.
+`x1` or `x3`, `compiled` (model.compile = "blocks") or not; no KL, no EMA.
 Each runs in a process of its own, held to 80 GB (1e9 bytes; the planner's unit) on larger cards too. Nothing is
 downloaded: weights and prompt embeddings are random, made on the device; all else is the trainer's own code, with the
 VAE in memory. The allocator is given expandable segments, so that fragmentation does not decide what fits.
@@ -43,6 +43,7 @@ from torch.nn.attention import SDPBackend
 from fastguard.backbones.flux.backbone import FluxBackbone, blocks_of, prepare_transformer
 from fastguard.backbones.flux.skeleton import meta_transformer, meta_vae, pipeline_configs
 from fastguard.backbones.quantize import Format, quantize_layers
+from fastguard.blocks.compiled import compile_blocks
 from fastguard.config import Recipe, Recompute, recompute_levels
 from fastguard.memory import executed_flops, kept_activations, rollout_flops, update_flops
 from fastguard.memory.phases import limit_bytes, planned_phases
@@ -70,6 +71,7 @@ CASES = [
     "full-512-mlp", "full-1024-block", "full-1024-unfused-block", "lora-1024-unfused-none-compiled",
     "lora-1024-none-compiled", "lora-512-unfused-none-compiled", "lora-512-none-compiled",
     "full-512-unfused-block-compiled", "full-512-block-compiled", "full-1024-block-compiled",
+    "lora-1024-pointwise-compiled", "lora-1024-mlp-compiled",
     "lora-1024-offload", "lora-512-offload", "full-512-offload", "lora-1024-unfused-offload",
     # Frozen weights in 8 and 4 bits, at micro-batches of 1 and 3, as docs/formats.py plans them.
     *(f"lora-{pixels}-{how}-x{micro_batch}-{level}" for pixels in (512, 1024) for how in get_args(Format)
@@ -102,7 +104,7 @@ def recipe_of(case: str, toy: bool) -> Recipe:
         "hardware": {"memory_gb": MEMORY_GB},
     }
     fields["model"] |= {"train": train, "quantize": how, "height": size, "width": size, "recompute": recompute}
-    fields["model"]["fuse"] = "unfused" not in case
+    fields["model"] |= {"fuse": "unfused" not in case, "compile": "blocks" if case.endswith("compiled") else "none"}
     fields["sampler"] |= {"group_size": max(2, of_each), "batch_size": of_each}
     fields["update"]["optimizer"] = "adamw" if train == "lora" else "adamw8bit"
     return parse_recipe(fields, case)
@@ -161,9 +163,8 @@ def build(case: str, toy: bool) -> TrainState:
         fill(module, accelerator.device)
         module.eval()
     prepare_transformer(transformer, recipe.model, recipe.lora, level_of(recipe))
-    if case.endswith("compiled"):
-        torch._dynamo.config.recompile_limit = 32  # forms of a block, with and without gradients, share their code
-        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="aot_eager" if toy else "inductor")
+    if toy and recipe.model.compile == "blocks":  # inductor would spend minutes on compiling for the CPU
+        compile_blocks(transformer, blocks_of(transformer).values(), backend="aot_eager")
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:  # as after some training: they begin at zero, and with them the gradients of lora_A
             nn.init.normal_(parameter, std=1e-3)
@@ -354,7 +355,7 @@ def planned(case: str, toy: bool) -> Measured:
 
 def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
     names = [TOY_CASE] if args.toy and args.only == ["*"] else CASES
-    if args.plan:  # the planner knows no compiler
+    if args.plan:  # the planner counts compiled blocks as others
         return "plan", {name: partial(planned, name, args.toy) for name in names if not name.endswith("compiled")}
     processes = Processes(args)
     return "train_step", {name: partial(processes.measure, name) for name in names}

@@ -149,6 +149,8 @@ class ModelConfig:
     """what backward recomputes instead of saving it; auto takes the fastest level that fits, by the planner"""
     attention: str = "native"
     """attention backend, by diffusers' name (native, flash, _flash_3, ...)"""
+    compile: Literal["none", "blocks"] = "none"
+    """what torch.compile compiles: nothing, or each transformer block by itself, which takes minutes at the start"""
 
     def __post_init__(self) -> None:
         _at_least(1, height=self.height, width=self.width)

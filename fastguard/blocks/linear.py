@@ -35,7 +35,7 @@ from fastguard.blocks.quantized import (
 )
 from fastguard.ops.adaln import adaln_apply
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
-from fastguard.ops.registry import backward_of_blocks
+from fastguard.ops.registry import NAMESPACE, backward_of_blocks
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
@@ -265,6 +265,24 @@ def _like_rows_of(matrix: Tensor, tensor: Tensor) -> Tensor:
     return matrix.view(*tensor.shape[:-1], matrix.shape[-1])
 
 
+def _over_rows(grad: Tensor, n: Tensor) -> Tensor:
+    """`grad^T n`, (N, C), over the rows of grad (B S, N) and n (B, S, C)."""
+    if torch.compiler.is_compiling() and not n.is_contiguous():
+        return _over_spaced_rows(grad, n)
+    return grad.T @ _rows(n)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::over_spaced_rows", mutates_args=())
+def _over_spaced_rows(grad: Tensor, n: Tensor) -> Tensor:
+    """An operator, since torch.compile would keep the forward's copy of the rows until backward, beside n."""
+    return grad.T @ _rows(n)
+
+
+@_over_spaced_rows.register_fake
+def _(grad: Tensor, n: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[1], n.shape[-1])
+
+
 def _slices(ups: Sequence[Tensor | None]) -> list[slice]:
     """Where each layer's adapters lie along R."""
     ends, end = [], 0
@@ -326,7 +344,7 @@ class ProjectionsFunction(torch.autograd.Function):
         for i, (dy, weight, up, part) in enumerate(zip(rows, weights, ups, _slices(ups), strict=True)):
             first = sum(sizes[:i])  # of the tensors that hold the weight: only a plain one can need a gradient
             if need[first]:
-                grad_flat[first] = dy.T @ _rows(n)
+                grad_flat[first] = _over_rows(dy, n)
             if need[n_held + i]:
                 grad_flat[n_held + i] = dy.sum(0)
             if up is not None and grad_low is not None:
@@ -340,7 +358,7 @@ class ProjectionsFunction(torch.autograd.Function):
         grad_down = None
         if grad_low is not None:
             if need_down:
-                grad_down = _rows(grad_low).T @ _rows(n)
+                grad_down = _over_rows(_rows(grad_low), n)
             if grad_n is not None:
                 grad_n.addmm_(_rows(grad_low), down)
         if grad_n is not None:

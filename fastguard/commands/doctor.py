@@ -106,6 +106,7 @@ def recipe_checks(recipe: Recipe) -> list[tuple[str, Check]]:
         ("model", partial(_model, recipe)),
         ("quantize", partial(_quantize, recipe)),
         ("attention", partial(_attention, recipe)),
+        *([("compile", partial(_compile, recipe))] if recipe.model.compile == "blocks" else []),
         ("processes", partial(_processes, recipe)),
         ("run.dir", partial(_run_folder, recipe)),
         ("disk", partial(_disk, recipe)),
@@ -280,6 +281,14 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
 def _attention(recipe: Recipe) -> Iterator[Finding]:
     family_of(recipe.model.kind).check_attention(recipe.model)
     yield Finding("ok", f"model.attention = {recipe.model.attention}")
+
+
+def _compile(recipe: Recipe) -> Iterator[Finding]:
+    from fastguard.blocks.compiled import start_compiler
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = start_compiler(cache_folder(recipe.prompts.cache), device)
+    yield Finding("ok", f"torch.compile works on {device.type}; {folder} keeps compiled code")
 
 
 def _processes(recipe: Recipe) -> Iterator[Finding]:

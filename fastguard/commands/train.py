@@ -42,6 +42,8 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
 
+    from fastguard.blocks.compiled import start_compiler
+    from fastguard.prompts import cache_folder
     from fastguard.rewards import RewardPool, build_reward
     from fastguard.train.build import check_launch, gather_prompts, load_backbone, with_model
     from fastguard.train.monitor import Monitor
@@ -60,6 +62,8 @@ def train_recipe(recipe: Recipe, resume: str = "never") -> int:
     check_launch(recipe, accelerator)
     set_seed(recipe.run.seed)
     prompts = gather_prompts(recipe)
+    if recipe.model.compile == "blocks":
+        start_compiler(cache_folder(recipe.prompts.cache), accelerator.device)
     run = RunFolder(recipe, accelerator, resume)
     with accelerator.main_process_first():
         recipe = with_model(recipe)

@@ -243,6 +243,8 @@ def encode_pass(model: ModelConfig, max_tokens: int, encoders: Encoders) -> Pass
 def rollout_pass(settings: PassSettings, adapters: bool = True) -> Pass:
     """One denoising step of `micro_batch` images: the transformer without gradients, then the stochastic step.
 
+    With compiled blocks, their wrapper runs here too: it saves one block's activations for a backward that never comes.
+
     adapters: False takes the model before training, which has no adapters to compute.
     """
     n = settings.micro_batch

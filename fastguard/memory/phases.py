@@ -98,7 +98,7 @@ def planned_phases(recipe: Recipe, recompute: Recompute) -> tuple[Phase, ...]:
     weights = weights_of(as_built(recipe.model), recipe.lora)
     return (
         _encode(recipe),
-        _rollout(recipe, weights),
+        _rollout(recipe, weights, recompute),
         _decode(recipe, weights),
         _update(recipe, weights, recompute),
     )
@@ -115,8 +115,10 @@ def _encode(recipe: Recipe) -> Phase:
     return Phase("encode", weights, 0, 0, activations + LIBRARY_BYTES, 0)
 
 
-def _rollout(recipe: Recipe, weights: Weights) -> Phase:
-    return _resident(recipe, weights, "rollout", rollout_pass(sampling_settings(recipe)), swaps=True)
+def _rollout(recipe: Recipe, weights: Weights, recompute: Recompute) -> Phase:
+    """Compiled blocks run as in training, so that the level of recompute counts."""
+    level = recompute if recipe.model.compile == "blocks" else "none"
+    return _resident(recipe, weights, "rollout", rollout_pass(sampling_settings(recipe, level)), swaps=True)
 
 
 def _decode(recipe: Recipe, weights: Weights) -> Phase:
@@ -124,7 +126,7 @@ def _decode(recipe: Recipe, weights: Weights) -> Phase:
     return _resident(recipe, weights, "decode", run, swaps=False)
 
 
-def sampling_settings(recipe: Recipe) -> PassSettings:
+def sampling_settings(recipe: Recipe, recompute: Recompute = "none") -> PassSettings:
     """The same for all recipes that sample alike."""
     return PassSettings(
         model=as_built(recipe.model),
@@ -132,7 +134,7 @@ def sampling_settings(recipe: Recipe) -> PassSettings:
         objective=objective_config(),
         max_tokens=recipe.prompts.max_tokens,
         micro_batch=recipe.sampler.batch_size,
-        recompute="none",
+        recompute=recompute,
     )
 
 

@@ -122,6 +122,8 @@ def _notes(recipe: Recipe, recompute: Recompute, roomy: bool) -> Iterator[str]:
     if recipe.model.recompute == "auto":
         reason = "the fastest that leaves" if roomy else "the smallest; none leaves"
         yield f'model.recompute = "auto" is "{recompute}": {reason} {RESERVE:.0%} of the memory free in the update'
+    if recipe.model.compile == "blocks":
+        yield "compiled blocks are taken to save what they save uncompiled; in a rollout, one block does so at a time"
     if recipe.update.optimizer == "adamw8bit":
         yield "the compiled 8-bit step is taken to hold four float32 copies of the largest parameter"
     if recipe.hardware.sharding == "fsdp2":

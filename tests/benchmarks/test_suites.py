@@ -93,10 +93,11 @@ def test_a_plan_adds_up_and_cases_are_what_their_names_say() -> None:
     assert sum(found[f"planner update {part}_bytes"] for part in parts) == found["planner update peak_bytes"]
     assert found["planner both fits"] == 1
     assert found["planner update executed_per_needed"] == 1
-    assert len(bench_train_step.CASES) == 89
+    assert len(bench_train_step.CASES) == 91
     recipe = bench_train_step.recipe_of("full-512-unfused-block-compiled", toy=False)
     model, update = recipe.model, recipe.update
     assert (model.train, model.height, model.fuse, model.recompute) == ("full", 512, False, "block")
+    assert model.compile == "blocks"
     assert (update.micro_batch, update.optimizer) == (2, "adamw8bit")
     small = bench_train_step.recipe_of("lora-512-nf4-x1-mlp", toy=False)
     assert (small.model.quantize, small.model.recompute, small.micro_batch) == ("nf4", "mlp", 1)
@@ -105,6 +106,14 @@ def test_a_plan_adds_up_and_cases_are_what_their_names_say() -> None:
 @pytest.mark.parametrize("how", ["int8", "float8", "nf4"])
 def test_a_case_with_quantized_weights_updates_with_ratios_of_1(how: str) -> None:
     state = bench_train_step.build(f"lora-512-{how}-x3-pointwise", toy=True)
+    state.backbone.load_prompts([0])
+    assert bench_train_step.update(state, bench_train_step.sample(state))["worst_log_ratio"] == 0
+
+
+def test_a_compiled_case_updates_with_ratios_of_1() -> None:
+    """The rollout batch is the micro-batch, so that the log-ratios are exactly 0 before any weight has changed."""
+    state = bench_train_step.build("lora-512-pointwise-compiled", toy=True)
+    assert state.backbone.policy.transformer.transformer_blocks[0]._compiled_call_impl is not None
     state.backbone.load_prompts([0])
     assert bench_train_step.update(state, bench_train_step.sample(state))["worst_log_ratio"] == 0
 

@@ -28,6 +28,7 @@ from fastguard.backbones.lora import ADAPTER, add_lora
 from fastguard.backbones.quantize import adopt_quantized, format_of, load_quantized, require_library_of
 from fastguard.backbones.schedule import schedule_shift
 from fastguard.blocks import FuseReport, OffloadedCheckpoints, fuse_flux
+from fastguard.blocks.compiled import compile_blocks
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
 from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts, Prompt
@@ -84,7 +85,7 @@ class FluxPolicy(nn.Module):
 def prepare_transformer(
     transformer: Any, model: ModelConfig, lora: LoraConfig, recompute: Recompute
 ) -> FuseReport | None:
-    """Choose what is trained and how, in place: adapters or all weights, fused blocks, attention backend.
+    """Choose what is trained and how, in place: adapters or all weights, fused and compiled blocks, attention backend.
 
     Args:
         recompute: level of model.recompute, "auto" resolved.
@@ -104,6 +105,8 @@ def prepare_transformer(
         transformer.enable_gradient_checkpointing(OffloadedCheckpoints() if recompute == "offload" else None)
     if model.attention != "native":
         set_attention(transformer, model.attention)
+    if model.compile == "blocks":
+        compile_blocks(transformer, blocks_of(transformer).values())
     return report
 
 
