@@ -25,6 +25,7 @@ from fastguard.ops.gated_residual import gated_residual_bwd, gated_residual_fwd
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
 from fastguard.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from fastguard.ops.sde_step import sde_step
+from fastguard.ops.spaced_rows import over_spaced_rows
 from fastguard.ops.transition import guard_loss, transition_bwd, transition_sums
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -288,6 +289,8 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     yield Call("qk_norm_rope_bwd one stream, not rotated", bwd, (*of_one, cos, sin, False, False), "compiled")
     wide, grad_wide, bias = n.normal(b, t + s, 4 * c), n.normal(b, t + s, 4 * c), n.normal(4 * c, of=n.beside)
     fwd, inplace = bias_gelu_fwd, bias_gelu_bwd_
+    joined = n.normal(b, t + s, c)
+    yield Call("over_spaced_rows", over_spaced_rows, (n.normal(b * s, c), joined[:, t:]))
     yield Call("bias_gelu_fwd", fwd, (wide, bias, None), "timed", eager=_eager_gelu)
     yield Call("bias_gelu_fwd prefix", fwd, (wide, bias, x), "timed", eager=_eager_gelu)
     yield Call("bias_gelu_fwd prefix, without bias", fwd, (wide, None, x))

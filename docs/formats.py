@@ -28,18 +28,19 @@ from fastguard.blocks.linear import QuantizedLinear
 from fastguard.config import LoraConfig, Recipe, recompute_levels
 from fastguard.memory import plan, update_bytes
 from fastguard.recipe import find_recipe, load_recipe
-from fastguard.report.palette import BLUE, GREEN, SKY, VERMILLION
+from fastguard.report.palette import BLUE, GREEN, VERMILLION
 
 HERE = Path(__file__).parent
 TABLE, PAGE, PICTURE = HERE / "formats.json", HERE / "benchmarks.md", HERE / "images" / "flux_formats.png"
-FORMATS = ("none", *get_args(Format))
+FORMATS = {"none": "bfloat16", "int8": "int8, float8", "nf4": "nf4"}
+"""Those whose memory differs, and what they stand for: float8 takes as much as int8."""
 LEVELS = recompute_levels(fuse=True)
 SIZES = {512: "flux_lora", 1024: "flux_lora_1024"}
 MICRO_BATCHES = (1, 3)
 CARDS = (16, 24, 32, 48)
 """GB"""
 PARTS = ("weights", "gradients", "optimizer", "activations", "trajectories")
-COLORS = dict(zip(FORMATS, (VERMILLION, SKY, BLUE, GREEN), strict=True))
+COLORS = {"none": VERMILLION, "int8": BLUE, "nf4": GREEN}
 GIB = 2**30
 Row = dict[str, Any]
 
@@ -69,7 +70,7 @@ def rows() -> Iterator[Row]:
 def costs() -> Iterator[Row]:
     """Bytes moved by an update of one image of 1024 x 1024 (4,608 tokens), and distances on a tiny random model."""
     full, _ = update_bytes(chosen(1024, "none", "pointwise", 1))
-    for how in FORMATS[1:]:
+    for how in get_args(Format):
         moved, _ = update_bytes(chosen(1024, how, "pointwise", 1))
         yield {"format": how, "bytes": moved, "bytes_in_full_precision": full, **distances(how)}
 
@@ -124,7 +125,8 @@ def tables(found: dict[str, list[Row]]) -> dict[str, str]:
     for how in FORMATS:
         for level in LEVELS:
             cells = [f"{by[size, how, level, n]:.1f}" for size in SIZES for n in MICRO_BATCHES]
-            peaks.append(f"| `{how}` | `{level}` | {' | '.join(cells)} |")
+            names = "`none`" if how == "none" else ", ".join(f"`{name}`" for name in FORMATS[how].split(", "))
+            peaks.append(f"| {names} | `{level}` | {' | '.join(cells)} |")
     costs = [
         "| `quantize` | extra bytes moved | distance of the velocity | cosine of the gradient |",
         "| --- " * 4 + "|",
@@ -156,9 +158,9 @@ def draw(found: dict[str, list[Row]]) -> None:
             for i, how in enumerate(FORMATS):
                 key = (size, how, level, 1)
                 (row,) = [r for r in found["peaks"] if (r["size"], r["format"], r["level"], r["micro_batch"]) == key]
-                x = place + 0.2 * (i - 1.5)
-                label = {"none": "bfloat16"}.get(how, how) if place == 0 and size == 512 else None
-                axis.bar(x, peak_gib(row), 0.18, color=COLORS[how], label=label)
+                x = place + 0.26 * (i - 1)
+                label = FORMATS[how] if place == 0 and size == 512 else None
+                axis.bar(x, peak_gib(row), 0.24, color=COLORS[how], label=label)
                 axis.text(x, peak_gib(row) + 0.4, f"{peak_gib(row):.0f}", ha="center", fontsize=6, color="#333333")
         for card in CARDS:
             axis.axhline(card * 1e9 / GIB, color="#333333", linewidth=0.8, linestyle="--", zorder=0)

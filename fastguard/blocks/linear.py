@@ -35,7 +35,8 @@ from fastguard.blocks.quantized import (
 )
 from fastguard.ops.adaln import adaln_apply
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
-from fastguard.ops.registry import NAMESPACE, backward_of_blocks
+from fastguard.ops.registry import backward_of_blocks
+from fastguard.ops.spaced_rows import over_spaced_rows
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
@@ -265,22 +266,11 @@ def _like_rows_of(matrix: Tensor, tensor: Tensor) -> Tensor:
     return matrix.view(*tensor.shape[:-1], matrix.shape[-1])
 
 
-def _over_rows(grad: Tensor, n: Tensor) -> Tensor:
+def _over_rows(grad: Tensor, n: Tensor, backend: str) -> Tensor:
     """`grad^T n`, (N, C), over the rows of grad (B S, N) and n (B, S, C)."""
     if torch.compiler.is_compiling() and not n.is_contiguous():
-        return _over_spaced_rows(grad, n)
+        return over_spaced_rows(grad, n, backend)
     return grad.T @ _rows(n)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::over_spaced_rows", mutates_args=())
-def _over_spaced_rows(grad: Tensor, n: Tensor) -> Tensor:
-    """An operator, since torch.compile would keep the forward's copy of the rows until backward, beside n."""
-    return grad.T @ _rows(n)
-
-
-@_over_spaced_rows.register_fake
-def _(grad: Tensor, n: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape[1], n.shape[-1])
 
 
 def _slices(ups: Sequence[Tensor | None]) -> list[slice]:
@@ -344,7 +334,7 @@ class ProjectionsFunction(torch.autograd.Function):
         for i, (dy, weight, up, part) in enumerate(zip(rows, weights, ups, _slices(ups), strict=True)):
             first = sum(sizes[:i])  # of the tensors that hold the weight: only a plain one can need a gradient
             if need[first]:
-                grad_flat[first] = _over_rows(dy, n)
+                grad_flat[first] = _over_rows(dy, n, ctx.backend)
             if need[n_held + i]:
                 grad_flat[n_held + i] = dy.sum(0)
             if up is not None and grad_low is not None:
@@ -358,7 +348,7 @@ class ProjectionsFunction(torch.autograd.Function):
         grad_down = None
         if grad_low is not None:
             if need_down:
-                grad_down = _over_rows(_rows(grad_low), n)
+                grad_down = _over_rows(_rows(grad_low), n, ctx.backend)
             if grad_n is not None:
                 grad_n.addmm_(_rows(grad_low), down)
         if grad_n is not None:

@@ -1,5 +1,7 @@
-"""Blocks under torch.compile: which graphs are made, which run, and what they save. Most of it on a toy of linear layers,
-for a block of Flux takes the compiler seconds."""
+"""Blocks under torch.compile: which graphs are made, which run, and what they save.
+
+Most of it on a toy of linear layers, for a block of Flux takes the compiler seconds.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,7 @@ def update(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.parametrize(("full", "graphs"), [(False, 2), (True, 1)])
 def test_a_pass_without_gradients_runs_the_graphs_of_training(full: bool, graphs: int) -> None:
-    """Of four blocks that train beside a frozen embedding, the first has inputs without a gradient, and its own graph."""
+    """Beside a frozen embedding, the first of four blocks has inputs without a gradient, and its own graph."""
     toy, counter = compiled_toy(full)
     with torch.no_grad():
         sampled = toy(inputs())
