@@ -1,4 +1,4 @@
-"""Blocks under torch.compile: which graphs are made, which run, and what they save.
+"""Blocks under torch.compile: which graphs are made, and which run.
 
 Most of it on a toy of linear layers, for a block of Flux takes the compiler seconds.
 """
@@ -15,6 +15,8 @@ import torch
 from helpers.flux_models import FLOAT32, assert_agree, make_inputs, make_transformer, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastguard as fg
@@ -28,8 +30,8 @@ class Block(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 4)
 
-    def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
-        return x + self.second(torch.tanh(self.first(x) * temb)), temb
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return x + self.second(torch.tanh(self.first(x) * temb))
 
 
 class Toy(nn.Module):
@@ -49,7 +51,7 @@ class Toy(nn.Module):
         self.had_grad.append(torch.is_grad_enabled())
         x, temb = self.embed(x), self.embed_time(x)
         for block in self.blocks:
-            x, temb = block(x, temb)
+            x = block(x, temb)
         return self.out(x)
 
 
@@ -77,8 +79,11 @@ def update(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The output, and the gradients of all trained parameters."""
     out = model(x)
     trained = [p for p in model.parameters() if p.requires_grad]
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    return out.detach(), list(torch.autograd.grad(out, trained, upstream))
+    return out.detach(), list(torch.autograd.grad(out, trained, upstream_of(out)))
+
+
+def upstream_of(out: Tensor) -> Tensor:
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
 
 
 # --- which graphs run -----------------------------------------------------------------------------------------------
@@ -86,7 +91,7 @@ def update(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.parametrize(("full", "graphs"), [(False, 2), (True, 1)])
 def test_a_pass_without_gradients_runs_the_graphs_of_training(full: bool, graphs: int) -> None:
-    """Beside a frozen embedding, the first of four blocks has inputs without a gradient, and its own graph."""
+    """Of blocks that train behind a frozen embedding, the first has inputs without a gradient, and its own graph."""
     toy, counter = compiled_toy(full)
     with torch.no_grad():
         sampled = toy(inputs())
@@ -142,6 +147,30 @@ def test_a_dispatch_mode_sees_the_operators_of_uncompiled_blocks() -> None:
     assert flops.get_total_flops() == of_uncompiled.get_total_flops() > 0
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_wrapped_for_several_processes(kind: str, tmp_path: Path) -> None:
+    """FSDP2's hooks, around a block, are not compiled, and DDP does not cut a block's graph at its buckets."""
+    toy, counter = compiled_toy(full=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if kind == "ddp":
+            model: Any = DistributedDataParallel(toy, bucket_cap_mb=1e-6)
+        else:
+            for block in toy.blocks:
+                fully_shard(block)
+            model = fully_shard(toy)
+        with torch.no_grad():
+            sampled = model(inputs())
+        out = model(inputs())
+        assert torch.equal(out, sampled)
+        assert counter.frame_count == 1
+        out.backward(upstream_of(out))
+        gradients = [p.grad.full_tensor() if kind == "fsdp2" else p.grad for p in toy.parameters()]
+        torch.testing.assert_close((out, gradients), update(Toy(full=True), inputs()))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_copies_are_not_compiled() -> None:
     toy, counter = compiled_toy()
     copied = copy.deepcopy(toy)
@@ -154,7 +183,7 @@ def test_copies_are_not_compiled() -> None:
 
 
 class Breaking(Block):
-    def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         torch._dynamo.graph_break()
         return super().forward(x, temb)
 

@@ -16,6 +16,7 @@ import torch
 
 import fastguard.memory
 from fastguard.backbones.flux.tiny import make_tiny_flux
+from fastguard.blocks import compiled
 from fastguard.commands import doctor
 from fastguard.commands.doctor import Finding, checkpoint_bytes, examine
 from fastguard.config import (
@@ -317,6 +318,32 @@ def test_processes_against_gpus(
     if gpus:
         properties.total_memory = 48e9
         assert "a GPU here has 48 GB" in list(doctor._processes(recipe))[-1].text
+
+
+def test_the_compiler_is_tried_where_blocks_are_compiled(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code is kept in the cache, unless the environment names a folder."""
+    assert "compile" not in dict(doctor.recipe_checks(recipe))
+    recipe = replace(recipe, model=replace(recipe.model, compile="blocks"))
+    monkeypatch.delenv(compiled.CACHE, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    found = one(dict(doctor.recipe_checks(recipe))["compile"])
+    assert (found.level, found.text) == (
+        "ok",
+        f"torch.compile works on cpu; {tmp_path / 'cache' / 'inductor'} keeps compiled code",
+    )
+    monkeypatch.setenv(compiled.CACHE, str(tmp_path / "chosen"))
+    assert f"{tmp_path / 'chosen'} keeps" in one(doctor._compile, recipe).text
+
+    def broken(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no g++\nin this long text")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    (finding,) = doctor._findings(lambda: doctor._compile(recipe))
+    assert finding.level == "FAIL"
+    assert finding.text.startswith('model.compile = "blocks": torch.compile fails for a small function on cpu')
+    assert '(RuntimeError: no g++); set model.compile = "none"' in finding.text
 
 
 def test_an_attention_backend_that_is_not_there_fails(recipe: Recipe) -> None:

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT
 from helpers.deadline import DEADLINE_S
 from helpers.forks import FASTGUARD, Fork
@@ -19,6 +21,7 @@ from PIL import Image
 from fastguard import cli
 from fastguard.advantages import ESTIMATORS
 from fastguard.loss.objectives import OBJECTIVES
+from fastguard.train.checkpoint import read_tensors
 from fastguard.train.run_folder import checkpoint_of
 from fastguard.utils.rows import read_rows
 
@@ -159,6 +162,39 @@ def test_a_run_goes_on(tiny: tuple[Path, str], here: Here, capsys: pytest.Captur
     said = here("train", "flux_tiny", "--run.dir", str(tiny[0]), "--run.epochs", "13", "--resume", "auto", *SHORTER)
     assert "after 12 epochs" in said
     assert [row["epoch"] for row in read_rows(tiny[0] / "metrics.jsonl")] == list(range(13))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_train_with_ratios_of_1_and_through_a_resume(
+    backend: str, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollout and micro-batch are of one size, so that each first log-ratio is exactly 0. A resume changes no bit.
+
+    aot_eager runs the graphs without the machine code that inductor makes of them, which takes a minute on a CPU.
+    """
+    from fastguard.backbones.flux import backbone
+    from fastguard.blocks import compiled
+
+    monkeypatch.delenv(compiled.CACHE, raising=False)
+    if backend != "inductor":
+        monkeypatch.setattr(compiled, "start_compiler", lambda *_: None)
+        monkeypatch.setattr(backbone, "compile_blocks", partial(compiled.compile_blocks, backend=backend))
+    options = (
+        "--model.compile", "blocks", "--prompts.per-epoch", "2", "--sampler.batch-size", "8", "--update.micro-batch",
+        "8", "--update.inner-epochs", "1", "--update.minibatches", "1", "--monitor.every", "0", "--run.trackers",
+    )  # fmt: skip
+    for name, epochs, resume in (("whole", 2, "never"), ("halves", 1, "never"), ("halves", 2, "auto")):
+        here(
+            "train", "flux_tiny", "--run.dir", str(tmp_path / name), "--run.epochs", str(epochs), "--resume", resume,
+            *options,
+        )  # fmt: skip
+    rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves")]
+    ratios = [row["updates"][0]["ratio"] for row in (*rows[0], *rows[1])]
+    assert len(ratios) == 4
+    assert all(ratio["bias"] == ratio["std"] == 0 for ratio in ratios)
+    assert rows[0][1]["updates"][0]["grad_norm"] == rows[1][1]["updates"][0]["grad_norm"] > 0
+    whole, halves = (read_tensors(checkpoint_of(tmp_path / name, "newest"), "weights") for name in ("whole", "halves"))
+    assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())
 
 
 def test_ones_own_reward_from_the_working_directory(cache: Path, tmp_path: Path) -> None:

@@ -638,6 +638,29 @@ def test_peaks_rise_with_the_batch_and_fall_with_recomputation() -> None:
     assert sampled.at_peak["activations"] < runs[1].kept
 
 
+def test_compiled_blocks_save_for_backward_in_a_rollout_one_at_a_time() -> None:
+    """By the wrapper that a run has, without the compiler: what a block saves is freed before the next one runs."""
+    small = tiny(model={"height": 256, "width": 256})
+    compiled = recipe_with(small, "model", compile="blocks")
+    before = torch._dynamo.utils.counters["frames"]["total"]
+    plain, *rollouts = (
+        rollout_pass(sampling_settings(each, level)).at_peak["activations"]
+        for each, level in [(small, "none"), *((compiled, level) for level in recompute_levels(fuse=True))]
+    )
+    assert torch._dynamo.utils.counters["frames"]["total"] == before
+    update = update_pass(PassSettings(as_built(small.model), small.lora, small.objective, 32, 4, "none"))
+    of_a_block = [
+        sum(label.n_bytes for label in update.kept_tensors if label.place == place)
+        for place in ("double 0", "single 0", "single 1")
+    ]
+    assert 0.3 * max(of_a_block) < rollouts[0] - plain < 1.1 * max(of_a_block) < 0.6 * sum(of_a_block)
+    none, pointwise, mlp, block, offload = rollouts
+    assert none > pointwise >= mlp > block >= plain > 0.99 * block
+    assert offload <= block
+    planned = [plan(recipe_with(each, "model", recompute="none")).phase("rollout") for each in (small, compiled)]
+    assert planned[1].activations - planned[0].activations == rollouts[0] - plain
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_offloaded_checkpoints_are_counted_on_the_host(fuse: bool, deep: str) -> None:
     """Of five blocks, the first one's inputs need no gradient, and the last one's stay."""
