@@ -197,6 +197,31 @@ def test_compiled_blocks_train_with_ratios_of_1_and_through_a_resume(
     assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("how", ["int8", "float8", "nf4"])
+def test_quantized_weights_train_through_a_resume_and_are_sampled(how: str, here: Here, tmp_path: Path) -> None:
+    """A resume changes no bit, and checkpoints hold the adapters alone."""
+    options = (
+        "--model.quantize", how, "--prompts.per-epoch", "2", "--sampler.batch-size", "8", "--update.micro-batch", "8",
+        "--update.inner-epochs", "1", "--update.minibatches", "1", "--monitor.every", "0", "--run.trackers",
+    )  # fmt: skip
+    for name, epochs, resume in (("whole", 2, "never"), ("halves", 1, "never"), ("halves", 2, "auto")):
+        here(
+            "train", "flux_tiny", "--run.dir", str(tmp_path / name), "--run.epochs", str(epochs), "--resume", resume,
+            *options,
+        )  # fmt: skip
+    rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
+    assert all(row["updates"][0]["ratio"]["bias"] == row["updates"][0]["ratio"]["std"] == 0 for row in rows)
+    whole, halves = (read_tensors(checkpoint_of(tmp_path / name, "newest"), "weights") for name in ("whole", "halves"))
+    assert all("lora_" in name and torch.equal(tensor, halves[name]) for name, tensor in whole.items())
+    said = here(
+        "sample", "flux_tiny", "--run.dir", str(tmp_path / "whole"), "--model.quantize", how, "--prompt", "a cat",
+        "--images", "2", "--steps", "2",
+    )  # fmt: skip
+    assert "2 images of 1 prompts" in said
+    told = here("doctor", "flux_tiny", "--model.quantize", how, "--run.dir", str(tmp_path / "none"))
+    assert re.search(rf"ok  quantize: {how}, made by (torchao|bitsandbytes) ", told)
+
+
 def test_ones_own_reward_from_the_working_directory(cache: Path, tmp_path: Path) -> None:
     """The tutorial's way: a Python file beside the recipe, prompts with metadata, three lines of TOML."""
     (tmp_path / "my_reward.py").write_text(
