@@ -90,6 +90,7 @@ LEVERS = (
     Lever("update.copies", ("device", "cpu"), RESIDENT),
     Lever("sampler.decode_batch", _decode_batches, ("decode",), activations=True),
     Lever("sampler.decode_tiled", (False, True), ("decode",), activations=True),
+    Lever("model.compile", ("blocks", "none"), ("rollout",), activations=True),
     Lever("sampler.batch_size", _batch_sizes, ("rollout", "decode"), activations=True),
     RECOMPUTE,
     Lever("model.quantize", _formats, RESIDENT),

@@ -110,6 +110,7 @@ def test_a_case_with_quantized_weights_updates_with_ratios_of_1(how: str) -> Non
     assert bench_train_step.update(state, bench_train_step.sample(state))["worst_log_ratio"] == 0
 
 
+@pytest.mark.slow
 def test_a_compiled_case_updates_with_ratios_of_1() -> None:
     """The rollout batch is the micro-batch, so that the log-ratios are exactly 0 before any weight has changed."""
     state = bench_train_step.build("lora-512-pointwise-compiled", toy=True)
