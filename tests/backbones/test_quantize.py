@@ -359,6 +359,8 @@ def test_a_pipeline_that_diffusers_has_quantized(stored_quantized: Path, recipe:
     assert logs[0].updates[0].ratio.bias == 0
     with pytest.raises(UserError, match=r'model.quantize = "int8".*is quantized already \(nf4\)'):
         load(recipe, "int8")
+    with pytest.raises(UserError, match=r'model.train = "full", but the transformer .* set model.train = "lora"'):
+        load(replace(recipe, model=replace(recipe.model, train="full")), "none")
     planned = flux_skeleton(replace(recipe.model, quantize="none"), LoraConfig(), "none").transformer
     assert sum(isinstance(layer, QuantizedLinear) for layer in planned.modules()) == 26
 

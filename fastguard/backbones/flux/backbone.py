@@ -133,11 +133,16 @@ def _load_transformer(recipe: Recipe, device: torch.device) -> Any:
     folder = pipeline_folder(model.path) / "transformer"
     config = read_json(folder / "config.json")
     if (stored := format_of(config)) is not None:
-        if model.quantize != "none":
-            raise UserError(
-                f'model.quantize = "{model.quantize}", but the transformer of {model.path} is quantized already '
-                f'({stored}): set model.quantize = "none", which takes it as it is'
-            )
+        for field, value, works in (
+            ("model.quantize", model.quantize, "none"),
+            ("model.train", model.train, "lora"),
+            ("hardware.sharding", recipe.hardware.sharding, "none"),
+        ):
+            if value != works:
+                raise UserError(
+                    f'{field} = "{value}", but the transformer of {model.path} is quantized already ({stored}): set '
+                    f'{field} = "{works}", or take a model that is not'
+                )
         transformer: Any = FluxTransformer2DModel.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, device_map={"": device}
         )
