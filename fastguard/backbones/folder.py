@@ -201,7 +201,7 @@ def _index_problems(file: Path, parts: PipelineParts) -> Iterator[str]:
 
 def _module_problems(folder: Path, part: str, kind: Any, name: str) -> Iterator[str]:
     pickles = sorted((folder / part).glob("*.bin"))
-    if pickles and not weight_files(folder / part, name):
+    if pickles and not _files(folder / part, name):
         yield _pickle(pickles[0])
         return
     if "quantization_config" in read_json(folder / part / "config.json"):
@@ -230,16 +230,24 @@ def _told(*found: tuple[str, Iterable[str]]) -> str:
 
 def _stored_dtype(folder: Path, name: str) -> torch.dtype | None:
     """Of the first weight: diffusers would read all of them to convert them to another."""
-    for file in weight_files(folder, name):
+    for file in _files(folder, name):
         with safe_open(file, "pt") as content:
             dtype = next((content.get_tensor(key).dtype for key in content.keys()), None)  # noqa: SIM118  no dict
         return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else None
     return None
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
+def _files(folder: Path, name: str) -> list[Path]:
     """The file of weights or its shards, without variants (`model.fp16.safetensors`), which are not loaded."""
     return sorted((*folder.glob(f"{name}.safetensors"), *folder.glob(f"{name}-*.safetensors")))
+
+
+def weights_to_load(folder: Path, name: str) -> list[Path]:
+    """The files that diffusers would load: those of the index where there is one, else the one without a number."""
+    index = folder / f"{name}.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / file for file in read_json(index).get("weight_map", {}).values()})
+    return [folder / f"{name}.safetensors"]
 
 
 def _shard_problems(folder: Path, name: str) -> Iterator[str]:
@@ -268,7 +276,7 @@ def _shard_problems(folder: Path, name: str) -> Iterator[str]:
 
 def _damaged_weights(folder: Path, name: str) -> Iterator[str]:
     """Files of weights that are absent, cut short, or not there but for git-lfs's pointers."""
-    files = weight_files(folder, name)
+    files = _files(folder, name)
     if not files:
         yield f"there are no weights (*.safetensors) in {folder}: {AGAIN}"
     for file in files:

@@ -10,6 +10,7 @@ Axes: N output channel, C input channel.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastguard.blocks.linear import QuantizedLinear
-from fastguard.blocks.quantized import NESTED, BlockScaled, RowScaled, four_bit, four_bit_weight
+from fastguard.blocks.quantized import NESTED, BlockScaled, RowScaled, dequantizes, four_bit, four_bit_weight
 from fastguard.config import Recipe
 from fastguard.errors import UserError
 from fastguard.extras import importing
@@ -29,6 +30,7 @@ from fastguard.prompts import ANOTHER_CACHE, cache_folder
 from fastguard.utils.files import writing
 from fastguard.utils.finite import is_finite
 from fastguard.utils.sealed import DamagedError, clear_scratch, load_sealed, save_sealed
+from fastguard.utils.terminal import a_few
 
 Format = Literal["int8", "float8", "nf4"]
 LIBRARIES = {"int8": "torchao", "float8": "torchao", "nf4": "bitsandbytes"}
@@ -37,6 +39,8 @@ BLOCK = 64
 """Weights that share a scale in nf4."""
 VERSION = 1
 """Of the files; another one makes them anew."""
+SAMPLES = 64
+"""Of the content of a file, 4 KiB each."""
 REST = "rest"
 """The part of a transformer outside of its blocks."""
 
@@ -163,7 +167,7 @@ def load_quantized(
         cache: as in `prompts.cache_folder`.
         require: called before anything is quantized; see `require_library`.
 
-    Raises UserError for weights that are not finite.
+    Raises UserError for weights that are not finite, or not there.
     """
     with torch.device("meta"):
         layers = set(quantize_layers(transformer, blocks, how))
@@ -184,6 +188,9 @@ def load_quantized(
                 save_sealed(tensors, file)
         on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
         transformer.load_state_dict(on_device, strict=False, assign=True)
+    if lacking := [name for name, parameter in transformer.named_parameters() if parameter.is_meta]:
+        where = files[0].parent if files else "the transformer"
+        raise UserError(f"{where} lacks weights that its config.json asks for ({a_few(lacking)}): download it again")
 
 
 def _part_of(name: str, blocks: Mapping[str, nn.Module]) -> str:
@@ -224,11 +231,15 @@ class _Stored:
 
 
 def _key(files: Sequence[Path], how: Format, dtype: torch.dtype) -> str:
-    """What the quantized weights depend on: gigabytes, for which names, sizes and times of change stand."""
+    """What the quantized weights depend on: gigabytes, for which names, sizes, times and samples of the files stand."""
     digest = hashlib.sha256(f"{VERSION} {how} {dtype}".encode())
     for file in files:
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        with file.open("rb") as content:  # copies may have lost their time of change
+            for i in range(SAMPLES):
+                content.seek(i * stat.st_size // SAMPLES)
+                digest.update(content.read(4096))
     return digest.hexdigest()[:16]
 
 
@@ -263,6 +274,8 @@ def _torchao_weight(layer: Any) -> RowScaled | None:
     weight: Any = getattr(layer, "weight", None)
     if not isinstance(layer, nn.Linear) or not type(weight).__module__.startswith("torchao."):
         return None
+    if not dequantizes(weight):
+        return None
     if type(weight).__name__ not in ("Int8Tensor", "Float8Tensor") or list(weight.block_size) != [1, weight.shape[1]]:
         return None
     zero_point = getattr(weight, "zero_point", None)
@@ -284,7 +297,7 @@ def format_of(config: Mapping[str, Any]) -> Format | None:
         return "nf4" if settings.get("load_in_4bit") else "int8"
     name = str(kind.get("default", kind) if isinstance(kind, dict) else kind).lower()
     for how, words in (("float8", ("float8", "fp8")), ("int8", ("int8",))):
-        if method == "torchao" and any(word in name for word in words):
+        if method == "torchao" and any(word in name for word in words) and not re.search("int4|a8w4|intx", name):
             return how  # type: ignore[return-value]
     raise UserError(
         f"model.path: the transformer is quantized by {method} ({kind}), which cannot be planned; known are "

@@ -31,6 +31,8 @@ def compile_blocks(transformer: Any, blocks: Iterable[nn.Module], backend: str =
     """Compile the blocks of a transformer, in place: classes, parameters and their names stay. Nothing is compiled yet;
     a graph is made when a block is first called with inputs of its shapes.
 
+    Under `torch.inference_mode`, and where nothing is trained, a pass without gradients has graphs of its own.
+
     Call it before or after `fuse`, and before DDP or FSDP2 wraps the model. Blocks run uncompiled where a dispatch mode
     looks on, such as the planner's fake tensors.
 

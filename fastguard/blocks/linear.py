@@ -35,7 +35,7 @@ from fastguard.blocks.quantized import (
 )
 from fastguard.ops.adaln import adaln_apply
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
-from fastguard.ops.registry import backward_of_blocks
+from fastguard.ops.registry import autocast_to, backward_of_blocks
 from fastguard.ops.spaced_rows import over_spaced_rows
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
@@ -381,6 +381,7 @@ class QuantizedLinear(nn.Linear):
         return BlockScaled(held.absmax, held.weight, held.table, *nested)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(autocast_to(x.device) or x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         weights = LinearWeights(self.quantized, bias, None, None)
         return projections(Normed(x, None), [weights], "auto")[0][0]

@@ -77,8 +77,9 @@ def dense(weight: Weight, dtype: torch.dtype, backend: str, again: bool = False)
 
 
 def dequantizes(weight: Tensor) -> bool:
-    """Whether this is a library's tensor that can dequantize itself, as those of torchao and quanto."""
-    return type(weight).dequantize is not Tensor.dequantize
+    """Whether this is a library's tensor that can dequantize itself, and rounds no activations besides."""
+    own = type(weight).dequantize is not Tensor.dequantize
+    return own and getattr(weight, "act_quant_kwargs", None) is None  # torchao's field
 
 
 def detached(weight: Weight) -> Weight:
@@ -131,4 +132,5 @@ def four_bit(codes: Tensor, state: Any) -> BlockScaled | None:
         return None
     outer = state.state2 if state.nested else state
     nested = (state.absmax, outer.code, state.offset) if state.nested else (None, None, None)
-    return BlockScaled(outer.absmax, codes.view(n, c // 2), state.code, *nested)
+    # The codes may be stored as numbers of another dtype.
+    return BlockScaled(outer.absmax, codes.reshape(-1).view(torch.uint8).view(n, c // 2), state.code, *nested)

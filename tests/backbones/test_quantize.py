@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import weakref
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from fastguard.backbones import quantize as module
 from fastguard.backbones.flux.backbone import FluxBackbone, blocks_of
 from fastguard.backbones.flux.encoding import encode_prompts
 from fastguard.backbones.flux.skeleton import flux_skeleton
-from fastguard.backbones.folder import weight_files
+from fastguard.backbones.folder import weights_to_load
 from fastguard.backbones.quantize import (
     adopt_quantized,
     empty,
@@ -94,7 +95,7 @@ class Blank:
 
     def __init__(self, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.config = json.loads((folder / "transformer" / "config.json").read_text())
-        self.files = weight_files(folder / "transformer", "diffusion_pytorch_model")
+        self.files = weights_to_load(folder / "transformer", "diffusion_pytorch_model")
         self.cache, self.quantized, self.fails_after, self.required = cache, 0, 10**9, 0
         real = module.quantize
 
@@ -142,8 +143,27 @@ def test_weights_are_quantized_once(blank: Blank) -> None:
     assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in outside.items())
     # Other formats and dtypes have files of their own, and so have other weights.
     assert [blank.count("nf4"), blank.count("int8", torch.bfloat16), blank.count()] == [26, 26, 0]
+    changed = blank.files[0].stat().st_mtime_ns
     save_file({name: 2 * t for name, t in load_file(blank.files[0]).items()}, blank.files[0], {"format": "pt"})
+    os.utime(blank.files[0], ns=(changed, changed))  # as copies of two models may have it
     assert blank.count() == 26
+
+
+def test_weights_that_are_not_there_are_named(blank: Blank) -> None:
+    weights = load_file(blank.files[0])
+    del weights["proj_out.bias"]
+    save_file(weights, blank.files[0], {"format": "pt"})
+    with pytest.raises(UserError, match=r"transformer lacks weights .*\(proj_out.bias\): download it again"):
+        blank()
+
+
+def test_the_files_of_an_index_are_loaded_and_no_others(blank: Blank) -> None:
+    name = "diffusion_pytorch_model"
+    folder = blank.files[0].parent
+    index = {"weight_map": {"a": f"{name}-00002-of-00002.safetensors", "b": f"{name}-00001-of-00002.safetensors"}}
+    (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+    found = weights_to_load(folder, name)
+    assert [file.name for file in found] == sorted(index["weight_map"].values())
 
 
 def test_a_killed_start_goes_on_and_damage_is_mended(blank: Blank) -> None:
@@ -318,6 +338,33 @@ def test_layers_of_the_libraries_are_adopted_without_a_copy(folder: Path, how: s
         assert layer.bias.data_ptr() == want[name].bias.data_ptr()
 
 
+def test_tensors_that_round_activations_are_not_adopted(folder: Path) -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    from fastguard.blocks.linear import linear_weights
+
+    layer = nn.Linear(64, 64)
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    model = nn.Sequential(layer)
+    adopt_quantized(model)
+    assert model[0] is layer
+    assert "has a weight of type" in str(linear_weights(layer, FP32, autocast=False))
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_codes_in_numbers_of_other_dtypes_are_adopted(storage: torch.dtype) -> None:
+    import bitsandbytes
+
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    layer = bitsandbytes.nn.Linear4bit(64, 96, bias=False, quant_type="nf4", quant_storage=storage)
+    params = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", quant_storage=storage)
+    layer.weight = params._quantize("cpu")
+    model = nn.Sequential(layer)
+    adopt_quantized(model)
+    adopted: Any = model[0]
+    assert torch.equal(adopted.quantized.dequantize(FP32, "torch"), quantize(weight, "nf4").dequantize(FP32, "torch"))
+
+
 def test_8_bit_layers_of_bitsandbytes_are_adopted() -> None:
     import bitsandbytes
 
@@ -350,6 +397,7 @@ def stored_quantized(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def test_a_pipeline_that_diffusers_has_quantized(stored_quantized: Path, recipe: Recipe) -> None:
+    assert load(recipe, "none", "bfloat16").dtype == torch.bfloat16
     backbone = load(recipe, "none")
     layers = [layer for layer in backbone.policy.transformer.modules() if isinstance(layer, QuantizedLinear)]
     assert len(layers) >= 26
@@ -375,5 +423,6 @@ def test_formats_of_diffusers_configurations() -> None:
     assert format_of(settings(quant_method="torchao", quant_type="int8wo")) == "int8"
     kind = {"default": {"_type": "Float8WeightOnlyConfig", "_data": {}}}
     assert format_of(settings(quant_method="torchao", quant_type=kind)) == "float8"
-    with pytest.raises(UserError, match="quantized by gguf"):
-        format_of(settings(quant_method="gguf"))
+    for odd in ({"quant_method": "gguf"}, {"quant_method": "torchao", "quant_type": "Int8DynamicActivationInt4Weight"}):
+        with pytest.raises(UserError, match=f"quantized by {odd['quant_method']}"):
+            format_of(settings(**odd))

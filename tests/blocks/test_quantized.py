@@ -102,6 +102,11 @@ def test_a_layer_moves_and_copies_with_its_scales_in_float32(how: str) -> None:
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.quantized.dequantize(FP32, "torch"), want)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
+    with torch.autocast("cpu", BF16):
+        wide = torch.randn(3, want.shape[1], requires_grad=True)
+        narrow_out = layer(wide)
+        narrow_out.sum().backward()
+    assert (narrow_out.dtype, wide.grad.dtype) == (BF16, FP32)
     x = torch.randn(3, 64 if want.shape[1] == 64 else want.shape[1], requires_grad=True)
     out = layer(x)
     assert distance(out, nn.functional.linear(x, want, layer.bias)) < 1e-6

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastguard.backbones.base import to_pixels
 from fastguard.backbones.flux import Flux
 from fastguard.backbones.flux.parts import PARTS
-from fastguard.backbones.folder import pipeline_folder, read_json, weight_files
+from fastguard.backbones.folder import pipeline_folder, read_json, weights_to_load
 from fastguard.backbones.lora import ADAPTER, add_lora
 from fastguard.backbones.quantize import adopt_quantized, format_of, load_quantized, require_library_of
 from fastguard.backbones.schedule import schedule_shift
@@ -152,7 +152,7 @@ def _load_transformer(recipe: Recipe, device: torch.device) -> Any:
         return FluxTransformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-    files = weight_files(folder, PARTS.modules["transformer"][1])
+    files = weights_to_load(folder, PARTS.modules["transformer"][1])
     blocks = blocks_of(transformer)
     load_quantized(
         transformer,
@@ -215,7 +215,8 @@ class FluxBackbone:
         self.prompts: Sequence[Prompt] = encoded.prompts
         self.num_trained_prompts = num_trained_prompts
         self.latent_shape = (rows * columns, transformer.config.in_channels)
-        self.dtype: torch.dtype = transformer.dtype
+        # Not the transformer's: diffusers takes that of its first parameter, which may be a float32 scale of codes.
+        self.dtype: torch.dtype = getattr(torch, recipe.model.dtype)
         self.shift = schedule_shift(scheduler.config, rows * columns)
         self.has_adapters = recipe.model.train == "lora"
         self.fused = fused

@@ -194,9 +194,12 @@ def flux_skeleton(model: ModelConfig, lora: LoraConfig, recompute: Recompute) ->
     rows, columns = latent_grid(vae.config, model)
     transformer = meta_transformer(configs, dtype)
     with torch.device("meta"):
-        stored = format_of(configs.transformer) if model.quantize == "none" else model.quantize
-        if stored is not None:
-            quantize_layers(transformer, blocks_of(transformer), stored)
+        stored = format_of(configs.transformer)
+        if stored is not None and model.train == "full":
+            raise UserError(f'model.train = "full", but {model.path} is quantized ({stored}): set model.train = "lora"')
+        how = stored or model.quantize
+        if how != "none":
+            quantize_layers(transformer, blocks_of(transformer), how)
         fused = prepare_transformer(transformer, model, lora, recompute)
     return Skeleton(
         transformer=transformer,
