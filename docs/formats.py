@@ -41,6 +41,8 @@ CARDS = (16, 24, 32, 48)
 """GB"""
 PARTS = ("weights", "gradients", "optimizer", "activations", "trajectories")
 COLORS = {"none": VERMILLION, "int8": BLUE, "nf4": GREEN}
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+"""Behind numbers that a line would cross."""
 GIB = 2**30
 Row = dict[str, Any]
 
@@ -161,7 +163,9 @@ def draw(found: dict[str, list[Row]]) -> None:
                 x = place + 0.26 * (i - 1)
                 label = FORMATS[how] if place == 0 and size == 512 else None
                 axis.bar(x, peak_gib(row), 0.24, color=COLORS[how], label=label)
-                axis.text(x, peak_gib(row) + 0.4, f"{peak_gib(row):.0f}", ha="center", fontsize=6, color="#333333")
+                axis.text(
+                    x, peak_gib(row) + 0.4, f"{peak_gib(row):.0f}", ha="center", fontsize=6, color="#333333", bbox=WHITE
+                )
         for card in CARDS:
             axis.axhline(card * 1e9 / GIB, color="#333333", linewidth=0.8, linestyle="--", zorder=0)
             if size == max(SIZES):
