@@ -23,8 +23,7 @@ from fastguard.backbones.flux import Flux
 from fastguard.backbones.flux.backbone import blocks_of
 from fastguard.backbones.flux.tiny import _pipeline
 from fastguard.backbones.lora import add_lora
-from fastguard.backbones.quantize import Format, quantize, quantize_layers
-from fastguard.blocks.linear import QuantizedLinear
+from fastguard.backbones.quantize import Format, quantize_linears
 from fastguard.config import LoraConfig, Recipe, recompute_levels
 from fastguard.memory import plan, update_bytes
 from fastguard.recipe import find_recipe, load_recipe
@@ -85,9 +84,8 @@ def distances(how: Any) -> dict[str, float]:
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     narrow = copy.deepcopy(model)
-    for name in quantize_layers(narrow, blocks_of(narrow), how):
-        layer, parent = model.get_submodule(name), narrow.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], QuantizedLinear(quantize(layer.weight.data, how), layer.bias.data))
+    for block in blocks_of(narrow).values():
+        quantize_linears(block, torch.device("cpu"), how)
     (velocity, gradient), (found, found_gradient) = _run(model), _run(narrow)
     cosine = torch.nn.functional.cosine_similarity(found_gradient, gradient, dim=0)
     return {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from fastguard.blocks.linear import QuantizedLinear
 from fastguard.blocks.quantized import NESTED, BlockScaled, RowScaled, dequantizes, four_bit, four_bit_weight
-from fastguard.config import Recipe
 from fastguard.errors import UserError
 from fastguard.extras import importing
 from fastguard.prompts import ANOTHER_CACHE, cache_folder
@@ -55,7 +54,7 @@ def quantize(weight: Tensor, how: Format) -> RowScaled | BlockScaled:
 
         codes, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
         found = four_bit(codes, state)
-        assert found is not None  # `quantizable` has asked
+        assert found is not None  # `_linear_layers` takes no others
         return found
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
@@ -93,13 +92,12 @@ def require_library(how: Format, setting: str, instead: str) -> None:
         import_module({"torchao": "torchao.quantization", "bitsandbytes": "bitsandbytes.functional"}[LIBRARIES[how]])
 
 
-def require_library_of(recipe: Recipe) -> None:
+def require_library_of_model(how: Format) -> None:
     """The same for model.quantize."""
-    if recipe.model.quantize != "none":
-        require_library(recipe.model.quantize, f'model.quantize = "{recipe.model.quantize}"', "another format")
+    require_library(how, f'model.quantize = "{how}"', "another format")
 
 
-# --- any module
+# --- any module -----------------------------------------------------------------------------------------------------
 
 
 def quantize_linears(module: nn.Module, device: torch.device, how: Format) -> None:
@@ -108,11 +106,23 @@ def quantize_linears(module: nn.Module, device: torch.device, how: Format) -> No
     Each weight is quantized on the host and then moved: no wider copy of it is ever on the device, and all devices get
     the same bits.
     """
-    for name, layer in list(module.named_modules()):
-        if type(layer) is nn.Linear:
-            bias = None if layer.bias is None else layer.bias.data
-            _put(module, name, QuantizedLinear(quantize(layer.weight.data, how), bias).to(device))
+    for name in list(_linear_layers("", module, how)):
+        layer: Any = module.get_submodule(name)
+        bias = None if layer.bias is None else layer.bias.data
+        _put(module, name, QuantizedLinear(quantize(layer.weight.data, how), bias).to(device))
     module.to(device)
+
+
+def _linear_layers(prefix: str, module: nn.Module, how: Format) -> Iterator[str]:
+    """Names of the layers that can have this format."""
+    for name, layer in module.named_modules():
+        if type(layer) is nn.Linear and (how != "nf4" or layer.in_features % BLOCK == 0):
+            yield f"{prefix}.{name}".lstrip(".")
+
+
+def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(module.get_submodule(parent), own, layer)
 
 
 # --- a transformer --------------------------------------------------------------------------------------------------
@@ -134,17 +144,6 @@ def quantize_layers(transformer: nn.Module, blocks: Mapping[str, nn.Module], how
     return names
 
 
-def _linear_layers(prefix: str, block: nn.Module, how: Format) -> Iterator[str]:
-    for name, layer in block.named_modules():
-        if type(layer) is nn.Linear and (how != "nf4" or layer.in_features % BLOCK == 0):
-            yield f"{prefix}.{name}".lstrip(".")
-
-
-def _put(transformer: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(transformer.get_submodule(parent), own, layer)
-
-
 def load_quantized(
     transformer: nn.Module,
     blocks: Mapping[str, nn.Module],
@@ -153,7 +152,6 @@ def load_quantized(
     dtype: torch.dtype,
     cache: Path | None,
     device: torch.device,
-    require: Callable[[], None],
 ) -> None:
     """Give a transformer on the meta device its weights, those of the blocks' linear layers quantized, in place.
 
@@ -165,9 +163,9 @@ def load_quantized(
         files: safetensors files with all of its weights.
         dtype: of the weights that are not quantized.
         cache: as in `prompts.cache_folder`.
-        require: called before anything is quantized; see `require_library`.
 
-    Raises UserError for weights that are not finite, or not there.
+    Raises UserError for weights that are not finite, or not there; and if the format's library is missing while
+    something is not cached.
     """
     with torch.device("meta"):
         layers = set(quantize_layers(transformer, blocks, how))
@@ -181,7 +179,7 @@ def load_quantized(
         try:
             tensors = load_sealed(file)
         except (OSError, DamagedError):
-            require()
+            require_library_of_model(how)
             names = [name for name in stored.files if _part_of(name, blocks) == part]
             tensors = {key: t for name in names for key, t in _converted(name, stored, layers, how, dtype, device)}
             with writing(file, then=ANOTHER_CACHE):

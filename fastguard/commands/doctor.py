@@ -368,9 +368,9 @@ def _encoders(recipe: Recipe) -> Iterator[Finding]:
 def _quantize(recipe: Recipe) -> Iterator[Finding]:
     """Whether the weights can be made; those in the cache are read without a library."""
     if recipe.model.quantize != "none":
-        from fastguard.backbones.quantize import LIBRARIES, require_library_of
+        from fastguard.backbones.quantize import LIBRARIES, require_library_of_model
 
-        require_library_of(recipe)
+        require_library_of_model(recipe.model.quantize)
         library = LIBRARIES[recipe.model.quantize]
         yield Finding("ok", f"{recipe.model.quantize}, made by {library} {metadata.version(library)}")
 

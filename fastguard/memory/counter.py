@@ -1,11 +1,16 @@
-"""FLOPs of a real program on fake tensors: two for each multiplication of its matmuls, attention and convolutions."""
+"""FLOPs and bytes of a real program on fake tensors, operator by operator.
+
+FLOPs are two for each multiplication of its matmuls, attention and convolutions.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -26,6 +31,25 @@ class Flops(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if (formula := self._formulas.get(func.overloadpacket)) is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class MovedBytes(TorchDispatchMode):
+    """Adds up what operators read and write; views and empty tensors move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.dequantizing = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func.namespace != "prim" and "empty" not in func.name():
+            moved = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
+            self.total += moved
+            if "dequantize" in func.name():
+                self.dequantizing += moved
         return out
 
 

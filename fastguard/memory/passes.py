@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastguard.backbones import Backbone, Skeleton, family_of
 from fastguard.backbones.folder import described_by
 from fastguard.blocks import FuseReport
 from fastguard.blocks.offload import host_memory_inside
 from fastguard.config import Encoders, LoraConfig, ModelConfig, ObjectiveConfig, Recompute
-from fastguard.memory.counter import Flops
+from fastguard.memory.counter import Flops, MovedBytes
 from fastguard.memory.live import Kind, Label, LiveBytes, allocated, use_cuda_kernels
 from fastguard.prompts import ENCODE_BATCH
 from fastguard.sde import Transition
@@ -304,31 +302,12 @@ def update_pass(settings: PassSettings) -> Pass:
     return Pass(kept, live.peak, live.at_peak, kept_tensors, flops.total, live.host_peak)
 
 
-class _MovedBytes(TorchDispatchMode):
-    """Adds up what operators read and write; views and empty tensors move nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = self.dequantizing = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and func.namespace != "prim" and "empty" not in func.name():
-            moved = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
-            self.total += moved
-            if "dequantize" in func.name():
-                self.dequantizing += moved
-        return out
-
-
 @lru_cache(maxsize=16)
 def update_bytes(settings: PassSettings) -> tuple[int, int]:
     """Bytes that the operators of a forward and backward pass read and write; and of these, for dequantizing."""
     with _fake_backbone(settings) as (backbone, _):
         batch = _transitions(backbone, settings.micro_batch, with_reference=False)
         advantages = torch.empty(settings.micro_batch)
-        with _MovedBytes() as moved:
+        with MovedBytes() as moved:
             policy_loss(backbone.policy, batch, advantages, replace(settings.objective, kl_weight=0.0)).loss.backward()
     return moved.total, moved.dequantizing

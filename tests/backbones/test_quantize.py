@@ -32,7 +32,6 @@ from fastguard.backbones.quantize import (
     format_of,
     load_quantized,
     quantize,
-    require_library_of,
 )
 from fastguard.blocks.linear import QuantizedLinear
 from fastguard.config import HardwareConfig, LoraConfig, ModelConfig, Recipe, UpdateConfig
@@ -84,7 +83,7 @@ def test_a_missing_library_is_named(how: Any, monkeypatch: pytest.MonkeyPatch) -
     for name in ("torchao.quantization", "bitsandbytes.functional"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"model.quantize = .{how}. needs {module.LIBRARIES[how]}.*\[lowbit\]"):
-        require_library_of(replace(load_recipe(find_recipe("flux_tiny")), model=ModelConfig(quantize=how)))
+        module.require_library_of_model(how)
 
 
 # --- files
@@ -106,15 +105,16 @@ class Blank:
             return real(weight, how)
 
         monkeypatch.setattr(module, "quantize", spy)
+        monkeypatch.setattr(module, "require_library_of_model", self.require)
 
     def __call__(self, how: Any = "int8", dtype: torch.dtype = FP32) -> Any:
         with torch.device("meta"):
             model: Any = FluxTransformer2DModel.from_config(self.config)
-        load_quantized(model, blocks_of(model), self.files, how, dtype, self.cache, CPU, self.require)
+        load_quantized(model, blocks_of(model), self.files, how, dtype, self.cache, CPU)
         assert not any(parameter.is_meta for parameter in model.parameters())
         return model
 
-    def require(self) -> None:
+    def require(self, how: Any) -> None:
         self.required += 1
 
     def count(self, how: Any = "int8", dtype: torch.dtype = FP32) -> int:

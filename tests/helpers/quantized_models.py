@@ -10,7 +10,7 @@ from torch import nn
 from fastguard.backbones.flux import Flux
 from fastguard.backbones.flux.backbone import blocks_of
 from fastguard.backbones.lora import add_lora
-from fastguard.backbones.quantize import _linear_layers, _put, quantize
+from fastguard.backbones.quantize import _linear_layers, _put, quantize_linears
 from fastguard.blocks.linear import QuantizedLinear
 from fastguard.config import LoraConfig
 
@@ -19,9 +19,8 @@ FORMATS = ["int8", "float8", "nf4"]
 
 def quantized(model: Any, how: Any) -> Any:
     """The linear layers of the blocks, as model.quantize has them; in place."""
-    for name in _layers(model, how):
-        layer: Any = model.get_submodule(name)
-        _put(model, name, QuantizedLinear(quantize(layer.weight.data, how), layer.bias.data))
+    for block in blocks_of(model).values():
+        quantize_linears(block, torch.device("cpu"), how)
     return model
 
 

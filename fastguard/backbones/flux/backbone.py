@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from fastguard.backbones.flux import Flux
 from fastguard.backbones.flux.parts import PARTS
 from fastguard.backbones.folder import pipeline_folder, read_json, weights_to_load
 from fastguard.backbones.lora import ADAPTER, add_lora
-from fastguard.backbones.quantize import adopt_quantized, format_of, load_quantized, require_library_of
+from fastguard.backbones.quantize import adopt_quantized, format_of, load_quantized
 from fastguard.backbones.schedule import schedule_shift
 from fastguard.blocks import FuseReport, OffloadedCheckpoints, fuse_flux
 from fastguard.blocks.compiled import compile_blocks
@@ -153,17 +152,7 @@ def _load_transformer(recipe: Recipe, device: torch.device) -> Any:
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
     files = weights_to_load(folder, PARTS.modules["transformer"][1])
-    blocks = blocks_of(transformer)
-    load_quantized(
-        transformer,
-        blocks,
-        files,
-        model.quantize,
-        dtype,
-        recipe.prompts.cache,
-        device,
-        partial(require_library_of, recipe),
-    )
+    load_quantized(transformer, blocks_of(transformer), files, model.quantize, dtype, recipe.prompts.cache, device)
     return transformer.eval()
 
 
