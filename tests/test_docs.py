@@ -20,6 +20,7 @@ from fastguard.advantages import ESTIMATOR_OPTIONS
 from fastguard.config import Recipe
 from fastguard.loss.objectives import OPTIONS
 from fastguard.memory import kept_activations, plan
+from fastguard.memory.passes import as_built, weights_of
 from fastguard.recipe import find_recipe, load_recipe
 
 MEMORY = script("docs/memory.py")
@@ -108,6 +109,24 @@ def test_the_planner_says_what_the_file_of_quantized_weights_does() -> None:
     (row,) = [r for r in QUANTIZED["peaks"] if [*r.values()][:4] == [512, "nf4", "block", 1]]
     phase = plan(FORMATS.chosen(512, "nf4", "block", 1)).phase("update")
     assert {part: getattr(phase, part) for part in FORMATS.PARTS} == {part: row[part] for part in FORMATS.PARTS}
+
+
+def test_the_weights_of_each_format_are_those_of_the_guide() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for how, names in FORMATS.FORMATS.items():
+        recipe = FORMATS.chosen(512, how, "block", 1)
+        weights = weights_of(as_built(recipe.model), recipe.lora)
+        size = (weights.transformer.n_bytes - weights.trained.n_bytes) / 2**30
+        cell = '`"none"`' if how == "none" else ", ".join(f'`"{name}"`' for name in names.split(", "))
+        assert f"| {cell} | {size:.1f} GiB |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux_lora_16gb", "flux_lora_24gb"])
+def test_recipes_for_small_cards_fit_with_a_margin(name: str) -> None:
+    planned = plan(load_recipe(find_recipe(name)))
+    assert planned.peak < 0.95 * planned.limit
+    assert all(planned.phase(phase).peak < 12 * 2**30 for phase in ("encode", "decode") if name.endswith("16gb"))
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from peft import LoraConfig
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastguard.backbones.flux import Flux
@@ -80,6 +82,26 @@ def run(model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False
     # Wrappers put their name before the parameters'.
     gradients = {n.split("module.")[-1].split("_orig_mod.")[-1]: p.grad for n, p in model.named_parameters()}
     return out.detach(), {name: grad.clone() for name, grad in gradients.items() if grad is not None}
+
+
+def handed_bytes(model: Any) -> int:
+    """What a compiled model hands from forward to backward, as the default partitioner of inductor has it."""
+    handed: list[int] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        results = [node for node in graph.graph.output_node().args[0] if node.op != "placeholder"]
+        handed.append(sum(node.meta["val"].nbytes for node in results))
+        return make_boxed_func(graph.forward)
+
+    compiler = aot_autograd(
+        fw_compiler=count,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch._dynamo.reset()
+    torch.compile(model, backend=compiler, fullgraph=True)(**make_inputs())[0].square().sum().backward()
+    (found,) = handed
+    return found
 
 
 def distance(got: Tensor, want: Tensor) -> float:
