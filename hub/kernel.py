@@ -14,6 +14,7 @@ from fastguard.loss import (
 )
 from fastguard.loss.objectives import OBJECTIVES, Objective, build_objective
 from fastguard.ops.adaln import AdaLNFunction
+from fastguard.ops.dequantize import dequantize_blocks, dequantize_rows
 from fastguard.ops.gated_residual import GatedResidualFunction
 from fastguard.ops.gelu import BiasGeluFunction
 from fastguard.ops.qk_norm_rope import QKNormRopeFunction
@@ -35,6 +36,8 @@ __all__ = [
     "build_objective",
     "cps",
     "dance_sde",
+    "dequantize_blocks",
+    "dequantize_rows",
     "flow_sde",
     "gaussian_step",
     "guard_loss",

@@ -20,6 +20,7 @@ from helpers.pages import blocks_of
 from operator_calls import calls
 
 import fastguard
+from fastguard.ops.spaced_rows import over_spaced_rows
 
 hub = script("hub/build.py")
 WITH_KERNELS = pytest.mark.skipif(
@@ -62,8 +63,9 @@ def test_every_operator_is_there_and_has_the_bits_of_the_package(
     kernel: ModuleType, backend: str, kernel_device: str
 ) -> None:
     ours = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith(f"{kernel.__name__}::")}
-    assert ours == {f"{kernel.__name__}::{call.op.name().partition('::')[2]}" for call in calls(torch.float32, "cpu")}
-    for call in calls(torch.float32, kernel_device, backend=backend):
+    made = [call for call in calls(torch.float32, kernel_device, backend=backend) if call.op is not over_spaced_rows]
+    assert ours == {f"{kernel.__name__}::{call.op.name().partition('::')[2]}" for call in made}
+    for call in made:  # all that have a kernel of ours
         operator = getattr(getattr(torch.ops, kernel.__name__), call.op.name().partition("::")[2])
         for mine, theirs in zip(replace(call, op=operator)(), call(), strict=True):
             assert torch.equal(mine, theirs), call.name
@@ -75,7 +77,7 @@ def test_losses_compile_without_a_graph_break(kernel: ModuleType) -> None:
 
 def test_the_public_names_are_those_of_the_package_that_need_no_diffusers(kernel: ModuleType) -> None:
     blocks = {"fuse", "fuse_flux", "unfuse", "unfuse_flux"}
-    added = {"OBJECTIVES", "Objective", "build_objective", "ops"}
+    added = {"OBJECTIVES", "Objective", "build_objective", "dequantize_blocks", "dequantize_rows", "ops"}
     functions = {name for name in vars(kernel) if name.endswith("Function")}
     assert len(functions) == 4
     assert set(kernel.__all__) == set(fastguard.__all__) - blocks | added | functions

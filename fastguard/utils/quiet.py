@@ -7,11 +7,13 @@ import os
 import sys
 
 NOISY = (
+    "bitsandbytes",  # a kernel for CPUs that it would fetch from Hugging Face's hub
     "torchao",  # compiled parts for other versions of Python and other GPUs
     "torch.utils._pytree",  # deprecations that torchao's own code meets
     "diffusers.quantizers.torchao.torchao_quantizer",  # parts that newer versions of torchao no longer have
 )
-"""Loggers whose warnings are no news. transformers, diffusers and peft all import torchao wherever it is installed."""
+"""Loggers whose warnings are no news. transformers, diffusers and peft import these libraries wherever they are
+installed."""
 
 
 def quiet_libraries() -> None:
