@@ -40,8 +40,9 @@ from timing import call_time, graph_times, percentiles, rotations
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from fastguard.backbones.flux.backbone import FluxBackbone, blocks_of, prepare_transformer
-from fastguard.backbones.flux.skeleton import meta_transformer, meta_vae, pipeline_configs
+from fastguard.backbones.flux import Flux
+from fastguard.backbones.pipeline.backbone import PipelineBackbone, blocks_of, prepare_transformer
+from fastguard.backbones.pipeline.skeleton import meta_transformer, meta_vae, pipeline_configs
 from fastguard.backbones.quantize import Format, quantize_layers
 from fastguard.blocks.compiled import compile_blocks
 from fastguard.config import Recipe, Recompute, recompute_levels
@@ -151,34 +152,37 @@ def fill(module: nn.Module, device: torch.device) -> None:
 
 
 def build(case: str, toy: bool) -> TrainState:
-    """The trainer's state, as `FluxBackbone.load` and `train` build it, but for the values of the weights."""
+    """The trainer's state, as `load_pipeline` and `train` build it, but for the values of the weights."""
     torch.manual_seed(0)
     recipe, accelerator = recipe_of(case, toy), Accelerator(cpu=toy)
-    configs, dtype = pipeline_configs(recipe.model.path), getattr(torch, recipe.model.dtype)
-    vae, transformer = meta_vae(configs, dtype), meta_transformer(configs, dtype)
+    spec, dtype = Flux().spec, getattr(torch, recipe.model.dtype)
+    configs = pipeline_configs(spec, recipe.model.path)
+    vae, transformer = meta_vae(spec, configs, dtype), meta_transformer(spec, configs, dtype)
     if recipe.model.quantize != "none":
         with torch.device("meta"):
-            quantize_layers(transformer, blocks_of(transformer), recipe.model.quantize)
+            quantize_layers(transformer, blocks_of(spec, transformer), recipe.model.quantize)
     for module in (vae, transformer):
         fill(module, accelerator.device)
         module.eval()
-    prepare_transformer(transformer, recipe.model, recipe.lora, level_of(recipe))
+    prepare_transformer(spec, transformer, recipe.model, recipe.lora, level_of(recipe))
     if toy and recipe.model.compile == "blocks":  # inductor would spend minutes on compiling for the CPU
-        compile_blocks(transformer, blocks_of(transformer).values(), backend="aot_eager")
+        compile_blocks(transformer, blocks_of(spec, transformer).values(), backend="aot_eager")
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:  # as after some training: they begin at zero, and with them the gradients of lora_A
             nn.init.normal_(parameter, std=1e-3)
     channels, pooled = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
     prompts = RandomPrompts([Prompt("random")], [], recipe.prompts.max_tokens, channels, pooled)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)  # Flux.1-dev's
-    backbone = FluxBackbone(transformer, vae, scheduler, prompts, len(prompts.prompts), recipe, accelerator.device)
+    backbone = PipelineBackbone(
+        spec, transformer, vae, scheduler, {}, prompts, len(prompts.prompts), recipe, accelerator.device
+    )
     return build_state(backbone, recipe, accelerator, None)
 
 
 def sample(state: TrainState) -> tuple[RolloutBatch, ...]:
     """The images of an epoch, as `sample_epoch` samples them, without decoding and rewards."""
     recipe, backbone, device = state.recipe, state.backbone, state.accelerator.device
-    schedule = training_schedule(recipe.sampler, backbone.shift, recipe.run.seed, 0)
+    schedule = training_schedule(recipe.sampler, backbone.sigmas, recipe.run.seed, 0)
     prompt_indices, seeds = images_to_sample(state)
     transitions = []
     for first in range(0, len(prompt_indices), recipe.sampler.batch_size):

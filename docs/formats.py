@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from fastguard.backbones.flux import Flux
-from fastguard.backbones.flux.backbone import blocks_of
-from fastguard.backbones.flux.tiny import _pipeline
 from fastguard.backbones.lora import add_lora
+from fastguard.backbones.pipeline.backbone import blocks_of
 from fastguard.backbones.quantize import Format, quantize_linears
 from fastguard.config import LoraConfig, Recipe, recompute_levels
 from fastguard.memory import plan, update_bytes
@@ -80,11 +79,11 @@ def distances(how: Any) -> dict[str, float]:
     """Between a tiny Flux and the same with quantized weights: of the velocity, and the cosine of the gradients of its
     adapters."""
     torch.manual_seed(0)
-    model: Any = _pipeline().transformer
+    model: Any = Flux().spec.tiny().transformer
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     narrow = copy.deepcopy(model)
-    for block in blocks_of(narrow).values():
+    for block in blocks_of(Flux().spec, narrow).values():
         quantize_linears(block, torch.device("cpu"), how)
     (velocity, gradient), (found, found_gradient) = _run(model), _run(narrow)
     cosine = torch.nn.functional.cosine_similarity(found_gradient, gradient, dim=0)

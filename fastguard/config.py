@@ -138,7 +138,11 @@ class ModelConfig:
     width: int = 512
     """image width in pixels"""
     guidance: float = 3.5
-    """guidance scale, an input of guidance-distilled models such as Flux.1-dev"""
+    """guidance scale: an input of distilled models such as Flux.1-dev, else classifier-free guidance (off at 1)"""
+    negative_prompt: str = ""
+    """prompt of the other branch of classifier-free guidance"""
+    guidance_gradient: Literal["both", "conditional"] = "both"
+    """branches of classifier-free guidance with a gradient: both, which is exact, or the prompt's alone, cheaper"""
     train: Literal["lora", "full"] = "lora"
     """what is trained: float32 LoRA adapters, or every weight of the transformer in `dtype`"""
     quantize: Literal["none", "int8", "float8", "nf4"] = "none"

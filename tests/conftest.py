@@ -143,7 +143,7 @@ def count_graphs() -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], 
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole pipeline of toy size; read it only."""
-    from fastguard.backbones.flux.tiny import make_tiny_flux  # not before the interpreter is chosen
+    from helpers.tiny_pipelines import make_tiny_flux  # not before the interpreter is chosen
 
     return make_tiny_flux(tmp_path_factory.mktemp("session") / "tiny_flux")
 

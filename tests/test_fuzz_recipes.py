@@ -16,10 +16,10 @@ from typing import Any, get_type_hints
 
 import pytest
 from helpers.deadline import deadline
+from helpers.tiny_pipelines import make_tiny_flux
 from test_recipe import numbers
 
-from fastguard.backbones.flux.parts import PARTS as FLUX
-from fastguard.backbones.flux.tiny import make_tiny_flux
+from fastguard.backbones.flux.spec import PARTS as FLUX
 from fastguard.backbones.folder import pipeline_problems
 from fastguard.cli import parse_command
 from fastguard.config import Recipe, RewardConfig

@@ -33,24 +33,34 @@ class Backbone(Protocol):
 
     @property
     def policy(self) -> nn.Module:
-        """`policy(latents (B, S, C), sigma (B,), prompt_indices (B,)) -> velocity (B, S, C)`; see rollout.Policy"""
+        """`policy(latents (B, *latent_shape), sigma (B,), prompt_indices (B,)) -> velocity`, of the latents' shape"""
         ...
 
     prompts: Sequence[Prompt]
     """prompt index i means prompts[i]"""
     num_trained_prompts: int
     """the first so many are trained on; others are for evaluations"""
-    latent_shape: tuple[int, int]
-    """(S, C) of one image"""
     dtype: torch.dtype
     """of latents, velocities and noise"""
-    shift: float
-    """the model's own schedule shift, for sampler.shift = "auto" """
-
     has_adapters: bool
     """whether adapters are trained, rather than the weights themselves"""
     fused: FuseReport | None
     """what was fused; None if nothing was to be, or if it needs no mention"""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one image, such as (S, C)."""
+        ...
+
+    @property
+    def shift(self) -> float:
+        """The factor s of `s t / (1 + (s - 1) t)` in the model's own schedule. With sampler.shift = "auto" the times of
+        the forward process are shifted by it."""
+        ...
+
+    def sigmas(self, num_steps: int) -> tuple[float, ...]:
+        """The model's own schedule, for sampler.shift = "auto": (num_steps + 1,) flow times from 1 to 0."""
+        ...
 
     def load_prompts(self, prompt_indices: Iterable[int]) -> None:
         """Bring these prompts' embeddings to the device; the policy is asked for no other until the next call.
@@ -60,7 +70,7 @@ class Backbone(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, S, C) -> images, uint8 (B, 1 or 3, H, W) on the host."""
+        """Latents (B, *latent_shape) -> images, uint8 (B, 1 or 3, H, W) on the host."""
         ...
 
     def adapters_off(self) -> AbstractContextManager[None]:
@@ -82,10 +92,14 @@ class Skeleton:
     """what decodes latents"""
     blocks: Mapping[str, Sequence[nn.Module]]
     """the transformer's blocks, by kind; FSDP2 shards them"""
-    latent_shape: tuple[int, int]
-    """(S, C) of one image"""
+    latent_shape: tuple[int, ...]
+    """of one image"""
+    tokens: int
+    """of one image, in the transformer"""
     width: int
     """channels of a token in the transformer"""
+    branches: int
+    """passes with a gradient for one image: 2 where both branches of classifier-free guidance have one"""
     text: tuple[int, int]
     """elements of an encoded prompt: of each of prompts.max_tokens tokens, and of the rest"""
     fused: FuseReport | None

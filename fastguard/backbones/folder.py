@@ -7,12 +7,12 @@ tied weights. Only the headers of the files are asked for, which takes seconds f
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -26,7 +26,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from fastguard.backbones.schedule import schedule_shift
+from fastguard.backbones.schedule import equal_steps, linear_mu
 from fastguard.backbones.sizes import size_problems
 from fastguard.errors import UserError
 from fastguard.utils.files import out_of_memory, parse_json, read_bytes, writing
@@ -185,9 +185,9 @@ def _part_problems(folder: Path, part: str, parts: PipelineParts) -> Iterator[st
         yield from _tokenizer_problems(folder, part, *parts.tokenizers[part])
     elif part == "scheduler":
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=part, local_files_only=True)
-        shift = schedule_shift(scheduler.config, tokens=4096)
-        if not 0 < shift < math.inf:
-            yield f"{file} makes a schedule shift of {shift}, which must be positive: {AGAIN}"
+        times = equal_steps(scheduler, 4, linear_mu(scheduler.config, tokens=4096))
+        if not all(0 <= later < earlier <= 1 for earlier, later in pairwise(times)):
+            yield f"{file} makes the schedule {times}, which must fall from 1 to 0: {AGAIN}"
     else:
         yield from _index_problems(file, parts)
 

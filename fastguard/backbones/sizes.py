@@ -13,6 +13,29 @@ MOST_CHANNELS = 65_536
 MOST_LEVELS = 16
 """Levels of a VAE, each half as wide as the one before, layers in one of them, and axes of positions."""
 
+_TEXT = {"vocab_size": 2**24}
+VAE_SIZES = {
+    "layers_per_block": MOST_LEVELS,
+    **dict.fromkeys(
+        ("in_channels", "out_channels", "latent_channels", "norm_num_groups", "block_out_channels", "sample_size"),
+        MOST_CHANNELS,
+    ),
+}
+"""Of an AutoencoderKL."""
+CLIP_SIZES = {
+    **_TEXT,
+    "num_hidden_layers": MOST_LAYERS,
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "projection_dim"),
+        MOST_CHANNELS,
+    ),
+}
+T5_SIZES = {
+    **_TEXT,
+    "num_layers": MOST_LAYERS,
+    **dict.fromkeys(("d_model", "d_ff", "d_kv", "num_heads", "relative_attention_num_buckets"), MOST_CHANNELS),
+}
+
 _MAY_BE_0 = ("num_layers", "num_single_layers")
 _MAY_BE_NULL = ("out_channels",)
 

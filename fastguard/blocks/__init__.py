@@ -4,7 +4,7 @@ from fastguard.extras import need
 
 need("blocks")
 
-from fastguard.blocks.fuse import FuseReport, fuse, fuse_flux, unfuse, unfuse_flux
+from fastguard.blocks.fuse import FuseReport, fuse, fuse_flux, fusible, unfuse, unfuse_flux
 from fastguard.blocks.offload import OffloadedCheckpoints
 
-__all__ = ["FuseReport", "OffloadedCheckpoints", "fuse", "fuse_flux", "unfuse", "unfuse_flux"]
+__all__ = ["FuseReport", "OffloadedCheckpoints", "fuse", "fuse_flux", "fusible", "unfuse", "unfuse_flux"]

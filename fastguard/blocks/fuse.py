@@ -100,6 +100,15 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
     return _fuse(*_find(transformer, ARCHITECTURES), recompute, backend)
 
 
+def fusible(transformer: Any) -> bool:
+    """Whether `fuse` knows the architecture."""
+    try:
+        _find(transformer, ARCHITECTURES)
+    except TypeError:
+        return False
+    return True
+
+
 def unfuse(transformer: Any) -> None:
     """Undo `fuse`, in place. If it changed gradient checkpointing, that becomes what it was.
 

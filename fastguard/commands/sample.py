@@ -90,7 +90,7 @@ def sample_recipe(
             copy_all_into(trained_parameters(backbone.policy), weights)
         except UserError as error:
             raise UserError(f"the checkpoint does not fit this recipe: {error}") from None
-    schedule = ode_schedule(steps, recipe.sampler.shift_for(backbone.shift))
+    schedule = ode_schedule(recipe.sampler, backbone.sigmas, steps)
     prompt_indices = torch.arange(count, device="cpu").repeat_interleave(images)
     members = torch.arange(images, device="cpu").repeat(count)
     seeds = sample_seeds(seed, 0, prompt_indices, members, steps)

@@ -21,6 +21,7 @@ from fastguard.demo.data import NUM_CLASSES, Digits, GoldClassifier, ProxyClassi
 from fastguard.demo.model import LATENT_SHAPE, DigitPolicy, pretrain, unpatchify
 from fastguard.errors import UserError
 from fastguard.prompts import Prompt
+from fastguard.schedule import shifted_sigmas
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ class DigitBackbone:
     def load(cls, device: torch.device, fuse: bool) -> DigitBackbone:
         """Load the pretrained model from the cache, or pretrain it (about a minute on two CPU cores)."""
         return cls(prepare(DemoConfig(), device).policy, fuse)
+
+    @classmethod
+    def sigmas(cls, num_steps: int) -> tuple[float, ...]:
+        return shifted_sigmas(num_steps, cls.shift)
 
     def load_prompts(self, prompt_indices: Iterable[int]) -> None:
         """Nothing to do: the policy holds all ten."""

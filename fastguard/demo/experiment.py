@@ -111,7 +111,7 @@ def look(policy: Policy, models: Models, config: DemoConfig) -> Evaluation:
     per_class, sampler = config.eval_samples // NUM_CLASSES, config.train.sampler
     classes, seeds = evaluation_images(NUM_CLASSES, per_class, sampler.num_steps)
     classes = classes.to(models.digits.images.device)
-    schedule = ode_schedule(sampler.num_steps, sampler.shift_for(DigitBackbone.shift))
+    schedule = ode_schedule(sampler, DigitBackbone.sigmas, sampler.num_steps)
     images = unpatchify(rollout(policy, classes, seeds, LATENT_SHAPE, schedule).latents)
     metrics = evaluate(images, classes, models.proxy, models.gold, models.real_features)
     return Evaluation(metrics, ink_tiles(images.unflatten(0, (NUM_CLASSES, per_class))))

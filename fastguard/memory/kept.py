@@ -102,7 +102,7 @@ def kept_activations(recipe: Recipe) -> KeptActivations:
     check_plannable(recipe)
     settings = update_settings(recipe, resolve_recompute(recipe))
     weights = weights_of(settings.model, settings.lora)
-    tokens = settings.micro_batch * (weights.latent_shape[0] + settings.max_tokens)
+    tokens = settings.micro_batch * weights.branches * (weights.tokens + settings.max_tokens)
     unit = tokens * weights.width * dtype_of(settings.model).itemsize
     blocks = {**weights.blocks, "outside": 1}
     tensors = _grouped(update_pass(settings).kept_tensors, list(blocks))

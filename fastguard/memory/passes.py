@@ -59,8 +59,12 @@ class Weights:
     """bytes"""
     text: tuple[int, int]
     """elements of an encoded prompt: of each of prompts.max_tokens tokens, and of the rest"""
-    latent_shape: tuple[int, int]
-    """(S, C)"""
+    latent_shape: tuple[int, ...]
+    """of one image"""
+    tokens: int
+    """of one image, in the transformer"""
+    branches: int
+    """passes with a gradient for one image"""
     width: int
     """channels of a token in the transformer"""
     blocks: dict[str, int]
@@ -105,7 +109,8 @@ class PassSettings:
 
 def as_built(model: ModelConfig) -> ModelConfig:
     """The fields of `model` that memory depends on; every attention backend keeps what PyTorch's flash keeps."""
-    return replace(model, recompute="none", guidance=ModelConfig.guidance, attention="native")
+    guidance = ModelConfig.guidance if model.guidance > 1 else 1.0  # at 1 and below there is no second branch
+    return replace(model, recompute="none", guidance=guidance, negative_prompt="", attention="native")
 
 
 def dtype_of(model: ModelConfig) -> torch.dtype:
@@ -134,6 +139,8 @@ def weights_of(model: ModelConfig, lora: LoraConfig) -> Weights:
         decoder=sum(allocated(t.nbytes) for t in (*decoder.parameters(), *decoder.buffers())),
         text=skeleton.text,
         latent_shape=skeleton.latent_shape,
+        tokens=skeleton.tokens,
+        branches=skeleton.branches,
         width=skeleton.width,
         blocks={kind: len(blocks) for kind, blocks in skeleton.blocks.items()},
         fused=skeleton.fused,

@@ -64,7 +64,7 @@ def sample_epoch(state: TrainState, rewards: RewardPool, recorder: Recorder, clo
     Rewards are computed in the pool's threads while the next batch is sampled.
     """
     recipe, backbone, device = state.recipe, state.backbone, state.accelerator.device
-    schedule = epoch_schedule(recipe, backbone.shift, state.epoch)
+    schedule = epoch_schedule(recipe, backbone.sigmas, state.epoch)
     forward = recipe.objective.process == "forward"
     weights = None if forward else step_weights(recipe.objective.reweight, schedule)
     per_step = recipe.advantages.per_step

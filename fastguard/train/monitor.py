@@ -106,7 +106,10 @@ class Monitor:
             "sampler.decode_tiled": recipe["sampler"]["decode_tiled"],
             "prompts.max_tokens": recipe["prompts"]["max_tokens"],
             "prompts.encoders": recipe["prompts"]["encoders"],
-            "model": {name: recipe["model"][name] for name in ("dtype", "quantize", "height", "width", "guidance")},
+            "model": {
+                name: recipe["model"][name]
+                for name in ("dtype", "quantize", "height", "width", "guidance", "negative_prompt")
+            },
         }
 
     def has_seen(self, epoch: int) -> bool:
@@ -130,7 +133,7 @@ class Monitor:
         padded = -(-total // (accelerator.num_processes * size)) * accelerator.num_processes * size
         index = torch.arange(padded, device="cpu").clamp(max=total - 1)
         index = index.view(accelerator.num_processes, -1)[accelerator.process_index]
-        schedule = ode_schedule(config.num_steps, self._recipe.sampler.shift_for(backbone.shift))
+        schedule = ode_schedule(self._recipe.sampler, backbone.sigmas, config.num_steps)
         on_all(accelerator, DamagedError, lambda: backbone.load_prompts(prompts.tolist()))
         first, small = None, []
         for part in index.split(size):

@@ -1,14 +1,15 @@
 """Rollouts: sample images with SDE steps and keep what the policy gradient needs.
 
-Axes: N transition, B image, S token, C channel. A transition is one denoising step of one image.
-`predict_velocity` is the only place that evaluates the policy: the rollout samples with it and the
-update re-scores with it, so that the first ratio after a rollout is 1.
+Axes: N transition, B image, S token, C channel. A transition is one denoising step of one image; its latents may have
+other axes than (S, C). `predict_velocity` is the only place that evaluates the policy: the rollout samples with it and
+the update re-scores with it, so that the first ratio after a rollout is 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastguard.config import Recipe, SamplerConfig
+from fastguard.errors import UserError
 from fastguard.schedule import shifted_sigmas
 from fastguard.sde import Transition, cps, dance_sde, flow_sde, ode
 from fastguard.step import sde_step
@@ -128,7 +130,28 @@ class Rollout:
     """if asked for, latents (B, S, C) of the image after each stochastic step"""
 
 
-def training_schedule(config: SamplerConfig, model_shift: float, seed: int, epoch: int) -> Schedule:
+Sigmas = Callable[[int], tuple[float, ...]]
+"""A model's own schedule: num_steps -> (num_steps + 1,) flow times from 1 to 0; `Backbone.sigmas`."""
+
+
+def flow_times(config: SamplerConfig, own: Sigmas, num_steps: int) -> tuple[float, ...]:
+    """The flow times (num_steps + 1,) by sampler.shift.
+
+    Raises UserError for a schedule of the model's own whose steps vanish: its shift grows with the exponential of the
+    image's area.
+    """
+    if config.shift != "auto":
+        return shifted_sigmas(num_steps, config.shift)
+    times = own(num_steps)
+    if not all(earlier > later for earlier, later in pairwise(times)):
+        raise UserError(
+            f'sampler.shift = "auto" takes the model\'s own schedule, which at this size of images is {times}, without '
+            "steps: set sampler.shift to a number in [0.001, 1000], or lower model.height and model.width"
+        )
+    return times
+
+
+def training_schedule(config: SamplerConfig, own: Sigmas, seed: int, epoch: int) -> Schedule:
     """The schedule of one epoch, with its window of stochastic steps (the same on every process)."""
     last_start = config.last_window_end - config.sde_steps
     places = last_start - config.window_start + 1
@@ -139,21 +162,19 @@ def training_schedule(config: SamplerConfig, model_shift: float, seed: int, epoc
     else:
         start = config.window_start + epoch // config.window_epochs % places
     window = range(start, start + config.sde_steps)
-    return Schedule(
-        shifted_sigmas(config.num_steps, config.shift_for(model_shift)), window, config.kind, config.noise_level
-    )
+    return Schedule(flow_times(config, own, config.num_steps), window, config.kind, config.noise_level)
 
 
-def epoch_schedule(recipe: Recipe, model_shift: float, epoch: int) -> Schedule:
+def epoch_schedule(recipe: Recipe, own: Sigmas, epoch: int) -> Schedule:
     """The schedule of one epoch of a recipe: an objective of the forward process samples without noise."""
     if recipe.objective.process == "forward":
-        return ode_schedule(recipe.sampler.num_steps, recipe.sampler.shift_for(model_shift))
-    return training_schedule(recipe.sampler, model_shift, recipe.run.seed, epoch)
+        return ode_schedule(recipe.sampler, own, recipe.sampler.num_steps)
+    return training_schedule(recipe.sampler, own, recipe.run.seed, epoch)
 
 
-def ode_schedule(num_steps: int, shift: float) -> Schedule:
+def ode_schedule(config: SamplerConfig, own: Sigmas, num_steps: int) -> Schedule:
     """Deterministic sampling, for evaluation."""
-    return Schedule(shifted_sigmas(num_steps, shift), range(0))
+    return Schedule(flow_times(config, own, num_steps), range(0))
 
 
 def epoch_prompts(num_prompts: int, per_epoch: int, seed: int, epoch: int) -> list[int]:

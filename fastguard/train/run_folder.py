@@ -58,10 +58,10 @@ from fastguard.utils.signals import handled_by
 from fastguard.utils.terminal import say
 
 OF_STORED_ROLLOUTS = (
-    "model.kind", "model.path", "model.dtype", "model.height", "model.width", "model.guidance", "model.train",
-    "model.quantize", "prompts: ", "prompts.per_epoch", "prompts.max_tokens", "prompts.encoders", "rewards",
-    "scoring.normalize_each",
-    "advantages", "objective.name", "objective.kl_weight", "objective.keep", "objective.reweight", "sampler.kind",
+    "model.kind", "model.path", "model.dtype", "model.height", "model.width", "model.guidance",
+    "model.negative_prompt", "model.train", "model.quantize", "prompts: ", "prompts.per_epoch", "prompts.max_tokens",
+    "prompts.encoders", "rewards", "scoring.normalize_each", "advantages",
+    "objective.name", "objective.kl_weight", "objective.keep", "objective.reweight", "sampler.kind",
     "sampler.num_steps", "sampler.sde_steps", "sampler.group_size", "sampler.batch_size",
 )  # fmt: skip
 """Fields without which an earlier rollout does not fit the ones that follow."""

@@ -113,7 +113,7 @@ def summarize(
     recipe, accelerator = state.recipe, state.accelerator
     everyone = gather_updates(updates, accelerator)
     last_pass = everyone[-recipe.update.minibatches :]
-    window = epoch_schedule(recipe, state.backbone.shift, state.epoch - 1).window
+    window = epoch_schedule(recipe, state.backbone.sigmas, state.epoch - 1).window
     steps = window[: recipe.trained_steps] if recipe.objective.process == "reverse" else range(recipe.update.draws)
     overall = ratio_log(everyone)
     counted = rolled.rewards[~torch.isnan(rolled.rewards)]

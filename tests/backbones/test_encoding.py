@@ -13,8 +13,9 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastguard.backbones.flux import encoding
-from fastguard.backbones.flux.encoding import encode_prompts
+from fastguard.backbones.flux import Flux
+from fastguard.backbones.pipeline import encoding
+from fastguard.backbones.pipeline.encoding import encode_prompts
 from fastguard.backbones.quantize import quantize, quantize_linears
 from fastguard.blocks.linear import QuantizedLinear
 from fastguard.config import Encoders
@@ -32,7 +33,7 @@ def encode(tiny_flux: Path, tmp_path: Path) -> Callable[..., EncodedPrompts]:
         encoders: Encoders, dtype: torch.dtype = torch.float32, folder: Path = tiny_flux, device: torch.device = CPU
     ) -> EncodedPrompts:
         prompts = [Prompt(text) for text in TEXTS]
-        return encode_prompts(prompts, str(folder), TOKENS, tmp_path / "cache", dtype, device, encoders)
+        return encode_prompts(Flux().spec, prompts, str(folder), TOKENS, tmp_path / "cache", dtype, device, encoders)
 
     return encoded
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from helpers.tiny_pipelines import make_tiny_flux
 from helpers.toys import MemoryRecorder, pool
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,12 +23,13 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from fastguard import prompts as prompts_module
 from fastguard.backbones.flux import Flux
-from fastguard.backbones.flux import backbone as backbone_module
-from fastguard.backbones.flux.backbone import FluxBackbone, FluxPolicy, latent_grid
-from fastguard.backbones.flux.encoding import encode_prompts
-from fastguard.backbones.flux.tiny import make_tiny_flux
 from fastguard.backbones.lora import LowPrecisionLinear, add_lora
-from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
+from fastguard.backbones.pipeline import backbone as backbone_module
+from fastguard.backbones.pipeline.backbone import PipelineBackbone, load_pipeline
+from fastguard.backbones.pipeline.encoding import encode_prompts
+from fastguard.backbones.pipeline.policy import PipelinePolicy
+from fastguard.backbones.pipeline.spec import Grid
+from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, SamplerConfig, recompute_levels
 from fastguard.prompts import EncodedPrompts, Prompt, read_prompts
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.train.build import gather_prompts, load_backbone
@@ -56,17 +58,17 @@ def recipe(folder: Path) -> Recipe:
 def encoded(recipe: Recipe) -> EncodedPrompts:
     everything = gather_prompts(recipe).all
     return encode_prompts(
-        everything, recipe.model.path, recipe.prompts.max_tokens, recipe.prompts.cache, torch.float32, CPU
+        Flux().spec, everything, recipe.model.path, recipe.prompts.max_tokens, recipe.prompts.cache, torch.float32, CPU
     )
 
 
-def load(recipe: Recipe, encoded: EncodedPrompts, recompute: Recompute = "none") -> FluxBackbone:
+def load(recipe: Recipe, encoded: EncodedPrompts, recompute: Recompute = "none") -> PipelineBackbone:
     torch.manual_seed(0)
-    return FluxBackbone.load(recipe, encoded, len(encoded.prompts), CPU, recompute)
+    return load_pipeline(Flux().spec, recipe, encoded, len(encoded.prompts), CPU, recompute)
 
 
 @pytest.fixture
-def backbone(recipe: Recipe, encoded: EncodedPrompts) -> FluxBackbone:
+def backbone(recipe: Recipe, encoded: EncodedPrompts) -> PipelineBackbone:
     return load(recipe, encoded)
 
 
@@ -100,7 +102,9 @@ def test_what_is_cached_is_not_encoded_again(folder: Path, tmp_path: Path, monke
     monkeypatch.setattr(prompts_module, "_encode", spy)
 
     def encode(*texts: str, tokens: int = 16, path: Path = folder) -> EncodedPrompts:
-        return encode_prompts([Prompt(t) for t in texts], str(path), tokens, tmp_path / "c", torch.float32, CPU)
+        return encode_prompts(
+            Flux().spec, [Prompt(t) for t in texts], str(path), tokens, tmp_path / "c", torch.float32, CPU
+        )
 
     first = encode("a", "b", "a")
     assert first.files[0] == first.files[2]  # groups differ by index; the text is encoded once
@@ -126,7 +130,7 @@ def test_the_encoders_are_freed(recipe: Recipe, tmp_path: Path) -> None:
             return sum(type(x) in (T5EncoderModel, CLIPTextModel) for x in gc.get_objects())
 
     before = alive()
-    encode_prompts([Prompt("x")], recipe.model.path, 16, tmp_path, torch.float32, CPU)
+    encode_prompts(Flux().spec, [Prompt("x")], recipe.model.path, 16, tmp_path, torch.float32, CPU)
     assert alive() == before
 
 
@@ -155,9 +159,9 @@ def test_prompt_files(tmp_path: Path) -> None:
 # --- sampling
 
 
-def test_deterministic_sampling_is_the_pipelines(backbone: FluxBackbone, pipe: Any, recipe: Recipe) -> None:
+def test_deterministic_sampling_is_the_pipelines(backbone: PipelineBackbone, pipe: Any, recipe: Recipe) -> None:
     seeds = torch.tensor([[7, 0, 0, 0, 0], [8, 0, 0, 0, 0]])
-    schedule = ode_schedule(4, backbone.shift)
+    schedule = ode_schedule(recipe.sampler, backbone.sigmas, 4)
     backbone.load_prompts([0, 5])
     with backbone.adapters_off():
         latents = rollout(backbone.policy, torch.tensor([0, 5]), seeds, backbone.latent_shape, schedule).latents
@@ -174,7 +178,9 @@ def test_deterministic_sampling_is_the_pipelines(backbone: FluxBackbone, pipe: A
     )
 
 
-def test_decoding_in_chunks_changes_nothing(backbone: FluxBackbone, recipe: Recipe, encoded: EncodedPrompts) -> None:
+def test_decoding_in_chunks_changes_nothing(
+    backbone: PipelineBackbone, recipe: Recipe, encoded: EncodedPrompts
+) -> None:
     latents = torch.randn(5, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     chunked = load(replace(recipe, sampler=replace(recipe.sampler, decode_batch=2)), encoded)
     difference = backbone.decode(latents).int() - chunked.decode(latents).int()
@@ -213,9 +219,10 @@ def test_tiles_are_of_512_pixels_whatever_the_vae_was_trained_with(recipe: Recip
 
 
 def test_image_sizes_that_do_not_divide_are_refused(pipe: Any) -> None:
-    assert latent_grid(pipe.vae.config, ModelConfig(height=64, width=128)) == (8, 16)
+    configs, spec = {"vae": pipe.vae.config}, Flux().spec
+    assert spec.grid(configs, ModelConfig(height=64, width=128)) == Grid(8, 16, 64, 128)
     with pytest.raises(ValueError, match=r"model\.width must be a multiple of 8 pixels, got 60"):
-        latent_grid(pipe.vae.config, ModelConfig(height=64, width=60))
+        spec.grid(configs, ModelConfig(height=64, width=60))
 
 
 # --- adapters
@@ -276,7 +283,7 @@ def test_a_target_that_names_no_layer_is_refused(pipe: Any) -> None:
         add_lora(copy.deepcopy(pipe.transformer), LoraConfig(rank=2, targets=("attn.to_q", "attn.to_z")), ())
 
 
-def move(backbone: FluxBackbone) -> dict[str, Tensor]:
+def move(backbone: PipelineBackbone) -> dict[str, Tensor]:
     """Change every trained weight; returns them by name, whole."""
     with torch.no_grad():
         for parameter in trained_parameters(backbone.policy).values():
@@ -284,7 +291,7 @@ def move(backbone: FluxBackbone) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in trained_parameters(backbone.policy).items()}
 
 
-def test_adapters_off_is_the_base_model_and_comes_back(backbone: FluxBackbone, pipe: Any) -> None:
+def test_adapters_off_is_the_base_model_and_comes_back(backbone: PipelineBackbone, pipe: Any) -> None:
     backbone.load_prompts([2])
     latents = torch.randn(1, *backbone.latent_shape)
 
@@ -356,14 +363,20 @@ def test_blocks_that_keep_more_than_planned_are_told(
 # --- files
 
 
-def images_of(backbone: FluxBackbone) -> Tensor:
+def images_of(backbone: PipelineBackbone) -> Tensor:
     seeds = torch.tensor([[7, 0, 0, 0, 0]])
     backbone.load_prompts([0])
-    latents = rollout(backbone.policy, torch.tensor([0]), seeds, backbone.latent_shape, ode_schedule(4, backbone.shift))
+    latents = rollout(
+        backbone.policy,
+        torch.tensor([0]),
+        seeds,
+        backbone.latent_shape,
+        ode_schedule(SamplerConfig(), backbone.sigmas, 4),
+    )
     return backbone.decode(latents.latents)
 
 
-def pipeline_images(pipe: Any, backbone: FluxBackbone) -> Tensor:
+def pipeline_images(pipe: Any, backbone: PipelineBackbone) -> Tensor:
     return pipe(
         backbone.prompts[0].text, height=64, width=64, num_inference_steps=4, guidance_scale=3.5,
         max_sequence_length=64, latents=initial_latents(torch.tensor([7]), backbone.latent_shape, CPU),
@@ -371,7 +384,7 @@ def pipeline_images(pipe: Any, backbone: FluxBackbone) -> Tensor:
     ).images.mul(255)  # fmt: skip
 
 
-def test_trained_adapters_load_in_plain_diffusers(backbone: FluxBackbone, folder: Path, tmp_path: Path) -> None:
+def test_trained_adapters_load_in_plain_diffusers(backbone: PipelineBackbone, folder: Path, tmp_path: Path) -> None:
     before = images_of(backbone)
     backbone.export(tmp_path / "diffusers", move(backbone))
     assert {t.dtype for t in load_file(tmp_path / "diffusers" / "pytorch_lora_weights.safetensors").values()} == {
@@ -403,9 +416,8 @@ def test_adapters_have_their_strength_without_the_files_header_too(
 
     @torch.no_grad()
     def velocity(transformer: Any) -> Tensor:
-        policy = FluxPolicy(transformer, 8, 8, recipe.model.guidance)
-        loaded = encoded.load([0, 1])
-        policy.set_prompts([0, 1], loaded["embeds"], loaded["pooled"])
+        policy = PipelinePolicy(Flux().spec, transformer, Grid(8, 8, 64, 64), recipe.model, guided=False)
+        policy.set_prompts([0, 1], encoded.load([0, 1]))
         return policy(latents, torch.tensor([0.3, 0.9]), torch.tensor([0, 1]))
 
     trained = velocity(backbone.policy.transformer)
@@ -487,7 +499,7 @@ def test_float16_latents_and_stored_noise_are_what_the_model_saw(recipe: Recipe,
     backbone = load(half, encoded)
     state = build_state(backbone, half, Accelerator(cpu=True), None)
     backbone.load_prompts([0])
-    schedule = training_schedule(half.sampler, backbone.shift, 0, 0)
+    schedule = training_schedule(half.sampler, backbone.sigmas, 0, 0)
     seeds = torch.arange(len(schedule) + 1)[None]
     rolled = rollout(state.policy, torch.tensor([0]), seeds, backbone.latent_shape, schedule, backbone.dtype)
     for now, after in zip(rolled.transitions, rolled.transitions[1:], strict=False):

@@ -16,9 +16,9 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from fastguard import cli
-from fastguard.backbones.flux.parts import PARTS
-from fastguard.backbones.flux.tiny import _bytes_vocabulary
+from fastguard.backbones.flux.spec import PARTS
 from fastguard.backbones.folder import pipeline_problems
+from fastguard.backbones.pipeline.tiny import bytes_vocabulary
 from fastguard.commands import doctor
 from fastguard.config import Recipe
 from fastguard.recipe import find_recipe, load_recipe
@@ -94,7 +94,7 @@ def is_set(name: str, **values: Any) -> Callable[[Path], None]:
 
 def old_clip(folder: Path, merges: str = "#version: 0.2\np h\nph o\n") -> None:
     """The tokenizer as Flux.1-dev has it: vocab.json and merges.txt."""
-    letters = _bytes_vocabulary()
+    letters = bytes_vocabulary()
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "ph", "pho", "<|startoftext|>", "<|endoftext|>"]
     (folder / "tokenizer" / "tokenizer.json").unlink()
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))

@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastguard.backbones import quantize as module
-from fastguard.backbones.flux.backbone import FluxBackbone, blocks_of
-from fastguard.backbones.flux.encoding import encode_prompts
-from fastguard.backbones.flux.skeleton import flux_skeleton
+from fastguard.backbones.flux import Flux
 from fastguard.backbones.folder import weights_to_load
+from fastguard.backbones.pipeline.backbone import PipelineBackbone, blocks_of, load_pipeline
+from fastguard.backbones.pipeline.encoding import encode_prompts
+from fastguard.backbones.pipeline.policy import PipelinePolicy
+from fastguard.backbones.pipeline.skeleton import pipeline_skeleton
 from fastguard.backbones.quantize import (
     adopt_quantized,
     empty,
@@ -110,7 +112,7 @@ class Blank:
     def __call__(self, how: Any = "int8", dtype: torch.dtype = FP32) -> Any:
         with torch.device("meta"):
             model: Any = FluxTransformer2DModel.from_config(self.config)
-        load_quantized(model, blocks_of(model), self.files, how, dtype, self.cache, CPU)
+        load_quantized(model, blocks_of(Flux().spec, model), self.files, how, dtype, self.cache, CPU)
         assert not any(parameter.is_meta for parameter in model.parameters())
         return model
 
@@ -203,7 +205,12 @@ def test_neither_host_nor_device_holds_more_than_a_block(blank: Blank, monkeypat
     monkeypatch.setattr(module._Stored, "__getitem__", spy)
     blank("nf4")
     config = FluxTransformer2DModel.from_config(blank.config)
-    assert 0 < most <= max(len(block.state_dict()) for block in blocks_of(config).values()) < len(config.state_dict())
+    assert (
+        0
+        < most
+        <= max(len(block.state_dict()) for block in blocks_of(Flux().spec, config).values())
+        < len(config.state_dict())
+    )
 
 
 def test_weights_that_are_not_finite_are_named(blank: Blank) -> None:
@@ -235,14 +242,14 @@ def recipe(folder: Path, tiny_flux: Path) -> Recipe:
 
 def encode(recipe: Recipe) -> EncodedPrompts:
     path, cache = recipe.model.path, recipe.prompts.cache
-    return encode_prompts(gather_prompts(recipe).all, path, recipe.prompts.max_tokens, cache, FP32, CPU)
+    return encode_prompts(Flux().spec, gather_prompts(recipe).all, path, recipe.prompts.max_tokens, cache, FP32, CPU)
 
 
-def load(recipe: Recipe, how: Any, dtype: str = "float32", fuse: bool = True) -> FluxBackbone:
+def load(recipe: Recipe, how: Any, dtype: str = "float32", fuse: bool = True) -> PipelineBackbone:
     chosen = replace(recipe, model=replace(recipe.model, quantize=how, dtype=dtype, fuse=fuse))
     encoded = encode(recipe)
     torch.manual_seed(0)
-    return FluxBackbone.load(chosen, encoded, len(encoded.prompts), CPU, "pointwise" if fuse else "none")
+    return load_pipeline(Flux().spec, chosen, encoded, len(encoded.prompts), CPU, "pointwise" if fuse else "none")
 
 
 def dark(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
@@ -283,7 +290,7 @@ def test_exported_adapters_load_on_the_model_in_full_precision(
     assert distance(loaded, dequantized_images(backbone, folder, tmp_path)) < 0.5 * distance(plain, trained)
 
 
-def dequantized_images(backbone: FluxBackbone, folder: Path, adapters: Path) -> Tensor:
+def dequantized_images(backbone: PipelineBackbone, folder: Path, adapters: Path) -> Tensor:
     """By plain diffusers, with the values of the quantized weights."""
     pipe: Any = FluxPipeline.from_pretrained(folder)
     for name, layer in backbone.policy.transformer.named_modules():
@@ -296,16 +303,14 @@ def dequantized_images(backbone: FluxBackbone, folder: Path, adapters: Path) -> 
     return images
 
 
-def _images(backbone: FluxBackbone, transformer: Any) -> Tensor:
+def _images(backbone: PipelineBackbone, transformer: Any) -> Tensor:
     """Final latents of two prompts, by another transformer if one is given."""
-    from fastguard.backbones.flux.backbone import FluxPolicy
-
     backbone.load_prompts([0, 1])
     policy = backbone.policy
     if transformer is not None:
-        policy = FluxPolicy(transformer, 8, 8, policy.guidance)
-        policy.row_of, policy.embeds, policy.pooled = (
-            backbone.policy.row_of, backbone.policy.embeds, backbone.policy.pooled,
+        policy = PipelinePolicy(Flux().spec, transformer, backbone._grid, backbone._recipe.model, guided=False)
+        policy.row_of, policy.text = (
+            backbone.policy.row_of, backbone.policy.text,
         )  # fmt: skip
     prompts = torch.tensor([0, 1])
     seeds = torch.arange(2 * 5).view(2, 5)
@@ -409,7 +414,7 @@ def test_a_pipeline_that_diffusers_has_quantized(stored_quantized: Path, recipe:
         load(recipe, "int8")
     with pytest.raises(UserError, match=r'model.train = "full", but the transformer .* set model.train = "lora"'):
         load(replace(recipe, model=replace(recipe.model, train="full")), "none")
-    planned = flux_skeleton(replace(recipe.model, quantize="none"), LoraConfig(), "none").transformer
+    planned = pipeline_skeleton(Flux().spec, replace(recipe.model, quantize="none"), LoraConfig(), "none").transformer
     assert sum(isinstance(layer, QuantizedLinear) for layer in planned.modules()) == 26
 
 

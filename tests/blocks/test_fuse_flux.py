@@ -33,6 +33,7 @@ from helpers.flux_models import (
     make_transformer,
     run,
 )
+from helpers.tiny_pipelines import make_tiny_flux
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -40,7 +41,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastguard as fg
-from fastguard.backbones.flux.tiny import make_tiny_flux
 from fastguard.blocks import linear
 from fastguard.blocks.architecture import qk_norms
 from fastguard.blocks.flux import FusedDoubleBlock

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_pipelines import make_tiny_flux
 
 import fastguard.memory
-from fastguard.backbones.flux.tiny import make_tiny_flux
 from fastguard.blocks import compiled
 from fastguard.commands import doctor
 from fastguard.commands.doctor import Finding, checkpoint_bytes, examine

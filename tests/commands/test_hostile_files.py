@@ -17,10 +17,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from fastguard.backbones.flux.backbone import FluxBackbone
-from fastguard.backbones.flux.encoding import encode_prompts
-from fastguard.backbones.flux.parts import PARTS
+from fastguard.backbones.flux import Flux
+from fastguard.backbones.flux.spec import PARTS
 from fastguard.backbones.folder import pipeline_problems
+from fastguard.backbones.pipeline.backbone import load_pipeline
+from fastguard.backbones.pipeline.encoding import encode_prompts
 from fastguard.commands.train import announce
 from fastguard.config import Recipe
 from fastguard.errors import UserError
@@ -45,7 +46,7 @@ def recipe_for(folder: Path) -> Recipe:
 
 
 def encode(folder: Path) -> EncodedPrompts:
-    return encode_prompts([Prompt("a")], str(folder), 16, folder.parent / "cache", torch.float32, CPU)
+    return encode_prompts(Flux().spec, [Prompt("a")], str(folder), 16, folder.parent / "cache", torch.float32, CPU)
 
 
 # --- JSON
@@ -127,7 +128,7 @@ def test_a_pickle_is_refused_by_name_and_never_opened(folder: Path, part: str) -
     assert f"{folder / part / PICKLES[part]} is a pickle, which can run code, and is never opened: download" in problem
     recipe = recipe_for(folder)
     with pytest.raises((OSError, ValueError)):  # the loaders do not open it either, without the check
-        FluxBackbone.load(recipe, encode(folder), 1, CPU, "none")
+        load_pipeline(Flux().spec, recipe, encode(folder), 1, CPU, "none")
 
 
 @pytest.mark.usefixtures("unopened")
@@ -215,7 +216,7 @@ def test_weights_that_do_not_fit_name_the_model(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(FluxTransformer2DModel, "to", lambda *_: fill_a_gpu())
     told = r"model\.path = '.*/flux': {} does not fit into memory \(CUDA out of memory"
     with pytest.raises(ValueError, match=told.format("the pipeline")):
-        FluxBackbone.load(recipe_for(folder), encoded, 1, CPU, "none")
+        load_pipeline(Flux().spec, recipe_for(folder), encoded, 1, CPU, "none")
     shutil.rmtree(folder.parent / "cache")
     monkeypatch.setattr(T5EncoderModel, "to", lambda *_: fill_a_gpu())
     with pytest.raises(ValueError, match=told.format("what encodes the prompts")):

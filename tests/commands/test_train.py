@@ -172,7 +172,7 @@ def test_compiled_blocks_train_with_ratios_of_1_and_through_a_resume(
 
     aot_eager runs the graphs without the machine code that inductor makes of them, which takes a minute on a CPU.
     """
-    from fastguard.backbones.flux import backbone
+    from fastguard.backbones.pipeline import backbone
     from fastguard.blocks import compiled
 
     monkeypatch.delenv(compiled.CACHE, raising=False)

@@ -14,7 +14,7 @@ from flow_factory.rewards.abc import PointwiseRewardModel, RewardModelOutput
 from flow_factory.trainers import load_trainer
 from torch import Tensor
 
-from fastguard.backbones.flux.tiny import make_tiny_flux
+from helpers.tiny_pipelines import make_tiny_flux
 
 
 class Redness(PointwiseRewardModel):

@@ -179,7 +179,7 @@ def train(
     Returns:
         what it logged per optimizer step, and by how much each trained weight moved.
     """
-    from fastguard.backbones.flux.tiny import _pipeline as tiny_flux  # takes seconds to import
+    from fastguard.backbones.flux import Flux
 
     (folder / "train.txt").write_text("a cat\na dog\na red bus\n")
     (folder / "test.txt").write_text("a cat\n")
@@ -227,7 +227,11 @@ def train(
         names["FLAGS"] = types.SimpleNamespace(config=config)
         loader = names["DataLoader"]
         names["DataLoader"] = lambda *args, num_workers, **kwargs: loader(*args, **kwargs)  # no processes
-        makers = {"StableDiffusion3Pipeline": make_tiny_sd3, "FluxPipeline": tiny_flux, "WanPipeline": make_tiny_wan}
+        makers = {
+            "StableDiffusion3Pipeline": make_tiny_sd3,
+            "FluxPipeline": Flux().spec.tiny,
+            "WanPipeline": make_tiny_wan,
+        }
         pipeline = next(name for name in reversed(makers) if name in names)  # the Wan script imports that of SD3 too
 
         def from_pretrained(*_: Any, **__: Any) -> Any:

@@ -14,7 +14,13 @@ from helpers.deadline import deadline
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["helpers.toy_run", "fastguard.cli", "fastguard.commands.train", "fastguard.backbones.flux.backbone"]
+    [
+        "helpers.toy_run",
+        "fastguard.cli",
+        "fastguard.commands.train",
+        "fastguard.backbones.pipeline.backbone",
+        "fastguard.backbones.flux.spec",
+    ]
 )
 TOY = "helpers.toy_run:run_and_exit"
 FASTGUARD = "fastguard.cli:main"

@@ -31,6 +31,8 @@ class PlannedShades(Shades):
             decoder=decoder,
             blocks={"shade": backbone.policy.blocks},
             latent_shape=SHAPE,
+            tokens=SHAPE[0],
+            branches=1,
             width=8,
             text=(3, 2),
             fused=None,

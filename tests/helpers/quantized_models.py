@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastguard.backbones.flux import Flux
-from fastguard.backbones.flux.backbone import blocks_of
 from fastguard.backbones.lora import add_lora
+from fastguard.backbones.pipeline.backbone import blocks_of
 from fastguard.backbones.quantize import _linear_layers, _put, quantize_linears
 from fastguard.blocks.linear import QuantizedLinear
 from fastguard.config import LoraConfig
@@ -19,7 +19,7 @@ FORMATS = ["int8", "float8", "nf4"]
 
 def quantized(model: Any, how: Any) -> Any:
     """The linear layers of the blocks, as model.quantize has them; in place."""
-    for block in blocks_of(model).values():
+    for block in blocks_of(Flux().spec, model).values():
         quantize_linears(block, torch.device("cpu"), how)
     return model
 
@@ -88,4 +88,6 @@ def _scales(layer: nn.Module) -> list[torch.Tensor]:
 
 
 def _layers(model: Any, how: Any) -> list[str]:
-    return [name for prefix, block in blocks_of(model).items() for name in _linear_layers(prefix, block, how)]
+    return [
+        name for prefix, block in blocks_of(Flux().spec, model).items() for name in _linear_layers(prefix, block, how)
+    ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastguard.backbones import Backbone, Family
 from fastguard.config import ModelConfig, Recipe, Recompute
 from fastguard.prompts import Prompt
+from fastguard.schedule import shifted_sigmas
 from fastguard.utils.findings import Finding
 
 SHAPE = (2, 8)
@@ -49,6 +50,9 @@ class ShadeBackbone:
     def __init__(self, prompts: Sequence[Prompt], embeds: Tensor, num_trained_prompts: int) -> None:
         self.policy = ShadePolicy()
         self.prompts, self.num_trained_prompts, self._embeds = prompts, num_trained_prompts, embeds
+
+    def sigmas(self, num_steps: int) -> tuple[float, ...]:
+        return shifted_sigmas(num_steps, self.shift)
 
     def load_prompts(self, prompt_indices: Iterable[int]) -> None:
         self.policy.embeds = self._embeds

@@ -5,7 +5,18 @@ Weights are drawn from torch's global generator.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from fastguard.backbones import family_of
+
+
+def make_tiny_flux(folder: Path, seed: int = 0) -> Path:
+    """The tiny Flux pipeline in a folder, as a run makes it."""
+    from fastguard.backbones.pipeline.tiny import make_tiny  # not before the interpreter is chosen
+
+    spec: Any = family_of("flux").spec
+    return make_tiny(spec, folder, seed)
 
 
 def make_tiny_sd3() -> Any:
@@ -18,7 +29,7 @@ def make_tiny_sd3() -> Any:
     )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    from fastguard.backbones.flux.tiny import _clip_tokenizer, _t5_tokenizer
+    from fastguard.backbones.pipeline.tiny import clip_tokenizer, t5_tokenizer
 
     def clip() -> Any:
         return CLIPTextModelWithProjection(
@@ -38,13 +49,13 @@ def make_tiny_sd3() -> Any:
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=clip(),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=clip(),
-        tokenizer_2=_clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=T5EncoderModel(
             T5Config(vocab_size=258, d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2)
         ),
-        tokenizer_3=_t5_tokenizer(),
+        tokenizer_3=t5_tokenizer(),
         vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
@@ -78,10 +89,10 @@ def make_tiny_wan() -> Any:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
-    from fastguard.backbones.flux.tiny import _t5_tokenizer
+    from fastguard.backbones.pipeline.tiny import t5_tokenizer
 
     return WanPipeline(
-        tokenizer=_t5_tokenizer(),
+        tokenizer=t5_tokenizer(),
         text_encoder=T5EncoderModel(T5Config(vocab_size=258, d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2)),
         vae=AutoencoderKLWan(
             base_dim=4,

@@ -26,6 +26,7 @@ from fastguard.config import (
 )
 from fastguard.prompts import Prompt
 from fastguard.rewards import RewardPool
+from fastguard.schedule import shifted_sigmas
 from fastguard.train.metrics import EpochLog
 from fastguard.train.monitor import Verdict
 from fastguard.train.state import TrainState, build_state
@@ -69,6 +70,9 @@ class ToyBackbone:
     def __init__(self, policy: nn.Module | None = None) -> None:
         self.policy = policy or ToyPolicy()
         self.prompts: Sequence[Prompt] = [Prompt("light", {"wanted": 1.0}), Prompt("dark", {"wanted": -1.0})]
+
+    def sigmas(self, num_steps: int) -> tuple[float, ...]:
+        return shifted_sigmas(num_steps, self.shift)
 
     def load_prompts(self, prompt_indices: Iterable[int]) -> None:
         """The policy holds both."""

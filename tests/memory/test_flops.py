@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.tiny_pipelines import make_tiny_flux
 from helpers.toys import MemoryRecorder, brightness, pool, with_
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastguard.backbones.flux.tiny import make_tiny_flux
 from fastguard.config import Recipe, advantages_config, objective_config
 from fastguard.memory import hours, rollout_flops, run_flops, update_flops
 from fastguard.recipe import find_recipe, load_recipe

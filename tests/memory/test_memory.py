@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT
+from helpers.tiny_pipelines import make_tiny_flux
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from fastguard.backbones.flux import backbone as backbone_module
-from fastguard.backbones.flux import skeleton
-from fastguard.backbones.flux.backbone import prepare_transformer
-from fastguard.backbones.flux.parts import PARTS
-from fastguard.backbones.flux.skeleton import flux_skeleton
-from fastguard.backbones.flux.tiny import _pipeline, make_tiny_flux
+from fastguard.backbones.flux import Flux
+from fastguard.backbones.flux.spec import PARTS, FluxSpec
 from fastguard.backbones.folder import pipeline_problems
+from fastguard.backbones.pipeline import backbone as backbone_module
+from fastguard.backbones.pipeline.backbone import prepare_transformer
+from fastguard.backbones.pipeline.skeleton import pipeline_skeleton
 from fastguard.blocks.linear import QuantizedLinear
 from fastguard.config import (
     Encoders,
@@ -395,15 +395,15 @@ def test_flux_devs_decoding_takes_what_the_page_says(side: int, batch: int) -> N
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_weights_gradients_and_state_of_the_tiny_model_are_the_closed_form(train: str) -> None:
     small = tiny(model={"train": train})
-    transformer: Any = _pipeline().transformer
-    prepare_transformer(transformer, small.model, small.lora, "none")
+    transformer: Any = Flux().spec.tiny().transformer
+    prepare_transformer(Flux().spec, transformer, small.model, small.lora, "none")
     trained = [p for p in transformer.parameters() if p.requires_grad]
 
     def rounded(tensors: Any, bytes_each: int = 4) -> int:
         return sum(-(-t.numel() * bytes_each // 512) * 512 for t in tensors)
 
     update = plan(small).phase("update")
-    assert update.weights == rounded(transformer.parameters()) + rounded(_pipeline().vae.parameters())
+    assert update.weights == rounded(transformer.parameters()) + rounded(Flux().spec.tiny().vae.parameters())
     assert update.gradients == rounded(trained)
     assert update.optimizer == 8 * sum(p.numel() for p in trained)
     eight_bit = plan(recipe_with(small, "update", optimizer="adamw8bit")).phase("update")
@@ -447,7 +447,7 @@ def test_tiles_that_are_not_decoded_take_the_memory_that_they_would(monkeypatch:
 
     few = peak()
     with monkeypatch.context() as patched:
-        patched.setattr(skeleton, "_decode_last_tiles", lambda *_: None)
+        patched.setattr(FluxSpec, "decode_last_tiles", lambda *_: None)
         assert few == peak()
     assert few.peak < passes.decode_pass(sampling_settings(wide), 2, False).peak
     passes.decode_pass.cache_clear()
@@ -708,7 +708,7 @@ def test_quantized_weights_take_their_bytes_and_are_dequantized_where_a_matmul_n
     small = tiny(model={"quantize": how, "recompute": "pointwise"})
     full = recipe_with(small, "model", quantize="none")
     held, moved = 0, 0
-    transformer = flux_skeleton(small.model, small.lora, "pointwise").transformer
+    transformer = pipeline_skeleton(Flux().spec, small.model, small.lora, "pointwise").transformer
     for name, layer in transformer.named_modules():
         if isinstance(layer, QuantizedLinear):
             codes = sum(t.nbytes for t in layer.quantized if t is not None)
@@ -738,7 +738,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
 
 def test_flops_of_an_update_are_those_of_its_matmuls() -> None:
     full = tiny(model={"train": "full"})
-    transformer: Any = _pipeline().transformer.requires_grad_(True)
+    transformer: Any = Flux().spec.tiny().transformer.requires_grad_(True)
     counts: dict[str, int] = {}
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):

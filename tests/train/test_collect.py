@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import fastguard as fg
 from fastguard.advantages import build_estimator
 from fastguard.config import Recipe, advantages_config, objective_config
 from fastguard.rewards import RewardError
+from fastguard.schedule import shifted_sigmas
 from fastguard.train.collect import SampledEpoch, sample_epoch
 from fastguard.train.metrics import Clock
 from fastguard.train.minibatches import minibatches
@@ -69,7 +71,7 @@ def test_advantages_are_those_of_the_images_after_each_step(recipe: Recipe, epoc
     steps, batches = recipe.sampler.sde_steps, 4
     assert recipe.scored_per_image == steps
     assert len(backbone.decoded) == len(shapes) == batches * steps
-    schedule = training_schedule(recipe.sampler, 3.0, 0, epoch)
+    schedule = training_schedule(recipe.sampler, partial(shifted_sigmas, shift=3.0), 0, epoch)
     assert schedule.window.start == epoch
 
     rewards = torch.empty(32, steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ from fastguard.train.rollout import (
 
 SHAPE = (3, 5)
 CONFIG = SamplerConfig(num_steps=6, shift=2.0, noise_level=0.7, sde_steps=5)
-SCHEDULE = training_schedule(CONFIG, 1.0, 0, 0)
+OWN = partial(shifted_sigmas, shift=1.0)
+SCHEDULE = training_schedule(CONFIG, OWN, 0, 0)
 
 
 def policy(latents: Tensor, sigma: Tensor, prompt_indices: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def test_noise_is_standard_normal_and_fresh_in_every_draw() -> None:
 
 
 def test_without_sde_steps_sampling_is_the_euler_ode() -> None:
-    result = sample([1], [0], ode_schedule(CONFIG.num_steps, 2.0))
+    result = sample([1], [0], ode_schedule(CONFIG, OWN, CONFIG.num_steps))
     assert result.transitions == ()
     x = sample([1], [0]).transitions[0].latents  # the initial latents share their seed
     sigmas = shifted_sigmas(CONFIG.num_steps, CONFIG.shift)
@@ -165,7 +167,7 @@ def test_every_step_of_a_window_has_a_density_and_no_other_step(kind: Any) -> No
     for window in ("fixed", "random", "sliding"):
         config = SamplerConfig(num_steps=8, shift=3.0, kind=kind, sde_steps=3, window=window, window_start=1)
         for epoch in range(30):
-            schedule = training_schedule(config, 1.0, 0, epoch)
+            schedule = training_schedule(config, OWN, 0, epoch)
             densities = [i for i in range(8) if schedule.step(i).has_density]
             assert densities == list(schedule.window)
             assert all(1 <= i <= 6 for i in densities) or window == "fixed"
@@ -174,7 +176,7 @@ def test_every_step_of_a_window_has_a_density_and_no_other_step(kind: Any) -> No
 def test_windows_move_as_they_should() -> None:
     def starts(**fields: Any) -> list[int]:
         config = SamplerConfig(num_steps=6, sde_steps=2, **fields)
-        return [training_schedule(config, 1.0, seed=3, epoch=epoch).window.start for epoch in range(12)]
+        return [training_schedule(config, OWN, seed=3, epoch=epoch).window.start for epoch in range(12)]
 
     assert starts(window_start=2) == [2] * 12
     assert starts(window="sliding", window_epochs=2, window_start=1) == [1, 1, 2, 2, 3, 3, 1, 1, 2, 2, 3, 3]
@@ -184,10 +186,12 @@ def test_windows_move_as_they_should() -> None:
 
 
 def test_the_model_decides_the_shift_unless_the_recipe_does() -> None:
-    assert training_schedule(SamplerConfig(num_steps=4, sde_steps=3), 3.0, 0, 0).sigmas == shifted_sigmas(4, 3.0)
-    assert training_schedule(SamplerConfig(num_steps=4, sde_steps=3, shift=1.0), 3.0, 0, 0).sigmas == shifted_sigmas(
-        4, 1.0
-    )
+    assert training_schedule(
+        SamplerConfig(num_steps=4, sde_steps=3), partial(shifted_sigmas, shift=3.0), 0, 0
+    ).sigmas == shifted_sigmas(4, 3.0)
+    assert training_schedule(
+        SamplerConfig(num_steps=4, sde_steps=3, shift=1.0), partial(shifted_sigmas, shift=3.0), 0, 0
+    ).sigmas == shifted_sigmas(4, 1.0)
 
 
 @pytest.mark.parametrize(("prompts", "per_epoch"), [(10, 10), (10, 3), (7, 5), (100, 7), (5, 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import fastguard as fg
 from fastguard.config import SamplerConfig, objective_config
+from fastguard.schedule import shifted_sigmas
 from fastguard.train import collect
 from fastguard.train.metrics import Clock
 from fastguard.train.minibatches import minibatches
@@ -42,7 +44,7 @@ def test_weights_are_their_formula_wherever_the_window_lies(kind: Any, epoch: in
     config = SamplerConfig(
         kind=kind, num_steps=6, shift=2.0, noise_level=0.7, sde_steps=3, window="sliding", window_epochs=1
     )
-    schedule = training_schedule(config, 1.0, 0, epoch)
+    schedule = training_schedule(config, partial(shifted_sigmas, shift=1.0), 0, epoch)
     assert schedule.window.start == epoch
     sigmas = schedule.sigmas
     by_hand = np.array([diffusion(kind, sigmas[i], sigmas[i + 1], sigmas[1], 0.7) for i in schedule.window])
@@ -58,7 +60,7 @@ def test_weights_are_their_formula_wherever_the_window_lies(kind: Any, epoch: in
 
 @pytest.mark.parametrize("name", ["inverse_dt", "equalized", "none"])
 def test_the_loss_has_the_other_weights(name: Any) -> None:
-    assert step_weights(name, training_schedule(RECIPE.sampler, 3.0, 0, 0)) is None
+    assert step_weights(name, training_schedule(RECIPE.sampler, partial(shifted_sigmas, shift=3.0), 0, 0)) is None
 
 
 def sampled(name: str, micro_batch: int) -> tuple[TrainState, collect.SampledEpoch]:
@@ -90,7 +92,10 @@ def test_an_update_multiplies_the_loss_of_each_step(
     monkeypatch.setattr(state.accelerator, "clip_grad_norm_", seen)
     advantages = rolled.advantages.values
     minibatch = next(minibatches(state, advantages))
-    weights = step_weights(state.recipe.objective.reweight, training_schedule(state.recipe.sampler, 3.0, 0, 0))
+    weights = step_weights(
+        state.recipe.objective.reweight,
+        training_schedule(state.recipe.sampler, partial(shifted_sigmas, shift=3.0), 0, 0),
+    )
     assert weights is not None
     (batch,) = rolled.transitions
     one = batch[minibatch.index]

@@ -56,7 +56,7 @@ from fastguard.utils.sealed import DamagedError
 
 def transitions_of(backbone: Any, recipe: Recipe) -> list[RolloutBatch]:
     prompts, seeds = images_to_sample(state_of(backbone, recipe))
-    schedule = training_schedule(recipe.sampler, backbone.shift, 0, 0)
+    schedule = training_schedule(recipe.sampler, backbone.sigmas, 0, 0)
     return list(rollout(backbone.policy, prompts, seeds, backbone.latent_shape, schedule).transitions)
 
 

@@ -19,14 +19,15 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.deadline import DEADLINE_S
+from helpers.tiny_pipelines import make_tiny_flux
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastguard import prompts as prompts_module
-from fastguard.backbones.flux import tiny
-from fastguard.backbones.flux.encoding import encode_prompts
-from fastguard.backbones.flux.tiny import make_tiny_flux
+from fastguard.backbones.flux import Flux
+from fastguard.backbones.flux.spec import FluxSpec
 from fastguard.backbones.folder import pipeline_folder
+from fastguard.backbones.pipeline.encoding import encode_prompts
 from fastguard.commands.sample import sample_recipe
 from fastguard.demo import cache as demo_cache
 from fastguard.demo.config import ClassifierConfig
@@ -42,7 +43,9 @@ TENSORS = {"embeds": torch.linspace(-1, 1, 24).view(4, 6).bfloat16(), "pooled": 
 def encode(tiny_flux: Path, tmp_path: Path) -> Callable[..., EncodedPrompts]:
     def encoded(*texts: str) -> EncodedPrompts:
         prompts = [Prompt(text) for text in texts]
-        return encode_prompts(prompts, str(tiny_flux), 16, tmp_path / "c", torch.float32, torch.device("cpu"))
+        return encode_prompts(
+            Flux().spec, prompts, str(tiny_flux), 16, tmp_path / "c", torch.float32, torch.device("cpu")
+        )
 
     return encoded
 
@@ -238,7 +241,7 @@ def test_two_processes_may_write_an_entry_at_once(
 
 def test_a_whole_tiny_pipeline_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_tiny_flux(tmp_path / "tiny")
-    monkeypatch.delattr(tiny, "_pipeline")
+    monkeypatch.delattr(FluxSpec, "tiny")
     assert make_tiny_flux(made) == made
 
 
@@ -276,13 +279,13 @@ def test_a_tiny_pipeline_that_is_not_whole_is_made_anew(
 def test_another_process_may_make_the_tiny_pipeline_meanwhile(
     tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, real = tmp_path / "tiny_flux", tiny._pipeline
+    made, real = tmp_path / "tiny_flux", FluxSpec.tiny
 
     def meanwhile() -> Any:
         shutil.copytree(tiny_flux, made)
         return real()
 
-    monkeypatch.setattr(tiny, "_pipeline", meanwhile)
+    monkeypatch.setattr(FluxSpec, "tiny", meanwhile)
     make_tiny_flux(made)
     assert sealed.is_sealed_folder(made)
     assert os.listdir(tmp_path) == ["tiny_flux"]
@@ -300,7 +303,7 @@ def test_another_process_may_replace_the_tiny_pipeline_meanwhile(
         if source == made:
             real(theirs, made)
 
-    monkeypatch.setattr(tiny.os, "rename", meanwhile)
+    monkeypatch.setattr(os, "rename", meanwhile)
     make_tiny_flux(made)
     assert sealed.is_sealed_folder(made)
     assert os.listdir(tmp_path) == ["tiny_flux"]
@@ -317,7 +320,7 @@ def test_what_another_process_has_just_moved_away_is_no_error(
             shutil.rmtree(made)
         real(source, target)
 
-    monkeypatch.setattr(tiny.os, "rename", moved)
+    monkeypatch.setattr(os, "rename", moved)
     make_tiny_flux(made)
     assert sealed.is_sealed_folder(made)
 
@@ -528,10 +531,10 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 from types import SimpleNamespace
 from helpers.flux_models import ONE_OF_EACH, make_transformer
-from fastguard.backbones.flux.backbone import FluxBackbone
+from fastguard.backbones.pipeline.backbone import PipelineBackbone
 from fastguard.utils.sharding import trained_parameters
 transformer = make_transformer("lora", **ONE_OF_EACH)
-backbone = object.__new__(FluxBackbone)
+backbone = object.__new__(PipelineBackbone)
 backbone._transformer, backbone._recipe = transformer, SimpleNamespace(model=SimpleNamespace(train="lora"))
 weights = {f"transformer.{name}": p.detach() for name, p in trained_parameters(transformer).items()}
 backbone.export(Path(sys.argv[1]), weights)

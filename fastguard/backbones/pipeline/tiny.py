@@ -1,7 +1,7 @@
-"""A complete Flux pipeline of a few hundred thousand random weights, for tests and first steps on a CPU.
+"""Complete pipelines of a few hundred thousand random weights, for tests and first steps on a CPU.
 
-Everything is real but its size: CLIP, T5 and their tokenizers, the VAE, the scheduler, the transformer. It is saved in
-diffusers' layout and loaded by the code that loads Flux.1-dev.
+Everything is real but its size: text encoders and their tokenizers, the VAE, the scheduler, the transformer. A pipeline
+is saved in diffusers' layout and loaded by the code that loads the large ones.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from fastguard.errors import UserError
 from fastguard.prompts import ANOTHER_CACHE
@@ -24,10 +23,14 @@ from fastguard.utils.files import writing
 from fastguard.utils.sealed import clear_scratch, is_sealed_folder, scratch, seal_folder
 from fastguard.utils.terminal import a_few, say
 
+if TYPE_CHECKING:  # its families import this module
+    from fastguard.backbones.pipeline.spec import PipelineSpec
+
 TEXT_DIM = 32
+"""Channels of the tiny text encoders."""
 
 
-def make_tiny_flux(folder: Path, seed: int = 0) -> Path:
+def make_tiny(spec: PipelineSpec, folder: Path, seed: int = 0) -> Path:
     """Write the pipeline to `folder`, all or nothing; one that is there and whole stays. Returns the folder.
 
     An empty, unfinished or damaged one is replaced. Raises UserError for a folder that holds something else.
@@ -41,7 +44,7 @@ def make_tiny_flux(folder: Path, seed: int = 0) -> Path:
         with scratch(folder.parent) as aside:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                _pipeline().save_pretrained(aside / "new")
+                spec.tiny().save_pretrained(aside / "new")
             seal_folder(aside / "new")
             _require_ours(folder, os.listdir(aside / "new"))
             if replaced:
@@ -72,64 +75,18 @@ def _put(new: Path, folder: Path, old: Path) -> None:
                 os.rename(folder, old)
 
 
-def _pipeline() -> Any:  # diffusers hides save_pretrained from mypy
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=258,
-                hidden_size=TEXT_DIM,
-                intermediate_size=2 * TEXT_DIM,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=77,
-                bos_token_id=256,
-                eos_token_id=257,
-            )
-        ),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=258, d_model=TEXT_DIM, d_ff=2 * TEXT_DIM, d_kv=16, num_layers=2, num_heads=2)
-        ),
-        tokenizer_2=_t5_tokenizer(),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 16, 16),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-        transformer=FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=4,
-            joint_attention_dim=TEXT_DIM,
-            pooled_projection_dim=TEXT_DIM,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
-        ),
-    )
-
-
-def _bytes_vocabulary() -> list[str]:
+def bytes_vocabulary() -> list[str]:
     """One token per byte, in the byte-level alphabet's fixed order."""
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
-    vocabulary = {token: i for i, token in enumerate(_bytes_vocabulary())}
+def clip_tokenizer() -> CLIPTokenizer:
+    vocabulary = {token: i for i, token in enumerate(bytes_vocabulary())}
     vocabulary |= {"<|startoftext|>": 256, "<|endoftext|>": 257}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
     pieces += [(chr(i), -3.0) for i in range(33, 127)] + [("▁", -2.0)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)

@@ -1,0 +1,210 @@
+"""Flux.1's classes, and how its pipeline uses them.
+
+Axes: B image, P prompt, S image token, T text token, C channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from fastguard.backbones.folder import PipelineParts
+from fastguard.backbones.pipeline.spec import Configs, EncoderCall, Grid, PipelineSpec, Text, TextPart
+from fastguard.backbones.pipeline.tiny import TEXT_DIM, clip_tokenizer, t5_tokenizer
+from fastguard.backbones.sizes import CLIP_SIZES, MOST_CHANNELS, MOST_LAYERS, T5_SIZES, VAE_SIZES
+
+PARTS = PipelineParts(
+    modules={
+        "transformer": (FluxTransformer2DModel, "diffusion_pytorch_model"),
+        "vae": (AutoencoderKL, "diffusion_pytorch_model"),
+        "text_encoder": (CLIPTextModel, "model"),
+        "text_encoder_2": (T5EncoderModel, "model"),
+    },
+    tokenizers={"tokenizer": (CLIPTokenizer, "text_encoder"), "tokenizer_2": (T5Tokenizer, "text_encoder_2")},
+    largest={
+        "transformer": {
+            "num_layers": MOST_LAYERS,
+            "num_single_layers": MOST_LAYERS,
+            **dict.fromkeys(
+                (
+                    "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads",
+                    "joint_attention_dim", "pooled_projection_dim", "axes_dims_rope",
+                ),
+                MOST_CHANNELS,
+            ),
+        },
+        "vae": VAE_SIZES,
+        "text_encoder": CLIP_SIZES,
+        "text_encoder_2": T5_SIZES,
+        "scheduler": {"num_train_timesteps": 1_000_000},
+    },
+)  # fmt: skip
+TRANSFORMER = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+}
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+CLIP = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+}
+T5 = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+DEV: Configs = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": CLIP, "text_encoder_2": T5}
+
+
+def _clip(
+    pipe: Any, texts: Sequence[str], max_tokens: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    return {"pooled": pipe._get_clip_prompt_embeds(list(texts), device=device)}
+
+
+def _t5(
+    pipe: Any, texts: Sequence[str], max_tokens: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    embeds = pipe._get_t5_prompt_embeds(list(texts), max_sequence_length=max_tokens, device=device, dtype=dtype)
+    return {"embeds": embeds}
+
+
+class FluxSpec(PipelineSpec):
+    """FluxPipeline."""
+
+    pipeline = FluxPipeline
+    parts = PARTS
+    blocks: ClassVar[Mapping[str, str]] = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+    known: ClassVar[Mapping[str, Configs]] = {
+        "black-forest-labs/FLUX.1-dev": DEV,
+        "black-forest-labs/FLUX.1-schnell": {**DEV, "transformer": {**TRANSFORMER, "guidance_embeds": False}},
+    }
+    text_parts = (
+        TextPart(("text_encoder",), _clip, quantizable=False),  # 0.2 GB in bfloat16
+        TextPart(("text_encoder_2",), _t5),
+    )
+
+    def width(self, transformer: Mapping[str, Any]) -> int:
+        return transformer["num_attention_heads"] * transformer["attention_head_dim"]
+
+    def text_shapes(self, configs: Configs, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
+        transformer = configs["transformer"]
+        return {
+            "embeds": (max_tokens, transformer["joint_attention_dim"]),
+            "pooled": (transformer["pooled_projection_dim"],),
+        }
+
+    def encoder_calls(self, configs: Configs, max_tokens: int) -> Mapping[str, EncoderCall]:
+        return {
+            "text_encoder": EncoderCall(
+                configs["text_encoder"]["max_position_embeddings"],
+                lambda clip, ids: clip(ids, output_hidden_states=False).pooler_output,
+            ),
+            "text_encoder_2": EncoderCall(max_tokens, lambda t5, ids: t5(ids, output_hidden_states=False)[0]),
+        }
+
+    def positions(self, grid: Grid) -> Tensor:
+        rows_and_columns = torch.arange(grid.rows, device="cpu"), torch.arange(grid.columns, device="cpu")
+        y, x = torch.meshgrid(*rows_and_columns, indexing="ij")
+        return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float()
+
+    def velocity(
+        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Tensor | None
+    ) -> Tensor:
+        assert positions is not None
+        embeds, device = text["embeds"], latents.device
+        scale = None
+        if transformer.config.guidance_embeds:
+            scale = torch.full((len(latents),), guidance, dtype=torch.float32, device=device)
+        return transformer(
+            hidden_states=latents,
+            encoder_hidden_states=embeds,
+            pooled_projections=text["pooled"],
+            timestep=sigma,
+            guidance=scale,
+            img_ids=positions.to(device, latents.dtype),
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=latents.dtype),
+            return_dict=False,
+        )[0]
+
+    def decode(self, vae: Any, latents: Tensor, grid: Grid) -> Tensor:
+        z = FluxPipeline._unpack_latents(latents, grid.height, grid.width, self.vae_factor(vae.config))
+        z = (z / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        return vae.decode(z, return_dict=False)[0]
+
+    def tiny(self) -> Any:
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+            text_encoder=CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=258,
+                    hidden_size=TEXT_DIM,
+                    intermediate_size=2 * TEXT_DIM,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    max_position_embeddings=77,
+                    bos_token_id=256,
+                    eos_token_id=257,
+                )
+            ),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=T5EncoderModel(
+                T5Config(vocab_size=258, d_model=TEXT_DIM, d_ff=2 * TEXT_DIM, d_kv=16, num_layers=2, num_heads=2)
+            ),
+            tokenizer_2=t5_tokenizer(),
+            vae=AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                block_out_channels=(8, 16, 16),
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=4,
+                scaling_factor=0.3611,
+                shift_factor=0.1159,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            transformer=FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=4,
+                joint_attention_dim=TEXT_DIM,
+                pooled_projection_dim=TEXT_DIM,
+                guidance_embeds=True,
+                axes_dims_rope=(4, 6, 6),
+            ),
+        )

@@ -1,0 +1,213 @@
+"""What a family of diffusers pipelines says of itself: its classes, and how its transformer is asked for a velocity.
+
+Axes: B image, P prompt, S image token, T text token, C channel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastguard.backbones.folder import PipelineParts
+from fastguard.backbones.schedule import equal_steps, linear_mu
+from fastguard.config import ModelConfig
+from fastguard.errors import UserError
+
+if TYPE_CHECKING:
+    from fastguard.backbones.pipeline import PipelineFamily
+
+Text = Mapping[str, Tensor]
+"""Embeddings by name, (P, ...) or (B, ...) each."""
+Configs = Mapping[str, Mapping[str, Any]]
+"""Settings of the parts of a pipeline, as in their config.json."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Size of an image in the latent space."""
+
+    rows: int
+    """of image tokens"""
+    columns: int
+    height: int
+    """pixels"""
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Text encoders that are on the device together; one part is freed before the next is loaded."""
+
+    encoders: tuple[str, ...]
+    """parts of the pipeline; all others but the tokenizers are left out"""
+    encode: Callable[[Any, Sequence[str], int, torch.device, torch.dtype], dict[str, Tensor]]
+    """(pipeline, texts, prompts.max_tokens, device, dtype) -> embeddings (P, ...) by name"""
+    quantizable: bool = True
+    """whether they are large enough to be worth 8 bits, with prompts.encoders = "int8" """
+
+
+@dataclass(frozen=True)
+class EncoderCall:
+    """How the planner calls a text encoder."""
+
+    tokens: int
+    """of each prompt, filled up"""
+    embed: Callable[[Any, Tensor], Any]
+    """(module, token ids (P, tokens) int64) -> what a run keeps"""
+
+
+class PipelineSpec(ABC):
+    """What is particular to a family of pipelines."""
+
+    pipeline: ClassVar[Any]
+    """diffusers' class"""
+    parts: ClassVar[PipelineParts]
+    """what a folder must hold; the transformer and the VAE are called `transformer` and `vae`"""
+    blocks: ClassVar[Mapping[str, str]]
+    """kinds of the transformer's blocks, and the attributes that hold them"""
+    known: ClassVar[Mapping[str, Configs]]
+    """settings of models on the hub, which the planner knows without their files"""
+    text_parts: ClassVar[tuple[TextPart, ...]]
+    """in the order in which they are loaded: the one with the large embeddings comes last"""
+
+    def __init__(self, family: PipelineFamily) -> None:
+        self.family = family
+
+    # --- sizes
+
+    def grid(self, configs: Configs, model: ModelConfig) -> Grid:
+        """The image tokens: the VAE's factor, then patches of 2 x 2.
+
+        Raises UserError if the image does not divide into them.
+        """
+        factor = self.vae_factor(configs["vae"]) * 2
+        for name in ("height", "width"):
+            if getattr(model, name) % factor:
+                raise UserError(f"model.{name} must be a multiple of {factor} pixels, got {getattr(model, name)}")
+        return Grid(model.height // factor, model.width // factor, model.height, model.width)
+
+    def vae_factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels of an image for each number of a latent, along a side."""
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
+    def latent_shape(self, configs: Configs, grid: Grid) -> tuple[int, ...]:
+        """Of one image: tokens (S, C), for models that take them."""
+        return grid.tokens, configs["transformer"]["in_channels"]
+
+    @abstractmethod
+    def width(self, transformer: Mapping[str, Any]) -> int:
+        """Channels of a token in the transformer."""
+
+    @abstractmethod
+    def text_shapes(self, configs: Configs, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of one prompt's embeddings, as `text` returns them."""
+
+    # --- prompts
+
+    def text(self, encoded: Text) -> Text:
+        """The embeddings as `velocity` takes them, (P, ...) each, from those of all `text_parts`."""
+        return encoded
+
+    @abstractmethod
+    def encoder_calls(self, configs: Configs, max_tokens: int) -> Mapping[str, EncoderCall]:
+        """How each text encoder is called."""
+
+    # --- the policy
+
+    def positions(self, grid: Grid) -> Tensor | None:
+        """Positions of the image tokens on the host, for `velocity`."""
+        return None
+
+    @abstractmethod
+    def velocity(
+        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Tensor | None
+    ) -> Tensor:
+        """One call of the transformer: latents (B, *latent_shape), sigma (B,) float32 -> velocity like latents.
+
+        guidance: model.guidance, for models that take it as an input.
+        """
+
+    def guided(self, configs: Configs, model: ModelConfig) -> bool:
+        """Whether the policy is guided by a second branch, for the negative prompt (classifier-free guidance)."""
+        return False
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+        """The guided velocity (arXiv 2207.12598, equation 6, with guidance = 1 + w)."""
+        return unconditional + guidance * (conditional - unconditional)
+
+    # --- the schedule
+
+    def sigmas(self, scheduler: Any, grid: Grid, num_steps: int) -> tuple[float, ...]:
+        """The pipeline's schedule: (num_steps + 1,) flow times from 1 to 0.
+
+        By default the pipeline hands equally spaced times to the scheduler, shifted by the number of image tokens.
+        """
+        return equal_steps(scheduler, num_steps, self.mu(scheduler, grid, num_steps))
+
+    def mu(self, scheduler: Any, grid: Grid, num_steps: int) -> float | None:
+        """The shift's logarithm for this image, for schedulers with use_dynamic_shifting."""
+        return linear_mu(scheduler.config, grid.tokens)
+
+    def shift(self, scheduler: Any, grid: Grid, num_steps: int) -> float:
+        """The factor s of `s t / (1 + (s - 1) t)` in the schedule; times of the forward process are shifted by it."""
+        if not scheduler.config.use_dynamic_shifting:
+            return float(scheduler.config.shift)
+        mu = self.mu(scheduler, grid, num_steps)
+        assert mu is not None
+        return math.exp(mu)
+
+    # --- images
+
+    @abstractmethod
+    def decode(self, vae: Any, latents: Tensor, grid: Grid) -> Tensor:
+        """Latents (B, *latent_shape) -> images (B, 3, H, W) in [-1, 1]."""
+
+    def decode_in_tiles(self, vae: Any, side: int) -> None:
+        """Decode in tiles of `side` pixels that overlap by a quarter, and blend them; no larger images are decoded
+        whole. The VAE's own tiles would be as large as the images that it was trained with."""
+        vae.enable_tiling()
+        vae.tile_sample_min_size = side
+        vae.tile_latent_min_size = side // self.vae_factor(vae.config)
+
+    def decode_last_tiles(self, vae: Any, grid: Grid) -> None:
+        """For the planner: of each image, decode the last tile of each size alone, and blend nothing. The peak is the
+        same, within seconds.
+
+        At an earlier tile of the same size fewer others wait. Blending is in place, thousands of small operations.
+        """
+        factor, side = self.vae_factor(vae.config), vae.tile_latent_min_size
+        height, width = grid.height // factor, grid.width // factor
+        if height <= side and width <= side:
+            return
+        step = int(side * (1 - vae.tile_overlap_factor))
+        tiles = [
+            (min(side, height - y), min(side, width - x)) for y in range(0, height, step) for x in range(0, width, step)
+        ]
+        last = {size: i for i, size in enumerate(tiles)}
+        decoded = itertools.cycle(last[size] == i for i, size in enumerate(tiles))
+        whole = vae.decoder.forward
+
+        def decode(z: Tensor) -> Tensor:
+            if next(decoded):
+                return whole(z)
+            return z.new_empty(len(z), vae.config.out_channels, z.shape[2] * factor, z.shape[3] * factor)
+
+        vae.decoder.forward = decode
+        vae.blend_v = vae.blend_h = lambda _, tile, __: tile
+
+    # --- the tiny pipeline
+
+    @abstractmethod
+    def tiny(self) -> Any:
+        """A complete pipeline of a few hundred thousand random weights, drawn from torch's global generator."""
