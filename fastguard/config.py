@@ -50,7 +50,7 @@ MOST_UPDATES = 100_000
 
 StepWeights = Literal[Reweight, "tempflow", "noise_level"]
 """`guard_loss` knows the first ones; `train.step_weights` finds the others from the schedule."""
-ModelKind = Literal["flux", "digits"]
+ModelKind = Literal["flux", "sd3", "digits"]
 """The names in `backbones.build.FAMILIES`, as types."""
 Encoders = Literal["device", "int8", "cpu"]
 
@@ -128,13 +128,13 @@ class ModelConfig:
     """
 
     kind: ModelKind = "flux"
-    """model family: a diffusers FluxPipeline, or the demo's digit model, which reads only `kind` and `fuse`"""
+    """model family, by a kind of diffusers pipeline; or the demo's digit model, which reads only `kind` and `fuse`"""
     path: str = "black-forest-labs/FLUX.1-dev"
     """folder of the pipeline in diffusers' layout, or its name on the model hub"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of the weights that are not trained, of activations and of latents"""
     height: int = 512
-    """image height in pixels, a multiple of 16 for Flux.1 (8 for the VAE, 2 for the patches)"""
+    """image height in pixels, a multiple of 16 for all but the tiny models (8 for the VAE, 2 for the patches)"""
     width: int = 512
     """image width in pixels"""
     guidance: float = 3.5

@@ -28,6 +28,7 @@ class PipelinePolicy(nn.Module):
     def __init__(self, spec: PipelineSpec, transformer: Any, grid: Grid, model: ModelConfig, guided: bool) -> None:
         super().__init__()
         self.transformer: Any = transformer  # diffusers' mixins hide from mypy that it is a Module
+        self._no_split_modules = transformer._no_split_modules  # classes of the blocks, which FSDP2 shards one by one
         self.guided = guided
         self._spec, self._model, self._positions = spec, model, spec.positions(grid)
         self.row_of = torch.empty(0)

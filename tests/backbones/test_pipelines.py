@@ -1,0 +1,189 @@
+"""What every family of pipelines has to be, on its tiny random pipeline: diffusers' own in another form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastguard.backbones import family_of
+from fastguard.backbones.pipeline import PipelineFamily
+from fastguard.backbones.pipeline.backbone import PipelineBackbone
+from fastguard.config import Recipe, SamplerConfig
+from fastguard.recipe import find_recipe, load_recipe
+from fastguard.train.build import gather_prompts, with_model
+from fastguard.train.rollout import initial_latents, ode_schedule, predict_velocity, rollout
+from fastguard.utils.sharding import trained_parameters
+
+CPU = torch.device("cpu")
+STEPS = 3
+PROMPTS = [0, 5]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, and how its pipeline in diffusers is called as ours."""
+
+    recipe: str
+    call: Callable[[Recipe], dict[str, Any]]
+    """arguments of the pipeline beside prompts, steps and sizes"""
+    unpacked: Callable[[Tensor], Tensor] = lambda latents: latents
+    """latents of the pipeline as it takes them, from ours"""
+
+
+def _guided(recipe: Recipe) -> dict[str, Any]:
+    return {"guidance_scale": recipe.model.guidance, "negative_prompt": [recipe.model.negative_prompt] * len(PROMPTS)}
+
+
+CASES = {
+    "flux": Case("flux_tiny", lambda recipe: {"guidance_scale": recipe.model.guidance}),
+    "sd3": Case("sd35_tiny", _guided),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def recipe(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Of the tiny pipeline, which is made."""
+    tiny = load_recipe(find_recipe(CASES[kind].recipe))
+    return with_model(replace(tiny, prompts=replace(tiny.prompts, cache=tmp_path_factory.mktemp("cache"))))
+
+
+@pytest.fixture(scope="module")
+def pipe(recipe: Recipe) -> Any:
+    """As plain diffusers loads it."""
+    family: Any = family_of(recipe.model.kind)
+    pipe = family.spec.pipeline.from_pretrained(recipe.model.path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load(recipe: Recipe) -> Any:
+    family = family_of(recipe.model.kind)
+    assert isinstance(family, PipelineFamily)
+    torch.manual_seed(0)
+    encoded = family.encode(recipe, gather_prompts(recipe).all, CPU)
+    return family.load(recipe, encoded, 1, CPU, "none")
+
+
+@pytest.fixture
+def backbone(recipe: Recipe) -> PipelineBackbone:
+    return load(recipe)
+
+
+def move(backbone: PipelineBackbone) -> dict[str, Tensor]:
+    """Change every trained weight; returns them by name, whole."""
+    with torch.no_grad():
+        for parameter in trained_parameters(backbone.policy).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return {name: p.detach() for name, p in trained_parameters(backbone.policy).items()}
+
+
+def sampled(backbone: PipelineBackbone) -> Tensor:
+    """Final latents of two prompts, without noise."""
+    seeds = torch.tensor([[7] + STEPS * [0], [8] + STEPS * [0]])
+    backbone.load_prompts(PROMPTS)
+    schedule = ode_schedule(SamplerConfig(), backbone.sigmas, STEPS)
+    return rollout(backbone.policy, torch.tensor(PROMPTS), seeds, backbone.latent_shape, schedule).latents
+
+
+def sampled_by(pipe: Any, backbone: PipelineBackbone, recipe: Recipe, output: str) -> Tensor:
+    """The same by diffusers: latents, or images in [0, 255]."""
+    case, model = CASES[recipe.model.kind], recipe.model
+    latents = initial_latents(torch.tensor([7, 8]), backbone.latent_shape, CPU)
+    return pipe(
+        [backbone.prompts[i].text for i in PROMPTS], height=model.height, width=model.width, num_inference_steps=STEPS,
+        max_sequence_length=recipe.prompts.max_tokens, latents=case.unpacked(latents), output_type=output,
+        **case.call(recipe),
+    ).images  # fmt: skip
+
+
+def test_sampling_is_the_pipelines(backbone: PipelineBackbone, pipe: Any, recipe: Recipe) -> None:
+    latents = sampled(backbone)
+    theirs = sampled_by(pipe, backbone, recipe, "latent").reshape(latents.shape)
+    assert (latents - theirs).abs().max() < 2e-6 * theirs.abs().max()
+    images = backbone.decode(latents)
+    assert images.shape == (2, 3, recipe.model.height, recipe.model.width)
+    assert (images - sampled_by(pipe, backbone, recipe, "pt").mul(255)).abs().max() < 1.01  # rounding to 256 levels
+    times = torch.tensor(backbone.sigmas(STEPS))
+    assert torch.allclose(pipe.scheduler.sigmas, times, atol=1e-6, rtol=0)
+
+
+def test_trained_adapters_load_in_plain_diffusers(
+    backbone: PipelineBackbone, pipe: Any, recipe: Recipe, tmp_path: Path
+) -> None:
+    before = sampled(backbone)
+    backbone.export(tmp_path / "diffusers", move(backbone))
+    content = load_file(tmp_path / "diffusers" / "pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in content.values()} == {torch.float32}
+    pipe.load_lora_weights(tmp_path / "diffusers")
+    try:
+        loaded = sampled_by(pipe, backbone, recipe, "latent").reshape(before.shape)
+    finally:
+        pipe.unload_lora_weights()
+    ours = sampled(backbone)
+    assert (ours - before).abs().max() > 1e-3
+    assert (loaded - ours).abs().max() < 1e-5 * ours.abs().max()
+
+
+def test_adapters_off_is_the_model_before_training(backbone: PipelineBackbone) -> None:
+    base = sampled(backbone)
+    move(backbone)
+    moved = sampled(backbone)
+    with backbone.adapters_off():
+        assert torch.equal(sampled(backbone), base)
+    assert torch.equal(sampled(backbone), moved)
+
+
+def velocity_and_gradients(backbone: PipelineBackbone) -> tuple[Tensor, dict[str, Tensor]]:
+    backbone.load_prompts(PROMPTS)
+    latents = initial_latents(torch.tensor([7, 8]), backbone.latent_shape, CPU)
+    velocity = predict_velocity(backbone.policy, latents, 0.6, torch.tensor(PROMPTS))
+    parameters = trained_parameters(backbone.policy)
+    found = torch.autograd.grad(velocity.square().mean(), list(parameters.values()), allow_unused=True)
+    return velocity.detach(), {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def test_the_gradient_goes_through_both_branches_of_the_guidance_or_through_one(recipe: Recipe) -> None:
+    """d v / d theta of `v_u + g (v_c - v_u)`: the part through v_c alone is g times its own."""
+    both, one = (
+        load(replace(recipe, model=replace(recipe.model, guidance_gradient=which))) for which in ("both", "conditional")
+    )
+    if not both.policy.guided:
+        assert recipe.model.kind == "flux"
+        return
+    for backbone in (both, one):
+        move(backbone)
+    (velocity, whole), (again, part) = velocity_and_gradients(both), velocity_and_gradients(one)
+    assert (velocity - again).abs().max() < 1e-6 * velocity.abs().max()  # two calls, or one of both
+    assert any((whole[name] - part[name]).abs().max() > 0.05 * whole[name].abs().max() for name in whole)
+
+    spec = both._spec
+    guide = spec.guide
+    spec.guide = lambda conditional, unconditional, scale: guide(conditional, unconditional.detach(), scale)
+    _, expected = velocity_and_gradients(both)
+    for name, gradient in expected.items():
+        assert torch.allclose(gradient, part[name], rtol=1e-4, atol=1e-6 * float(gradient.abs().max())), name
+
+
+def test_without_guidance_there_is_one_branch(recipe: Recipe) -> None:
+    calls: list[int] = []
+    for guidance in (1.0, 2.0):
+        backbone = load(replace(recipe, model=replace(recipe.model, guidance=guidance)))
+        backbone.policy.transformer.register_forward_hook(
+            lambda module, args, kwargs, out: calls.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        with torch.no_grad():
+            sampled(backbone)
+    assert set(calls[:STEPS]) == {2}
+    assert set(calls[STEPS:]) == {4 if backbone.policy.guided else 2}
