@@ -89,7 +89,7 @@ def _from_json(line: str, where: str) -> Prompt:
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Prompts whose embeddings lie on disk, one file per distinct text; read as needed."""
+    """Prompts whose embeddings lie on disk, one file for equal prompts; read as needed."""
 
     prompts: Sequence[Prompt]
     files: Sequence[Path]
@@ -120,33 +120,38 @@ def cache_folder(chosen: Path | None = None) -> Path:
     return folder.absolute()  # a reward may change the working directory
 
 
-Encode = Callable[[Sequence[str]], Iterable[dict[str, Tensor]]]
-"""Texts -> the embeddings of each, by name, without a batch axis."""
+Encode = Callable[[Sequence[Prompt]], Iterable[dict[str, Tensor]]]
+"""Prompts -> the embeddings of each, by name, without a batch axis."""
 
 
 def encode_once(
-    prompts: Sequence[Prompt], key: str, cache: Path | None, load_encoders: Sequence[Callable[[], Encode]]
+    prompts: Sequence[Prompt],
+    key: str,
+    cache: Path | None,
+    load_encoders: Sequence[Callable[[], Encode]],
+    identity: Callable[[Prompt], str] = lambda prompt: prompt.text,
 ) -> EncodedPrompts:
     """Encode what the cache does not hold yet, with one encoder after the other, and free each of them again.
 
     Args:
-        key: tells apart all that the embeddings depend on, but for the text.
+        key: tells apart all that the embeddings depend on, but for the prompt.
         cache: as in `cache_folder`.
         load_encoders: each makes a part of the embeddings, and is called only if something is missing, once the
-            encoder before has been freed. What it returns gets `ENCODE_BATCH` texts at most at once. What all but the
-            last make of every missing text waits in host memory: the one with the large embeddings comes last.
+            encoder before has been freed. What it returns gets `ENCODE_BATCH` prompts at most at once. What all but the
+            last make of every missing prompt waits in host memory: the one with the large embeddings comes last.
+        identity: what of a prompt the embeddings depend on.
 
     Raises what these raise; embeddings that come after an error are not cached.
     """
     folder = cache_folder(cache) / "prompts" / key
-    files = [folder / f"{hashlib.sha256(p.text.encode()).hexdigest()[:32]}.safetensors" for p in prompts]
-    texts = {file: p.text for file, p in zip(files, prompts, strict=True)}
+    files = [folder / f"{hashlib.sha256(identity(p).encode()).hexdigest()[:32]}.safetensors" for p in prompts]
+    asked = dict(zip(files, prompts, strict=True))
     with writing(folder, then=ANOTHER_CACHE):
         folder.mkdir(parents=True, exist_ok=True)
         clear_scratch(folder)
-    unusable = _unusable(list(texts))
+    unusable = _unusable(list(asked))
     if unusable:
-        _encode([(file, texts[file]) for file in unusable], load_encoders)
+        _encode([(file, asked[file]) for file in unusable], load_encoders)
     return EncodedPrompts(prompts, files)
 
 
@@ -164,7 +169,7 @@ def _unusable(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if file not in whole]
 
 
-def _encode(missing: Sequence[tuple[Path, str]], load_encoders: Sequence[Callable[[], Encode]]) -> None:
+def _encode(missing: Sequence[tuple[Path, Prompt]], load_encoders: Sequence[Callable[[], Encode]]) -> None:
     """A file is written with the last encoder's part, and so holds all parts or is not there."""
     made: list[dict[str, Tensor]] = [{} for _ in missing]
     starts = range(0, len(missing), ENCODE_BATCH)
@@ -175,7 +180,7 @@ def _encode(missing: Sequence[tuple[Path, str]], load_encoders: Sequence[Callabl
                 say(f"encoding prompts: {len(missing)}")
             for start in starts:
                 batch = slice(start, start + ENCODE_BATCH)
-                _add(made[batch], encode([text for _, text in missing[batch]]))
+                _add(made[batch], encode([prompt for _, prompt in missing[batch]]))
                 if number == len(load_encoders):
                     _write(missing[batch], made[batch])
                 bar.update()
@@ -189,7 +194,7 @@ def _add(embeddings: Sequence[dict[str, Tensor]], parts: Iterable[dict[str, Tens
         one |= {name: tensor.cpu().contiguous() for name, tensor in part.items()}
 
 
-def _write(entries: Sequence[tuple[Path, str]], embeddings: Sequence[dict[str, Tensor]]) -> None:
+def _write(entries: Sequence[tuple[Path, Prompt]], embeddings: Sequence[dict[str, Tensor]]) -> None:
     """Write the file of each prompt, and forget its embeddings."""
     for (file, _), one in zip(entries, embeddings, strict=True):
         with writing(file, then=ANOTHER_CACHE):

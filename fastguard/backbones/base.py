@@ -137,9 +137,13 @@ class Family(ABC):
 
     # --- a run
 
-    def read_prompts(self, recipe: Recipe) -> list[Prompt]:
-        """The prompts that are trained on. Raises UserError as `prompts.read_prompts`."""
-        return read_prompts(recipe.prompts.file)
+    def read_prompts(self, file: Path) -> list[Prompt]:
+        """The prompts of a file. Raises UserError as `prompts.read_prompts`."""
+        return read_prompts(file)
+
+    def prompt(self, text: str) -> Prompt:
+        """The prompt that is a text alone. Raises UserError if the family needs more."""
+        return Prompt(text)
 
     def prepare(self, recipe: Recipe) -> Recipe:
         """The recipe with a model that is on this machine; may make one. Called by one process after the other."""

@@ -10,6 +10,7 @@ from fastguard.errors import UserError
 FAMILIES = {
     "digits": "fastguard.demo.family:Digits",
     "flux": "fastguard.backbones.flux:Flux",
+    "kontext": "fastguard.backbones.kontext:Kontext",
     "sd3": "fastguard.backbones.sd3:SD3",
 }
 """model.kind -> where its family lives; the module is imported when the family is asked for. `config.ModelKind` lists

@@ -13,7 +13,6 @@ from fastguard.backbones import family_of
 from fastguard.commands import RecipeFields
 from fastguard.config import LARGEST_INT, MOST_AT_ONCE, MOST_STEPS, Recipe
 from fastguard.errors import UserError
-from fastguard.prompts import Prompt
 from fastguard.utils.files import writing
 from fastguard.utils.sealed import clear_scratch, scratch
 
@@ -75,11 +74,8 @@ def sample_recipe(
     ):
         if not least <= value <= most:
             raise UserError(f"{name} must lie in [{least}, {most}], got {value}")
-    own_prompts = family_of(recipe.model.kind).unread.get("prompts.file")
-    if texts and own_prompts:
-        raise UserError(f"{own_prompts}: leave out --prompt")
+    own = [family_of(recipe.model.kind).prompt(text) for text in texts]
     recipe = with_model(recipe)
-    own = [Prompt(text) for text in texts]
     prompts = Prompts(own, len(own), 0) if own else gather_prompts(recipe)
     count = len(own) or min(4, prompts.trained)
     weights = None if checkpoint == "none" else _trained_weights(recipe, checkpoint)

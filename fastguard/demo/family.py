@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from fastguard.backbones import Backbone, Family
 from fastguard.config import ModelConfig, Recipe, Recompute
+from fastguard.errors import UserError
 from fastguard.extras import MissingExtraError, need
 from fastguard.prompts import Prompt
 from fastguard.utils.findings import Finding
@@ -37,9 +39,12 @@ class Digits(Family):
     }
     footprint = "a few MB"
 
-    def read_prompts(self, recipe: Recipe) -> list[Prompt]:
+    def read_prompts(self, file: Path) -> list[Prompt]:
         """The ten digits."""
         return [Prompt(str(digit), {"digit": digit}) for digit in range(10)]
+
+    def prompt(self, text: str) -> Prompt:
+        raise UserError(f"{_DRAWS}: leave out --prompt")
 
     def load(
         self, recipe: Recipe, encoded: Any, num_trained_prompts: int, device: torch.device, recompute: Recompute

@@ -10,7 +10,7 @@ from fastguard.backbones import Backbone, family_of
 from fastguard.blocks import FuseReport
 from fastguard.config import Recipe, Recompute
 from fastguard.errors import UserError
-from fastguard.prompts import Prompt, read_prompts
+from fastguard.prompts import Prompt
 
 
 def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -48,9 +48,10 @@ class Prompts:
 
 def gather_prompts(recipe: Recipe) -> Prompts:
     """Read the prompt files. Raises UserError if there are fewer prompts than the recipe asks for."""
-    trained = family_of(recipe.model.kind).read_prompts(recipe)
+    family = family_of(recipe.model.kind)
+    trained = family.read_prompts(recipe.prompts.file)
     own = recipe.monitor.every and recipe.monitor.file is not None
-    evaluated = read_prompts(recipe.monitor.file) if own and recipe.monitor.file is not None else trained
+    evaluated = family.read_prompts(recipe.monitor.file) if own and recipe.monitor.file is not None else trained
     for field, wanted, there in (
         ("prompts.per_epoch", recipe.prompts.per_epoch, len(trained)),
         ("monitor.prompts", recipe.monitor.prompts if recipe.monitor.every else 0, len(evaluated)),

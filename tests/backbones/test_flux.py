@@ -96,7 +96,7 @@ def test_what_is_cached_is_not_encoded_again(folder: Path, tmp_path: Path, monke
     real = prompts_module._encode
 
     def spy(missing: Any, *rest: Any) -> None:
-        asked.append([text for _, text in missing])
+        asked.append([prompt.text for _, prompt in missing])
         real(missing, *rest)
 
     monkeypatch.setattr(prompts_module, "_encode", spy)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,14 +38,26 @@ class Case:
     """latents of the pipeline as it takes them, from ours"""
 
 
+def _edited(recipe: Recipe) -> dict[str, Any]:
+    prompts = gather_prompts(recipe).all
+    size = recipe.model.width, recipe.model.height
+    images = [Image.open(prompts[i].metadata["image"]).convert("RGB").resize(size, Image.LANCZOS) for i in PROMPTS]
+    return {"guidance_scale": recipe.model.guidance, "image": images, "_auto_resize": False, "max_area": 64 * 64}
+
+
 def _guided(recipe: Recipe) -> dict[str, Any]:
     return {"guidance_scale": recipe.model.guidance, "negative_prompt": [recipe.model.negative_prompt] * len(PROMPTS)}
 
 
 CASES = {
     "flux": Case("flux_tiny", lambda recipe: {"guidance_scale": recipe.model.guidance}),
+    "kontext": Case("kontext_tiny", _edited),
     "sd3": Case("sd35_tiny", _guided),
 }
+
+
+GUIDED = ["sd3"]
+"""kinds with classifier-free guidance"""
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -102,7 +115,7 @@ def sampled_by(pipe: Any, backbone: PipelineBackbone, recipe: Recipe, output: st
     case, model = CASES[recipe.model.kind], recipe.model
     latents = initial_latents(torch.tensor([7, 8]), backbone.latent_shape, CPU)
     return pipe(
-        [backbone.prompts[i].text for i in PROMPTS], height=model.height, width=model.width, num_inference_steps=STEPS,
+        prompt=[backbone.prompts[i].text for i in PROMPTS], height=model.height, width=model.width, num_inference_steps=STEPS,
         max_sequence_length=recipe.prompts.max_tokens, latents=case.unpacked(latents), output_type=output,
         **case.call(recipe),
     ).images  # fmt: skip
@@ -154,14 +167,12 @@ def velocity_and_gradients(backbone: PipelineBackbone) -> tuple[Tensor, dict[str
     return velocity.detach(), {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
 
 
+@pytest.mark.parametrize("kind", GUIDED, indirect=True)
 def test_the_gradient_goes_through_both_branches_of_the_guidance_or_through_one(recipe: Recipe) -> None:
     """d v / d theta of `v_u + g (v_c - v_u)`: the part through v_c alone is g times its own."""
     both, one = (
         load(replace(recipe, model=replace(recipe.model, guidance_gradient=which))) for which in ("both", "conditional")
     )
-    if not both.policy.guided:
-        assert recipe.model.kind == "flux"
-        return
     for backbone in (both, one):
         move(backbone)
     (velocity, whole), (again, part) = velocity_and_gradients(both), velocity_and_gradients(one)
@@ -186,4 +197,4 @@ def test_without_guidance_there_is_one_branch(recipe: Recipe) -> None:
         with torch.no_grad():
             sampled(backbone)
     assert set(calls[:STEPS]) == {2}
-    assert set(calls[STEPS:]) == {4 if backbone.policy.guided else 2}
+    assert set(calls[STEPS:]) == {4 if recipe.model.kind in GUIDED else 2}

@@ -10,7 +10,7 @@ from fastguard.backbones.pipeline import PipelineFamily
 if TYPE_CHECKING:
     from fastguard.backbones.flux.spec import FluxSpec
 
-_DISTILLED = 'model.kind = "flux" takes its guidance as an input, and no second branch'
+_DISTILLED = "Flux.1 takes its guidance as an input, and has no second branch"
 
 
 class Flux(PipelineFamily):

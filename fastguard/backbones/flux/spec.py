@@ -14,9 +14,19 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from fastguard.backbones.folder import PipelineParts
-from fastguard.backbones.pipeline.spec import Configs, EncoderCall, Grid, PipelineSpec, Text, TextPart
+from fastguard.backbones.pipeline.spec import (
+    Configs,
+    EncoderCall,
+    EncodeSettings,
+    Grid,
+    PipelineSpec,
+    Text,
+    TextPart,
+    texts,
+)
 from fastguard.backbones.pipeline.tiny import TEXT_DIM, clip_tokenizer, t5_tokenizer
 from fastguard.backbones.sizes import CLIP_SIZES, MOST_CHANNELS, MOST_LAYERS, T5_SIZES, VAE_SIZES
+from fastguard.prompts import Prompt
 
 PARTS = PipelineParts(
     modules={
@@ -88,30 +98,28 @@ T5 = {
 DEV: Configs = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": CLIP, "text_encoder_2": T5}
 
 
-def _clip(
-    pipe: Any, texts: Sequence[str], max_tokens: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    return {"pooled": pipe._get_clip_prompt_embeds(list(texts), device=device)}
+def _clip(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[str, Tensor]:
+    return {"pooled": pipe._get_clip_prompt_embeds(texts(prompts), device=asked.device)}
 
 
-def _t5(
-    pipe: Any, texts: Sequence[str], max_tokens: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    embeds = pipe._get_t5_prompt_embeds(list(texts), max_sequence_length=max_tokens, device=device, dtype=dtype)
+def _t5(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[str, Tensor]:
+    embeds = pipe._get_t5_prompt_embeds(
+        texts(prompts), max_sequence_length=asked.max_tokens, device=asked.device, dtype=asked.dtype
+    )
     return {"embeds": embeds}
 
 
 class FluxSpec(PipelineSpec):
     """FluxPipeline."""
 
-    pipeline = FluxPipeline
+    pipeline: ClassVar[Any] = FluxPipeline
     parts = PARTS
     blocks: ClassVar[Mapping[str, str]] = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
     known: ClassVar[Mapping[str, Configs]] = {
         "black-forest-labs/FLUX.1-dev": DEV,
         "black-forest-labs/FLUX.1-schnell": {**DEV, "transformer": {**TRANSFORMER, "guidance_embeds": False}},
     }
-    text_parts = (
+    text_parts: ClassVar[tuple[TextPart, ...]] = (
         TextPart(("text_encoder",), _clip, quantizable=False),  # 0.2 GB in bfloat16
         TextPart(("text_encoder_2",), _t5),
     )
@@ -119,7 +127,7 @@ class FluxSpec(PipelineSpec):
     def width(self, transformer: Mapping[str, Any]) -> int:
         return transformer["num_attention_heads"] * transformer["attention_head_dim"]
 
-    def text_shapes(self, configs: Configs, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
+    def text_shapes(self, configs: Configs, grid: Grid, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
         transformer = configs["transformer"]
         return {
             "embeds": (max_tokens, transformer["joint_attention_dim"]),
@@ -165,7 +173,7 @@ class FluxSpec(PipelineSpec):
         return vae.decode(z, return_dict=False)[0]
 
     def tiny(self) -> Any:
-        return FluxPipeline(
+        return self.pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
             text_encoder=CLIPTextModel(
                 CLIPTextConfig(

@@ -60,8 +60,9 @@ class PipelineFamily(Family):
         if spec.guided(pipeline_configs(spec, str(folder)), model):
             prompts = [*prompts, Prompt(model.negative_prompt)]
         dtype = getattr(torch, model.dtype)
+        size = model.height, model.width
         return encode_prompts(
-            spec, prompts, model.path, config.max_tokens, config.cache, dtype, device, config.encoders
+            spec, prompts, model.path, config.max_tokens, config.cache, dtype, device, config.encoders, size
         )
 
     def load(

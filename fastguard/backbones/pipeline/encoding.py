@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastguard.backbones.folder import pipeline_folder
-from fastguard.backbones.pipeline.spec import PipelineSpec, TextPart
+from fastguard.backbones.pipeline.spec import EncodeSettings, PipelineSpec, TextPart
 from fastguard.backbones.quantize import quantize_linears, require_library
 from fastguard.config import Encoders
 from fastguard.errors import UserError
@@ -34,6 +34,7 @@ def encode_prompts(
     dtype: torch.dtype,
     device: torch.device,
     encoders: Encoders = "device",
+    size: tuple[int, int] = (0, 0),
 ) -> EncodedPrompts:
     """The embeddings of each prompt, by the names of the spec's text parts; encodes what is not cached.
 
@@ -44,56 +45,49 @@ def encode_prompts(
         max_tokens: as prompts.max_tokens.
         cache: as in `prompts.cache_folder`; files are keyed by the text, and by all that `_encoder_key` names.
         encoders: as prompts.encoders.
+        size: (height, width) of images in pixels, for prompts that have one.
 
     Raises UserError for encoders with weights, and prompts with embeddings, that are not finite, which are not cached;
     and where "int8" has no torchao.
     """
     where = torch.device("cpu") if encoders == "cpu" else device
-    load_encoders = [partial(_load, spec, part, path, max_tokens, dtype, where, encoders) for part in spec.text_parts]
+    asked = EncodeSettings(max_tokens, where, dtype, *size)
+    load_encoders = [partial(_load, spec, part, path, asked, encoders) for part in spec.text_parts]
     remedy = "free some, or change prompts.encoders, which says where they are encoded"
     with fitting(f"model.path = {path!r}: what encodes the prompts", remedy):
-        return encode_once(prompts, _encoder_key(spec, path, max_tokens, dtype, encoders), cache, load_encoders)
+        key = _encoder_key(spec, path, max_tokens, dtype, encoders)
+        return encode_once(prompts, key, cache, load_encoders, partial(spec.identity, asked))
 
 
-def _load(
-    spec: PipelineSpec,
-    part: TextPart,
-    path: str,
-    max_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    encoders: Encoders,
-) -> Encode:
+def _load(spec: PipelineSpec, part: TextPart, path: str, asked: EncodeSettings, encoders: Encoders) -> Encode:
     """Load the encoders of a part on the device, in a pipeline that has nothing else but the tokenizers."""
     if encoders == "int8":
         # Where torchao is missing, not only after every prompt went through the first part.
         require_library("int8", 'prompts.encoders = "int8"', '"device" or "cpu"')
     quiet_bars()
     absent = dict.fromkeys(set(spec.parts.modules) - set(part.encoders))
-    pipe: Any = spec.pipeline.from_pretrained(path, **absent, dtype=dtype, use_safetensors=True)
+    pipe: Any = spec.pipeline.from_pretrained(path, **absent, dtype=asked.dtype, use_safetensors=True)
     for name in part.encoders:
         encoder = getattr(pipe, name)
         if encoders == "int8" and part.quantizable:
-            quantize_linears(encoder, device, "int8")
+            quantize_linears(encoder, asked.device, "int8")
         else:
-            encoder.to(device)
+            encoder.to(asked.device)
         require_finite(encoder, name, path)
-    return partial(_encode, part, pipe, max_tokens, device, dtype)
+    return partial(_encode, part, pipe, asked)
 
 
-def _encode(
-    part: TextPart, pipe: Any, max_tokens: int, device: torch.device, dtype: torch.dtype, texts: Sequence[str]
-) -> Iterator[dict[str, Tensor]]:
-    """What the pipeline makes of the texts with these encoders, prompt by prompt."""
+def _encode(part: TextPart, pipe: Any, asked: EncodeSettings, prompts: Sequence[Prompt]) -> Iterator[dict[str, Tensor]]:
+    """What the pipeline makes of the prompts with these encoders, one by one."""
     with torch.no_grad():
-        embeddings = part.encode(pipe, texts, max_tokens, device, dtype)
-    for i, text in enumerate(texts):
+        embeddings = part.encode(pipe, prompts, asked)
+    for i, prompt in enumerate(prompts):
         one = {name: values[i] for name, values in embeddings.items()}
         if not all(is_finite(values) for values in one.values()):
-            remedy = "take another encoder" if dtype == torch.float32 else 'set model.dtype = "float32"'
+            remedy = "take another encoder" if asked.dtype == torch.float32 else 'set model.dtype = "float32"'
             raise UserError(
-                f"{' or '.join(part.encoders)} makes NaN or infinity of the prompt {text[:60]!r} in {dtype}, though "
-                f"its weights are finite: {remedy}"
+                f"{' or '.join(part.encoders)} makes NaN or infinity of the prompt {prompt.text[:60]!r} in "
+                f"{asked.dtype}, though its weights are finite: {remedy}"
             )
         yield one
 

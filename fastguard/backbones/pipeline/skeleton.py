@@ -132,13 +132,13 @@ def pipeline_skeleton(spec: PipelineSpec, model: ModelConfig, lora: LoraConfig, 
             quantize_layers(transformer, blocks_of(spec, transformer), how)
         fused = prepare_transformer(spec, transformer, model, lora, recompute)
     built = {"pipeline": configs["pipeline"], "transformer": transformer.config, "vae": vae.config}
-    one, two = (_elements(spec.text_shapes(built, tokens)) for tokens in (1, 2))
+    one, two = (_elements(spec.text_shapes(built, grid, tokens)) for tokens in (1, 2))
     return Skeleton(
         transformer=transformer,
         decoder=vae,
         blocks={kind: getattr(transformer, name) for kind, name in spec.blocks.items()},
         latent_shape=spec.latent_shape(built, grid),
-        tokens=grid.tokens,
+        tokens=spec.tokens(grid),
         branches=2 if spec.guided(built, model) and model.guidance_gradient == "both" else 1,
         width=spec.width(transformer.config),
         text=(two - one, one - (two - one)),
@@ -175,9 +175,10 @@ def _assemble(
         recipe=recipe,
         device=torch.device("cpu"),
     )
+    grid = spec.grid(configs, model)
     if decode_tiled:
-        spec.decode_last_tiles(vae, spec.grid(configs, model))
-    shapes = spec.text_shapes(configs, max_tokens)
+        spec.decode_last_tiles(vae, grid)
+    shapes = spec.text_shapes(configs, grid, max_tokens)
     backbone.policy.row_of = torch.empty(1, dtype=torch.int64)
     backbone.policy.text = {name: torch.empty(1, *shape, dtype=backbone.dtype) for name, shape in shapes.items()}
     return backbone
@@ -190,7 +191,7 @@ def meta_text_encoders(
     configs, dtype = pipeline_configs(spec, model.path), getattr(torch, model.dtype)
     calls, found = spec.encoder_calls(configs, max_tokens), []
     for part in spec.text_parts:
-        for name in part.encoders:
+        for name in (name for name in part.encoders if name in calls):
             module, call = meta_encoder(spec, configs, name, dtype), calls[name]
             if encoders == "int8" and part.quantizable:
                 with torch.device("meta"):

@@ -19,6 +19,7 @@ from fastguard.backbones.folder import PipelineParts
 from fastguard.backbones.schedule import equal_steps, linear_mu
 from fastguard.config import ModelConfig
 from fastguard.errors import UserError
+from fastguard.prompts import Prompt
 
 if TYPE_CHECKING:
     from fastguard.backbones.pipeline import PipelineFamily
@@ -27,6 +28,10 @@ Text = Mapping[str, Tensor]
 """Embeddings by name, (P, ...) or (B, ...) each."""
 Configs = Mapping[str, Mapping[str, Any]]
 """Settings of the parts of a pipeline, as in their config.json."""
+
+
+def texts(prompts: Sequence[Prompt]) -> list[str]:
+    return [prompt.text for prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,26 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class EncodeSettings:
+    """How prompts are encoded."""
+
+    max_tokens: int
+    """prompts.max_tokens"""
+    device: torch.device
+    dtype: torch.dtype
+    height: int
+    """pixels, of prompts' images"""
+    width: int
+
+
+@dataclass(frozen=True)
 class TextPart:
-    """Text encoders that are on the device together; one part is freed before the next is loaded."""
+    """Encoders of prompts that are on the device together; one part is freed before the next is loaded."""
 
     encoders: tuple[str, ...]
     """parts of the pipeline; all others but the tokenizers are left out"""
-    encode: Callable[[Any, Sequence[str], int, torch.device, torch.dtype], dict[str, Tensor]]
-    """(pipeline, texts, prompts.max_tokens, device, dtype) -> embeddings (P, ...) by name"""
+    encode: Callable[[Any, Sequence[Prompt], EncodeSettings], dict[str, Tensor]]
+    """(pipeline, prompts, settings) -> embeddings (P, ...) by name"""
     quantizable: bool = True
     """whether they are large enough to be worth 8 bits, with prompts.encoders = "int8" """
 
@@ -105,15 +123,23 @@ class PipelineSpec(ABC):
         """Of one image: tokens (S, C), for models that take them."""
         return grid.tokens, configs["transformer"]["in_channels"]
 
+    def tokens(self, grid: Grid) -> int:
+        """Tokens of one image in the transformer, beside those of the text."""
+        return grid.tokens
+
     @abstractmethod
     def width(self, transformer: Mapping[str, Any]) -> int:
         """Channels of a token in the transformer."""
 
     @abstractmethod
-    def text_shapes(self, configs: Configs, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
+    def text_shapes(self, configs: Configs, grid: Grid, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
         """Shapes of one prompt's embeddings, as `text` returns them."""
 
     # --- prompts
+
+    def identity(self, asked: EncodeSettings, prompt: Prompt) -> str:
+        """What of a prompt its embeddings depend on."""
+        return prompt.text
 
     def text(self, encoded: Text) -> Text:
         """The embeddings as `velocity` takes them, (P, ...) each, from those of all `text_parts`."""

@@ -22,12 +22,22 @@ from transformers import (
 )
 
 from fastguard.backbones.folder import PipelineParts
-from fastguard.backbones.pipeline.spec import Configs, EncoderCall, Grid, PipelineSpec, Text, TextPart
+from fastguard.backbones.pipeline.spec import (
+    Configs,
+    EncoderCall,
+    EncodeSettings,
+    Grid,
+    PipelineSpec,
+    Text,
+    TextPart,
+    texts,
+)
 from fastguard.backbones.pipeline.tiny import TEXT_DIM, clip_tokenizer, t5_tokenizer
 from fastguard.backbones.schedule import own_steps
 from fastguard.backbones.sizes import CLIP_SIZES, MOST_CHANNELS, MOST_LAYERS, T5_SIZES, VAE_SIZES
 from fastguard.config import ModelConfig
 from fastguard.errors import UserError
+from fastguard.prompts import Prompt
 
 PARTS = PipelineParts(
     modules={
@@ -85,7 +95,7 @@ LARGE = {
     "pos_embed_max_size": 192,
     "dual_attention_layers": [],
 }
-OTHERS = {
+OTHERS: Configs = {
     "vae": {
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -129,18 +139,19 @@ OTHERS = {
 }
 
 
-def _clips(
-    pipe: Any, texts: Sequence[str], max_tokens: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    l, pooled_l = pipe._get_clip_prompt_embeds(list(texts), device=device, clip_model_index=0)
-    g, pooled_g = pipe._get_clip_prompt_embeds(list(texts), device=device, clip_model_index=1)
-    return {"clip": torch.cat([l, g], dim=-1), "pooled": torch.cat([pooled_l, pooled_g], dim=-1)}
+def _clips(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[str, Tensor]:
+    embeds, pooled = zip(
+        *(pipe._get_clip_prompt_embeds(texts(prompts), device=asked.device, clip_model_index=i) for i in (0, 1)),
+        strict=True,
+    )
+    return {"clip": torch.cat(embeds, dim=-1), "pooled": torch.cat(pooled, dim=-1)}
 
 
-def _t5(
-    pipe: Any, texts: Sequence[str], max_tokens: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    return {"t5": pipe._get_t5_prompt_embeds(list(texts), max_sequence_length=max_tokens, device=device, dtype=dtype)}
+def _t5(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[str, Tensor]:
+    embeds = pipe._get_t5_prompt_embeds(
+        texts(prompts), max_sequence_length=asked.max_tokens, device=asked.device, dtype=asked.dtype
+    )
+    return {"t5": embeds}
 
 
 class SD3Spec(PipelineSpec):
@@ -174,7 +185,7 @@ class SD3Spec(PipelineSpec):
     def width(self, transformer: Mapping[str, Any]) -> int:
         return transformer["num_attention_heads"] * transformer["attention_head_dim"]
 
-    def text_shapes(self, configs: Configs, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
+    def text_shapes(self, configs: Configs, grid: Grid, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
         transformer = configs["transformer"]
         return {
             "embeds": (CLIP_TOKENS + max_tokens, transformer["joint_attention_dim"]),
