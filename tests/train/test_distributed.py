@@ -265,8 +265,8 @@ def test_a_state_that_one_process_finds_ruined_is_saved_by_none(tmp_path: Path, 
     assert f"last good checkpoint: --resume {tmp_path / 'run/checkpoints/epoch_000000'}" in said
 
 
-FLUX = (
-    "train", "flux_tiny", "--run.epochs", "2", "--run.trackers",
+SHORT = (
+    "--run.epochs", "2", "--run.trackers",
     "--prompts.per-epoch", "2", "--sampler.batch-size", "4", "--objective.kl-weight", "0.01",
     "--update.micro-batch", "20", "--update.inner-epochs", "1", "--update.ema-decay", "0.5", "--update.ema-every", "2",
     "--monitor.every", "1", "--monitor.prompts", "1", "--monitor.num-steps", "2",
@@ -277,23 +277,28 @@ FULL = ("--model.train", "full")
 
 
 @pytest.mark.parametrize(
-    ("trained", "kind"),
+    ("recipe", "trained", "kind"),
     [
-        ("lora", "ddp"),
-        ("full", "fsdp2"),
-        pytest.param("lora", "fsdp2", marks=pytest.mark.slow),
-        pytest.param("full", "ddp", marks=pytest.mark.slow),
+        ("flux_tiny", "lora", "ddp"),
+        ("flux_tiny", "full", "fsdp2"),
+        pytest.param("flux_tiny", "lora", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("flux_tiny", "full", "ddp", marks=pytest.mark.slow),
+        *(
+            pytest.param(recipe, "lora", kind, marks=pytest.mark.slow)
+            for recipe in ("kontext_tiny", "sd35_tiny")
+            for kind in ("ddp", "fsdp2")
+        ),
     ],
 )
-def test_flux_on_two_processes_is_flux_on_one(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, trained: str
+def test_two_processes_train_a_model_as_one_does(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, recipe: str, kind: str, trained: str
 ) -> None:
     """The whole command, adapters and all weights: what diffusers loads is the same, but for the order of sums."""
-    options = FLUX + (FULL if trained == "full" else ())
-    alone = tmp_path_factory.getbasetemp() / f"flux_{trained}"
+    options = ("train", recipe, *SHORT, *(FULL if trained == "full" else ()))
+    alone = tmp_path_factory.getbasetemp() / f"{recipe}_{trained}"
     environment = {
         **os.environ,
-        "FASTGUARD_CACHE": str(tmp_path_factory.getbasetemp() / "flux_cache"),
+        "FASTGUARD_CACHE": str(tmp_path_factory.getbasetemp() / "models_cache"),
         "OMP_NUM_THREADS": "1",
     }
     if not alone.exists():
