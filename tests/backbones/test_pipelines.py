@@ -115,8 +115,10 @@ def sampled_by(pipe: Any, backbone: PipelineBackbone, recipe: Recipe, output: st
     case, model = CASES[recipe.model.kind], recipe.model
     latents = initial_latents(torch.tensor([7, 8]), backbone.latent_shape, CPU)
     return pipe(
-        prompt=[backbone.prompts[i].text for i in PROMPTS], height=model.height, width=model.width, num_inference_steps=STEPS,
-        max_sequence_length=recipe.prompts.max_tokens, latents=case.unpacked(latents), output_type=output,
+        prompt=[backbone.prompts[i].text for i in PROMPTS],
+        height=model.height, width=model.width, num_inference_steps=STEPS,
+        max_sequence_length=recipe.prompts.max_tokens,
+        latents=case.unpacked(latents), output_type=output,
         **case.call(recipe),
     ).images  # fmt: skip
 

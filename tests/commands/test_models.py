@@ -69,9 +69,10 @@ def test_a_model_is_examined_planned_trained_resumed_and_sampled(here: Here, rec
     newest, before = (Image.open(tmp_path / name / "prompt000_00.png") for name in ("newest", "none"))
     assert newest.size == (64, 64)
     assert newest.tobytes() != before.tobytes()
-    assert "load them with pipe.load_lora_weights" in here("report", str(tmp_path / "whole")) + (
-        tmp_path / "whole" / "report.html"
-    ).read_text()
+    assert (
+        "load them with pipe.load_lora_weights"
+        in here("report", str(tmp_path / "whole")) + (tmp_path / "whole" / "report.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
