@@ -1,4 +1,4 @@
-"""Fused blocks of diffusers' Flux.2; their forwards read as diffusers' do, with its modules and parameters.
+"""Fused blocks of diffusers' FLUX.2; their forwards read as diffusers' do, with its modules and parameters.
 
 Unlike those of Flux.1, all blocks of a kind share one modulation, feed-forwards are SwiGLU, and one layer of a single
 block gives query, key, value and the feed-forward before its gate.

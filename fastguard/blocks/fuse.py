@@ -66,7 +66,7 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
 
     Parameters, their names and the `state_dict` stay as they are; nothing outside this model changes. It works before
     or after peft's adapters are added, with gradient checkpointing, `torch.compile`, DDP, FSDP1 and FSDP2, for training
-    and inference. For Flux and Flux.2 it works with every attention backend of diffusers.
+    and inference. For Flux and FLUX.2 it works with every attention backend of diffusers.
 
     Frozen weights may be quantized, as those of torchao and, in 4 bits, of bitsandbytes: each is dequantized for its
     matmul, forward and backward, and nothing of its size is saved. Linear layers with hooks, DoRA, dropout, or of other

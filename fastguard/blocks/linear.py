@@ -345,7 +345,7 @@ class ProjectionsFunction(torch.autograd.Function):
         rows = _rows(n)
         low = n.new_empty(0) if down is None else _like_rows_of(F.linear(rows, down), n)
         sizes = [()] * (count - 1) + [last_sizes]
-        outputs = []
+        outputs: list[Tensor] = []
         for weight, bias, up, part, each in zip(weights_of(kinds, held), biases, ups, _slices(ups), sizes, strict=True):
             low_rows = None if up is None else _rows(low)[:, part]
             found = _outputs(rows, dense(weight, n.dtype, backend), bias, low_rows, up, each)

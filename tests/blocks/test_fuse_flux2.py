@@ -1,4 +1,4 @@
-"""Fused Flux.2 blocks against diffusers' own: outputs, gradients, bytes saved for backward, and what runs unfused."""
+"""Fused FLUX.2 blocks against diffusers' own: outputs, gradients, bytes saved for backward, and what runs unfused."""
 
 from __future__ import annotations
 

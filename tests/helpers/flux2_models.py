@@ -1,4 +1,4 @@
-"""Tiny Flux.2 transformers with random weights, and their inputs; `flux_models` runs and compares them."""
+"""Tiny FLUX.2 transformers with random weights, and their inputs; `flux_models` runs and compares them."""
 
 from __future__ import annotations
 

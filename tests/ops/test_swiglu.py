@@ -11,7 +11,7 @@ from fastguard.ops import swiglu as formulas
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Of the activations, the prefix, and the gradient.
 DTYPES = [(BF16,) * 3, (FP16,) * 3, (FP32,) * 3, (BF16, FP32, BF16), (FP32, BF16, BF16), (BF16, BF16, FP32)]
-# One element, odd sizes, a tile (16 tokens x 256 channels) and its neighbours, several programs of 32 tokens, Flux.2.
+# One element, odd sizes, a tile (16 tokens x 256 channels) and its neighbours, several programs of 32 tokens, FLUX.2.
 SHAPES = [(1, 1, 1), (2, 3, 7), (1, 15, 255), (1, 16, 256), (2, 17, 257), (2, 33, 100), (1, 70, 9), (1, 2, 18432)]
 
 
