@@ -77,11 +77,11 @@ def test_kernels_compute_what_diffusers_does(train: str, kernel_device: str, poi
     assert_agree(run(model, inputs), want, FLOAT32)
 
 
-def one_block(kind: str, train: str, seed: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def one_block(kind: str, train: str, seed: int, bias: bool = False) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A block of width 64 with its inputs; values are bfloat16's, so that every dtype works on the same numbers."""
     torch.manual_seed(seed)
     cls = Flux2TransformerBlock if kind == "double" else Flux2SingleTransformerBlock
-    block = cls(dim=64, num_attention_heads=4, attention_head_dim=16)
+    block = cls(dim=64, num_attention_heads=4, attention_head_dim=16, bias=bias)
     for parameter in block.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     if train == "lora":
@@ -120,6 +120,21 @@ def test_a_block_is_as_exact_as_diffusers(kind: str, train: str, dtype: torch.dt
 def test_a_block_of_kernels_is_as_exact_as_diffusers(kind: str, train: str, kernel_device: str) -> None:
     blocks = functools.partial(one_block, kind, train)
     assert_as_exact(blocks, block_results, torch.bfloat16, "triton", kernel_device)
+
+
+@pytest.mark.parametrize("recompute", ["pointwise", "mlp"])
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_layers_with_biases(kind: str, recompute: Any) -> None:
+    """No model has them, but the classes take them: the first layer of a feed-forward adds its own."""
+    block, inputs = one_block(kind, "full", seed=0, bias=True)
+    want = block_results(block.float(), inputs, torch.float32, "cpu")
+    assert sum("bias" in name for name in want) == (12 if kind == "double" else 2)
+    fg.fuse(block, recompute=recompute)
+    got = block_results(block, inputs, torch.float32, "cpu")
+    assert got.keys() == want.keys()
+    assert {
+        name: distance(got[name], exact) for name, exact in want.items() if distance(got[name], exact) > FLOAT32
+    } == {}
 
 
 @pytest.mark.parametrize("recompute", LEVELS)
