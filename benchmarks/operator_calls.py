@@ -347,14 +347,14 @@ def _eager_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + gate[:, None] * y
 
 
-def _eager_gelu(x: Tensor, bias: Tensor, prefix: Tensor | None) -> Tensor:
-    hidden = gelu(x + bias, approximate="tanh")
-    return hidden if prefix is None else torch.cat([prefix, hidden], dim=-1)
-
-
 def _eager_swiglu(x: Tensor, prefix: Tensor | None) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     hidden = silu(a) * b
+    return hidden if prefix is None else torch.cat([prefix, hidden], dim=-1)
+
+
+def _eager_gelu(x: Tensor, bias: Tensor, prefix: Tensor | None) -> Tensor:
+    hidden = gelu(x + bias, approximate="tanh")
     return hidden if prefix is None else torch.cat([prefix, hidden], dim=-1)
 
 

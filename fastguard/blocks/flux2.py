@@ -35,8 +35,8 @@ from fastguard.blocks.parts import (
     attention,
     fits_rope,
     gated_residual,
+    into_attention,
     modulate,
-    modulated_projections,
     out_of_attention,
     per_sample,
     project_with_hidden,
@@ -115,9 +115,11 @@ class FusedDoubleBlock(FusedBlock):
         if rope is None or not _runs_fused(self, (image, text), (rows, text_rows), rope, kwargs):
             return super().forward(image, text, temb_mod_img, temb_mod_txt, rope, joint_attention_kwargs)
         attn, fusion = self.attn, self.fusion
-        layers, text_layers = [attn.to_q, attn.to_k, attn.to_v], [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
-        qkv, later = modulated_projections(image, self.norm1, rows, layers, fusion)
-        text_qkv, text_later = modulated_projections(text, self.norm1_context, text_rows, text_layers, fusion)
+        (shift, scale, *later), (text_shift, text_scale, *text_later) = rows, text_rows
+        layers = [attn.to_q, attn.to_k, attn.to_v]
+        qkv = into_attention(image, self.norm1, scale, shift, layers, fusion)
+        layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+        text_qkv = into_attention(text, self.norm1_context, text_scale, text_shift, layers, fusion)
         joined = attention(self, transformer_flux2, qkv, text_qkv, rope, kwargs.get("attention_mask"))
         # Not slices: the backward of each fills a tensor of the joined size with zeros.
         text_out, image_out = joined.split_with_sizes([text.shape[1], image.shape[1]], dim=1)

@@ -197,23 +197,21 @@ def fits_rope(rope: Any, tokens: int, head_dim: int) -> bool:
     return isinstance(rope, tuple) and all(t.shape == (tokens, head_dim) and not t.requires_grad for t in rope)
 
 
-# --- a stream of diffusers' AdaLayerNormZero and FeedForward ---------------------------------------------------------
+# --- a stream of its own, with diffusers' FeedForward ----------------------------------------------------------------
+
+
+def modulation(norm: Any, temb: Tensor, count: int = 6) -> Sequence[Tensor]:
+    """The parts, (B, C), of diffusers' AdaLayerNormZero and its kind: shift, scale and gate of attention, then of the
+    feed-forward."""
+    return norm.linear(norm.silu(temb)).chunk(count, dim=1)
 
 
 def into_attention(
-    x: Tensor, norm: Any, temb: Tensor, layers: Sequence[nn.Module], fusion: Fusion
-) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """A stream up to its query, key and value; and the modulation (gate, shift, scale, gate) after attention."""
-    return modulated_projections(x, norm.norm, norm.linear(norm.silu(temb)).chunk(6, dim=1), layers, fusion)
-
-
-def modulated_projections(
-    x: Tensor, norm: nn.LayerNorm, modulation: Sequence[Tensor], layers: Sequence[nn.Module], fusion: Fusion
-) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """`into_attention` with a modulation (shift, scale, ...) that is there already, (B, C) each; and its rest."""
-    shift, scale, *later = modulation
+    x: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, layers: Sequence[nn.Module], fusion: Fusion
+) -> list[Tensor]:
+    """A stream up to its query, key and value."""
     normed, _ = modulate(x, norm, scale, shift, fusion)
-    return project(normed, layers, fusion), later
+    return project(normed, layers, fusion)
 
 
 def feed_forward(normed: Normed, ff: Any, fusion: Fusion) -> Tensor:
@@ -232,7 +230,10 @@ def out_of_attention(
     fusion: Fusion,
     run: Callable[[Normed, Any, Fusion], Tensor] = feed_forward,
 ) -> Tensor:
-    """The stream's end: attention's output layer, then the feed-forward `run`, each with its gated residual."""
+    """The stream's end: attention's output layer, then the feed-forward, each with its gated residual.
+
+    later: the gate of attention, then shift, scale and gate of the feed-forward. run: the fused feed-forward.
+    """
     gate, shift, scale, ff_gate = later
     normed, x = modulate(x, norm, scale, shift, fusion, residual=(linear(attended, layer, fusion), gate))
     return gated_residual(x, run(normed, ff, fusion), ff_gate, fusion)
