@@ -1,6 +1,6 @@
-"""The kernels of a Flux block and whole blocks: bytes, and times beside eager, torch.compile and copying.
+"""The kernels of Flux blocks and whole blocks: bytes, and times beside eager, torch.compile and copying.
 
-    python benchmarks/bench_blocks.py           times on a GPU, at the size of Flux.1-dev
+    python benchmarks/bench_blocks.py           times on a GPU, at the width of Flux.1-dev
     python benchmarks/bench_blocks.py --bytes   bytes that each kernel moves; on any machine
     pytest benchmarks/bench_blocks.py           small blocks on the device at hand, by pytest-benchmark
 
@@ -25,6 +25,11 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2PosEmbed,
+    Flux2SingleTransformerBlock,
+    Flux2TransformerBlock,
+)
 from launches import moved_bytes, recorded
 from operator_calls import BF16, FLUX_1024, FP32, Size, relative_error, timed_block_calls
 from peft import LoraConfig, inject_adapter_in_model
@@ -34,12 +39,16 @@ from torch import Tensor, nn
 
 from fastguard.blocks.architecture import Fusion, fuse_block
 from fastguard.blocks.flux import FLUX
+from fastguard.blocks.flux2 import FLUX2
 from fastguard.config import Recompute
 
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-LAYERS += ["net.0.proj", "net.2", "proj_mlp", "proj_out"]
 LEVELS: tuple[Recompute, ...] = ("none", "pointwise", "mlp")
-KINDS = ("double", "single")
+KINDS: dict[str, type] = {
+    "double": FluxTransformerBlock,
+    "single": FluxSingleTransformerBlock,
+    "flux2 double": Flux2TransformerBlock,
+    "flux2 single": Flux2SingleTransformerBlock,
+}
 TOY = Size(samples=1, image=64, text=16, heads=4, head=16)
 
 
@@ -64,13 +73,24 @@ def measure_kernel(name: str, size: Size, dtype: torch.dtype, device: str) -> Me
 def make_block(kind: str, size: Size, dtype: torch.dtype, device: str, rank: int) -> nn.Module:
     """Random weights of a plausible size, frozen, and LoRA adapters."""
     torch.manual_seed(0)
-    cls = FluxTransformerBlock if kind == "double" else FluxSingleTransformerBlock
     with torch.device(device):
-        block: nn.Module = cls(dim=size.width, num_attention_heads=size.heads, attention_head_dim=size.head)
+        block: nn.Module = KINDS[kind](dim=size.width, num_attention_heads=size.heads, attention_head_dim=size.head)
         block.requires_grad_(False)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS, init_lora_weights=False)
+        linears = [name for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]
+        layers = [name for name in linears if "norm" not in name]  # without those of the timestep
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, init_lora_weights=False)
         block = inject_adapter_in_model(config, block)
     return block.to(dtype)
+
+
+def make_rope(kind: str, size: Size, device: str) -> tuple[Tensor, Tensor]:
+    """cos and sin of some positions."""
+    ids = torch.arange(size.image + size.text, device=device).float()[:, None] / 64
+    if kind.startswith("flux2"):
+        return Flux2PosEmbed(theta=2000, axes_dim=[size.head // 4] * 4)(ids.expand(-1, 4).floor())
+    vertical = size.head * 7 // 32 * 2
+    axes = [size.head - 2 * vertical, vertical, vertical]
+    return FluxPosEmbed(theta=10000, axes_dim=axes)(ids.expand(-1, 3).floor())
 
 
 class Blocks:
@@ -87,20 +107,24 @@ class Blocks:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, device=device).to(dtype)
 
-        image, text = (normal(1, count, size.width).requires_grad_() for count in (size.image, size.text))
-        vertical = size.head * 7 // 32 * 2
-        ids = torch.arange(size.image + size.text, device=device).float()[:, None].expand(-1, 3) / 64
-        axes = [size.head - 2 * vertical, vertical, vertical]
-        rope = FluxPosEmbed(theta=10000, axes_dim=axes)(ids.floor())
-        self.args = (image, text, normal(1, size.width), rope)
-        self._upstream = (torch.randn_like(text), torch.randn_like(image))
+        rope = make_rope(kind, size, device)
+        lengths = [size.image + size.text] if kind == "flux2 single" else [size.image, size.text]
+        self._streams = [normal(1, length, size.width).requires_grad_() for length in lengths]
+        modulations: dict[str, list[Tensor | None]] = {
+            "flux2 double": [normal(1, 6 * size.width), normal(1, 6 * size.width)],
+            "flux2 single": [None, normal(1, 3 * size.width)],  # no second stream
+        }
+        modulation = modulations.get(kind) or [normal(1, size.width)]
+        self.args = (*self._streams, *modulation, rope)
+        self._upstream = [torch.randn_like(stream) for stream in reversed(self._streams)]
         self._held = [*block.parameters(), *rope]
 
     @staticmethod
     def _fused(block: nn.Module, recompute: Recompute) -> nn.Module:
         """With the same weights; the block itself stays as it is."""
         other = copy.copy(block)
-        fuse_block(other, FLUX.kind_of(other), Fusion(recompute, "auto", rotated=True))
+        kind = FLUX.kind_of(other) or FLUX2.kind_of(other)
+        fuse_block(other, kind, Fusion(recompute, "auto", rotated=True))
         return other
 
     def inference(self, form: str) -> Any:
@@ -108,8 +132,8 @@ class Blocks:
             return self.forms[form](*self.args)
 
     def training(self, form: str) -> list[Tensor]:
-        """Forward and backward; the gradients of the two streams."""
-        return list(torch.autograd.grad(self.forms[form](*self.args), self.args[:2], self._upstream))
+        """Forward and backward; the gradients of the streams."""
+        return list(torch.autograd.grad(self.forms[form](*self.args), self._streams, self._upstream))
 
     def kept_bytes(self, form: str) -> int:
         return kept_bytes(partial(self.forms[form], *self.args), self._held)

@@ -152,6 +152,9 @@ def _costs(stem: str, flags: dict[str, Any], launch: Launched) -> dict[str, int]
         moved = 2 if stem == "bias_gelu_fwd" else 3 + flags["NEED_OUTPUT"]
         tile = flags["BLOCK_S"] * flags["BLOCK_C"]
         return {"tile": tile, "least": moved * activations[0], "scalars": int(flags["HAS_BIAS"])}
+    if stem.startswith("swiglu"):  # the code that reads the activated half of x copies the prefix
+        moved = 3 if stem == "swiglu_fwd" else 5 + flags["NEED_OUTPUT"]
+        return {"tile": flags["BLOCK_S"] * flags["BLOCK_C"], "least": moved * activations[0]}
     if stem == "dequantize_rows":  # narrow: a scale per row
         return {
             "tile": flags["BLOCK_N"] * flags["BLOCK_C"],

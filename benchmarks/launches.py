@@ -12,9 +12,19 @@ import candidates
 from operator_calls import Call, n_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastguard.kernels import adaln, common, dequantize, gated_residual, gelu, qk_norm_rope, sde_step, transition
+from fastguard.kernels import (
+    adaln,
+    common,
+    dequantize,
+    gated_residual,
+    gelu,
+    qk_norm_rope,
+    sde_step,
+    swiglu,
+    transition,
+)
 
-BLOCK_MODULES = (adaln, dequantize, gated_residual, gelu, qk_norm_rope)
+BLOCK_MODULES = (adaln, dequantize, gated_residual, gelu, qk_norm_rope, swiglu)
 KERNEL_MODULES = (transition, sde_step, *BLOCK_MODULES)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, rms_norm
+from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastguard.loss.objectives import OBJECTIVES, build_objective
@@ -26,6 +26,7 @@ from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
 from fastguard.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from fastguard.ops.sde_step import sde_step
 from fastguard.ops.spaced_rows import over_spaced_rows
+from fastguard.ops.swiglu import swiglu_bwd_, swiglu_fwd
 from fastguard.ops.transition import guard_loss, transition_bwd, transition_sums
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -300,6 +301,14 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     yield Call("bias_gelu_bwd_ output", inplace, (grad_wide, wide, bias, True), "timed", overwrites=True)
     yield Call("bias_gelu_bwd_ without bias", inplace, (grad_wide, wide, None, False), overwrites=True)
     yield Call("bias_gelu_bwd_ output, no bias", inplace, (grad_wide, wide, None, True), "compiled", overwrites=True)
+    gated, grad_gated = n.normal(b, t + s, 6 * c), n.normal(b, t + s, 3 * c)
+    fwd, bwd = swiglu_fwd, swiglu_bwd_
+    yield Call("swiglu_fwd", fwd, (gated, None), "timed", eager=_eager_swiglu)
+    yield Call("swiglu_fwd prefix", fwd, (gated, x), "timed", eager=_eager_swiglu)
+    yield Call("swiglu_fwd strided", fwd, (_strided(gated), _strided(x)))
+    yield Call("swiglu_bwd_", bwd, (grad_gated, gated, False), "timed")
+    yield Call("swiglu_bwd_ output", bwd, (grad_gated, gated, True), "timed", overwrites=True)
+    yield Call("swiglu_bwd_ strided", bwd, (grad_gated, _strided(gated), True), overwrites=True)
 
 
 def _frozen_weights(n: Numbers, size: Size) -> Iterator[Call]:
@@ -336,6 +345,12 @@ def _eager_adaln(
 
 def _eager_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + gate[:, None] * y
+
+
+def _eager_swiglu(x: Tensor, prefix: Tensor | None) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    hidden = silu(a) * b
+    return hidden if prefix is None else torch.cat([prefix, hidden], dim=-1)
 
 
 def _eager_gelu(x: Tensor, bias: Tensor, prefix: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from fastguard.ops.dequantize import dequantize_blocks, dequantize_rows
 from fastguard.ops.gated_residual import GatedResidualFunction
 from fastguard.ops.gelu import BiasGeluFunction
 from fastguard.ops.qk_norm_rope import QKNormRopeFunction
+from fastguard.ops.swiglu import SwiGLUFunction
 from fastguard.schedule import sd3_sigmas, shifted_sigmas
 from fastguard.sde import Transition, cps, dance_sde, flow_sde, gaussian_step, ode, wan_sde
 from fastguard.step import SdeStep, sde_step
@@ -32,6 +33,7 @@ __all__ = [
     "Objective",
     "QKNormRopeFunction",
     "SdeStep",
+    "SwiGLUFunction",
     "Transition",
     "build_objective",
     "cps",

@@ -126,6 +126,17 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
+def logistic(z, power):
+    """`s = sigmoid(u)` and `s (1 - s)`, for a u of z's sign and `power = exp(-|u|)`.
+
+    That power cannot overflow, and s (1 - s) made of it does not cancel.
+    """
+    inverse = 1.0 / (1.0 + power)
+    small = power * inverse
+    return tl.where(z >= 0, inverse, small), inverse * small
+
+
+@triton.jit
 def tile_of_program(n_tokens, n_chunks, n_tiles, tokens_per_program):
     """A program's sample, chunk of tokens, its first and last (excluded) token, and its tile of channels.
 

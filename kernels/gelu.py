@@ -10,23 +10,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import BLOCK_C, BLOCK_S, LAUNCH, launch, tile_of_program, tokens_per_program, unit_stride
+from fastguard.kernels.common import (
+    BLOCK_C,
+    BLOCK_S,
+    LAUNCH,
+    launch,
+    logistic,
+    tile_of_program,
+    tokens_per_program,
+    unit_stride,
+)
 
 
 @triton.jit
 def _gate_and_square(z):
     """`s = (1 + tanh(u)) / 2 = sigmoid(2 u)` with `u = sqrt(2 / pi) (z + 0.044715 z^3)`; `s (1 - s)`; z^2 up to 144.
 
-    The exponential of -|2 u| cannot overflow, and s (1 - s) made of it does not cancel. At |z| = 12 it is 0 in float32:
-    held there, z^2 and z^3 stay in range for every z of the storage dtype. A NaN comes back through z, as a factor.
+    At |z| = 12 the exponential of -|2 u| is 0 in float32: held there, z^2 and z^3 stay in range for every z of the
+    storage dtype. A NaN comes back through z, as a factor.
     """
     size = tl.minimum(tl.abs(z), 12.0)
     square = size * size
     # 2 sqrt(2 / pi) / ln(2), and the same times 0.044715.
     power = tl.exp2(-size * (2.302208198144325 + 0.1029432395800235 * square))
-    inverse = 1.0 / (1.0 + power)
-    small = power * inverse
-    return tl.where(z >= 0, inverse, small), inverse * small, square
+    gate, product = logistic(z, power)
+    return gate, product, square
 
 
 @triton.jit

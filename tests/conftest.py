@@ -32,6 +32,7 @@ LONG = (
     "test_flux.py",
     "test_operators.py",
     "test_qk_norm_rope.py",
+    "test_fuse_flux2.py",
     "test_fuse_changes.py",
     "test_offload.py",
     "test_cache.py",

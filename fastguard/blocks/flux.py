@@ -5,7 +5,6 @@ Axes: B sample, S image token, T text token, C channel, H head, D head channel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,18 +20,19 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from fastguard.blocks.architecture import Architecture, BlockSpec, FusedBlock, qk_norms, runs_fused
+from fastguard.blocks.architecture import Architecture, BlockSpec, FusedBlock, runs_fused
 from fastguard.blocks.parts import (
     activate,
+    attention,
     feed_forward_parts,
     fits_rope,
     gated_residual,
     into_attention,
     modulate,
+    modulation,
     out_of_attention,
     per_sample,
     project_with_hidden,
-    qk_norm_rope,
     unfit_feed_forward,
     unfit_gelu,
     within_float16,
@@ -48,22 +48,6 @@ def _runs_fused(block: Any, image: Tensor, text: Tensor, temb: Tensor, rope: Any
     if not runs_fused(block, image, text, temb) or set(kwargs) - {"attention_mask"}:
         return False
     return fits_rope(rope, text.shape[1] + image.shape[1], block.attn.head_dim)
-
-
-def _attention(
-    block: Any,
-    image: Sequence[Tensor],
-    text: Sequence[Tensor] | None,
-    rope: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-) -> Tensor:
-    """(B, T + S, H D) from the projections (query, key, value) of the streams, text first."""
-    q, k, v = qk_norm_rope(image, text, qk_norms(block, block.spec), rope, block.fusion)
-    processor = block.attn.processor
-    out = transformer_flux.dispatch_attention_fn(  # looked up there, where others replace it
-        q, k, v, attn_mask=mask, backend=processor._attention_backend, parallel_config=processor._parallel_config
-    )
-    return out.flatten(2, 3).to(q.dtype)
 
 
 # --- double blocks --------------------------------------------------------------------------------------------------
@@ -114,10 +98,13 @@ class FusedDoubleBlock(FusedBlock):
         if rope is None or not _runs_fused(self, image, text, temb, rope, kwargs):
             return super().forward(image, text, temb, rope, joint_attention_kwargs)
         attn, fusion = self.attn, self.fusion
-        qkv, later = into_attention(image, self.norm1, temb, [attn.to_q, attn.to_k, attn.to_v], fusion)
-        text_layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
-        text_qkv, text_later = into_attention(text, self.norm1_context, temb, text_layers, fusion)
-        joined = _attention(self, qkv, text_qkv, rope, kwargs.get("attention_mask"))
+        shift, scale, *later = modulation(self.norm1, temb)
+        text_shift, text_scale, *text_later = modulation(self.norm1_context, temb)
+        layers = [attn.to_q, attn.to_k, attn.to_v]
+        qkv = into_attention(image, self.norm1.norm, scale, shift, layers, fusion)
+        layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+        text_qkv = into_attention(text, self.norm1_context.norm, text_scale, text_shift, layers, fusion)
+        joined = attention(self, transformer_flux, qkv, text_qkv, rope, kwargs.get("attention_mask"))
         # Not slices: the backward of each fills a tensor of the joined size with zeros.
         text_out, image_out = joined.split_with_sizes([text.shape[1], image.shape[1]], dim=1)
         image = out_of_attention(image, image_out, attn.to_out[0], self.norm2, self.ff, later, fusion)
@@ -163,10 +150,10 @@ class FusedSingleBlock(FusedBlock):
             return super().forward(image, text, temb, rope, joint_attention_kwargs)
         attn, fusion = self.attn, self.fusion
         joined = torch.cat([text, image], dim=1)
-        shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
+        shift, scale, gate = modulation(self.norm, temb, count=3)
         normed, _ = modulate(joined, self.norm.norm, scale, shift, fusion)
         qkv, hidden = project_with_hidden(normed, [attn.to_q, attn.to_k, attn.to_v], self.proj_mlp, fusion)
-        attended = _attention(self, qkv, None, rope, kwargs.get("attention_mask"))
+        attended = attention(self, transformer_flux, qkv, None, rope, kwargs.get("attention_mask"))
         out = gated_residual(joined, activate(hidden, self.proj_out, fusion, prefix=attended), gate, fusion)
         # Unlike split_with_sizes, it lets its results be changed in place, as diffusers' slices do.
         text, image = torch.unsafe_split_with_sizes(within_float16(out), [text.shape[1], image.shape[1]], dim=1)

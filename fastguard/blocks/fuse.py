@@ -29,6 +29,7 @@ from fastguard.ops.registry import Backend, Recompute
 
 ARCHITECTURES = {
     "flux": "fastguard.blocks.flux:FLUX",
+    "flux2": "fastguard.blocks.flux2:FLUX2",
 }
 """Where each architecture lives; its module, and what that imports, waits until a transformer is fused."""
 
@@ -65,7 +66,7 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
 
     Parameters, their names and the `state_dict` stay as they are; nothing outside this model changes. It works before
     or after peft's adapters are added, with gradient checkpointing, `torch.compile`, DDP, FSDP1 and FSDP2, for training
-    and inference. For Flux it works with every attention backend of diffusers.
+    and inference. For Flux and FLUX.2 it works with every attention backend of diffusers.
 
     Frozen weights may be quantized, as those of torchao and, in 4 bits, of bitsandbytes: each is dequantized for its
     matmul, forward and backward, and nothing of its size is saved. Linear layers with hooks, DoRA, dropout, or of other
@@ -80,11 +81,11 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
 
     Args:
         transformer: of a known architecture, or one of its blocks; bfloat16, float16 or float32; in a wrapper (DDP,
-            FSDP1, `torch.compile`, peft's `PeftModel`) or not. Known are diffusers' `FluxTransformer2DModel` and
-            `FluxControlNetModel`.
+            FSDP1, `torch.compile`, peft's `PeftModel`) or not. Known are diffusers' `FluxTransformer2DModel`,
+            `FluxControlNetModel` and `Flux2Transformer2DModel`.
         recompute: what backward recomputes instead of saving it.
             `none`: nothing; the input of every linear layer is saved.
-            `pointwise`: LayerNorm + modulate, GELU, and normalized query and key. It costs no extra matmul.
+            `pointwise`: LayerNorm + modulate, GELU or SwiGLU, and normalized query and key. It costs no extra matmul.
             `mlp`: also the first layer of each feed-forward. It costs one extra matmul for each feed-forward.
             `block`: everything. It costs a second forward pass. This is gradient checkpointing of whole blocks, which
             is switched on here if it is off.

@@ -1,7 +1,7 @@
 """Linear layers with their LoRA adapters, whose input is recomputed in backward instead of being saved.
 
 A layer is `y = n W^T + b + (n A^T) B^T`. Its backward needs n only for the gradients of W and A. There n is cheap to
-recompute: it is LayerNorm + modulate, or the GELU, of a tensor that is saved for backward anyway.
+recompute: it is LayerNorm + modulate, or the activation, of a tensor that is saved for backward anyway.
 
 A frozen weight in 8 or 4 bits is dequantized for each matmul and dropped; backward saves its codes, which exist anyway.
 
@@ -11,7 +11,7 @@ Axes: B sample, S token, C input channel, N output channel, R rank (of all adapt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -37,6 +37,7 @@ from fastguard.ops.adaln import adaln_apply
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
 from fastguard.ops.registry import autocast_to, backward_of_blocks
 from fastguard.ops.spaced_rows import over_spaced_rows
+from fastguard.ops.swiglu import swiglu_bwd_, swiglu_fwd
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
@@ -52,6 +53,8 @@ class LowPrecisionLinear(nn.Linear):
 
 
 ADAPTER_LAYERS = (nn.Linear, LowPrecisionLinear)
+Activation = Literal["gelu", "swiglu"]
+"""GELU in its tanh form, and the gate that halves the channels."""
 
 
 class LinearWeights(NamedTuple):
@@ -103,23 +106,26 @@ class HiddenSources(NamedTuple):
 
     normed: AdaLNSources
     """of its input"""
-    weight: Weight
-    """(N, C)"""
+    bias: Tensor | None
+    """(N,); None as well where the activation adds it"""
     low: Tensor | None
     """`input down^T`, (B, S, R)"""
     up: Tensor | None
     """(N, R)"""
+    weight: Weight
+    """(M, C), of which the last N rows are the layer's"""
 
 
 class Hidden(NamedTuple):
-    """A feed-forward between its two linear layers: before the activation, and without the first layer's bias."""
+    """A feed-forward between its two linear layers, before the activation."""
 
     value: Tensor
     """(B, S, N)"""
     bias: Tensor | None
-    """(N,)"""
+    """(N,), of the first layer, where the activation adds it"""
     sources: HiddenSources | None
     """what backward recomputes the value from; None: the value itself is saved"""
+    activation: Activation
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -219,9 +225,15 @@ def _join(tensors: list[Tensor], dim: int) -> Tensor:
 # --- several layers of one input ------------------------------------------------------------------------------------
 
 
-def projections(normed: Normed, linears: Sequence[LinearWeights], backend: str) -> tuple[list[Tensor], Tensor]:
+def projections(
+    normed: Normed, linears: Sequence[LinearWeights], backend: str, last_sizes: tuple[int, ...] = ()
+) -> tuple[list[Tensor], Tensor]:
     """The outputs (B, S, N_i) of layers with the same input, and `n down^T` of all their adapters, (B, S, sum of R_i);
-    without adapters that is empty."""
+    without adapters that is empty.
+
+    last_sizes: the last layer gives several outputs, of these N. They are made apart, so that backward can save one of
+    them alone, and its gradients come without being joined.
+    """
     downs = [linear.down for linear in linears if linear.down is not None]
     needs_input = any(backward_needs_input(linear) for linear in linears)
     sources: Sequence[Tensor | None] = (None,) * 5
@@ -233,6 +245,7 @@ def projections(normed: Normed, linears: Sequence[LinearWeights], backend: str) 
         *sources,
         _join(downs, 0) if downs else None,
         tuple([kind_of(linear.weight) for linear in linears]),
+        last_sizes,
         backend,
         *(tensor for linear in linears for tensor in tensors_of(linear.weight)),
         *(linear.bias for linear in linears),
@@ -273,6 +286,29 @@ def _over_rows(grad: Tensor, n: Tensor, backend: str) -> Tensor:
     return grad.T @ _rows(n)
 
 
+def _parts(tensor: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:
+    """A weight, bias or up of a layer for each of its outputs, N along the first axis."""
+    if tensor is None:
+        return (None,) * max(len(sizes), 1)
+    return tensor.split_with_sizes(sizes) if sizes else (tensor,)
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None, sizes: Sequence[int]
+) -> list[Tensor]:
+    """`_linear`, of each output of a layer."""
+    parts = zip(_parts(weight, sizes), _parts(bias, sizes), _parts(up, sizes), strict=True)
+    return [_linear(x, w, b, low, u) for w, b, u in parts]
+
+
+def _add_products(total: Tensor | None, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    """`total + sum left right`, in place."""
+    for left, right in zip(lefts, rights, strict=True):
+        total = left @ right if total is None else total.addmm_(left, right)
+    assert total is not None
+    return total
+
+
 def _slices(ups: Sequence[Tensor | None]) -> list[slice]:
     """Where each layer's adapters lie along R."""
     ends, end = [], 0
@@ -300,6 +336,7 @@ class ProjectionsFunction(torch.autograd.Function):
         shift: Tensor | None,
         down: Tensor | None,
         kinds: tuple[str, ...],
+        last_sizes: tuple[int, ...],
         backend: str,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -307,44 +344,45 @@ class ProjectionsFunction(torch.autograd.Function):
         held, biases, ups = flat[:n_held], flat[n_held : n_held + count], flat[n_held + count :]
         rows = _rows(n)
         low = n.new_empty(0) if down is None else _like_rows_of(F.linear(rows, down), n)
-        outputs = []
-        for weight, bias, up, part in zip(weights_of(kinds, held), biases, ups, _slices(ups), strict=True):
-            out = _linear(rows, dense(weight, n.dtype, backend), bias, None if up is None else _rows(low)[:, part], up)
-            outputs.append(_like_rows_of(out, n))
+        sizes = [()] * (count - 1) + [last_sizes]
+        outputs: list[Tensor] = []
+        for weight, bias, up, part, each in zip(weights_of(kinds, held), biases, ups, _slices(ups), sizes, strict=True):
+            low_rows = None if up is None else _rows(low)[:, part]
+            found = _outputs(rows, dense(weight, n.dtype, backend), bias, low_rows, up, each)
+            outputs.extend(_like_rows_of(out, n) for out in found)
         ctx.mark_non_differentiable(low)
         ctx.save_for_backward(n if save_n else None, x, mean, rstd, scale, shift, down, low, *held, *ups)
-        ctx.kinds, ctx.dtype, ctx.backend = kinds, n.dtype, backend
+        ctx.kinds, ctx.sizes, ctx.dtype, ctx.backend = kinds, sizes, n.dtype, backend
         return (*outputs, low)
 
     @staticmethod
     @backward_of_blocks
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         n, x, mean, rstd, scale, shift, down, low, *flat = ctx.saved_tensors
-        sizes = [size_of(kind) for kind in ctx.kinds]
-        count, n_held = len(sizes), sum(sizes)
+        held = [size_of(kind) for kind in ctx.kinds]
+        count, n_held = len(held), sum(held)
         weights, ups = weights_of(ctx.kinds, flat[:n_held]), flat[n_held:]
         if x is not None:
             n = adaln_apply(x, mean, rstd, scale, shift, ctx.backend).to(ctx.dtype)  # narrower under autocast
         need_n, need_down = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
-        need = ctx.needs_input_grad[10:]
-        rows = [_rows(grad) for grad in grads[:count]]
+        need = ctx.needs_input_grad[11:]
+        rows = [_rows(grad) for grad in grads[:-1]]
         grad_low = None if down is None else torch.empty_like(low)
         grad_flat: list[Tensor | None] = [None] * (n_held + 2 * count)
         grad_n: Tensor | None = None
-        for i, (dy, weight, up, part) in enumerate(zip(rows, weights, ups, _slices(ups), strict=True)):
-            first = sum(sizes[:i])  # of the tensors that hold the weight: only a plain one can need a gradient
+        for i, (weight, up, part, each) in enumerate(zip(weights, ups, _slices(ups), ctx.sizes, strict=True)):
+            dys = rows[i:] if i == count - 1 else [rows[i]]
+            first = sum(held[:i])  # of the tensors that hold the weight: only a plain one can need a gradient
             if need[first]:
-                grad_flat[first] = _over_rows(dy, n, ctx.backend)
+                grad_flat[first] = _join([_over_rows(dy, n, ctx.backend) for dy in dys], 0)
             if need[n_held + i]:
-                grad_flat[n_held + i] = dy.sum(0)
+                grad_flat[n_held + i] = _join([dy.sum(0) for dy in dys], 0)
             if up is not None and grad_low is not None:
-                _rows(grad_low)[:, part] = dy @ up
+                _rows(grad_low)[:, part] = _add_products(None, dys, _parts(up, each))
                 if need[n_held + count + i]:
-                    grad_flat[n_held + count + i] = dy.T @ _rows(low)[:, part]
-            if need_n:
-                matrix = dense(weight, ctx.dtype, ctx.backend, again=True)
-                grad_n = dy @ matrix if grad_n is None else grad_n.addmm_(dy, matrix)
-                del matrix  # the next one need not wait beside it
+                    grad_flat[n_held + count + i] = _join([dy.T @ _rows(low)[:, part] for dy in dys], 0)
+            if need_n:  # a dequantized weight is freed before the next one is made
+                grad_n = _add_products(grad_n, dys, _parts(dense(weight, ctx.dtype, ctx.backend, again=True), each))
         grad_down = None
         if grad_low is not None:
             if need_down:
@@ -353,7 +391,7 @@ class ProjectionsFunction(torch.autograd.Function):
                 grad_n.addmm_(_rows(grad_low), down)
         if grad_n is not None:
             grad_n = _like_rows_of(grad_n, grads[0])
-        return (grad_n, *(None,) * 6, grad_down, None, None, *grad_flat)
+        return (grad_n, *(None,) * 6, grad_down, None, None, None, *grad_flat)
 
 
 class QuantizedLinear(nn.Linear):
@@ -402,12 +440,31 @@ class QuantizedLinear(nn.Linear):
 # --- activation and the layer after it ------------------------------------------------------------------------------
 
 
-def gelu_linear(
+def _activation_fwd(
+    activation: Activation, hidden: Tensor, bias: Tensor | None, prefix: Tensor | None, backend: str
+) -> Tensor:
+    """`[prefix, activation(hidden + bias)]`; SwiGLU has no bias here."""
+    if activation == "gelu":
+        return bias_gelu_fwd(hidden, bias, prefix, backend)
+    return swiglu_fwd(hidden, prefix, backend)
+
+
+def _activation_bwd(
+    activation: Activation, grad: Tensor, hidden: Tensor, bias: Tensor | None, need_output: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The gradient of hidden, and `activation(hidden + bias)` if it is needed; one of them in the memory of grad."""
+    if activation == "gelu":
+        output = bias_gelu_bwd_(grad, hidden, bias, need_output, backend)
+        return grad, output
+    return swiglu_bwd_(grad, hidden, need_output, backend), grad
+
+
+def activated_linear(
     hidden: Hidden, prefix: Tensor | None, linear: LinearWeights, save_activation: bool, backend: str
 ) -> Tensor:
-    """`linear([prefix, gelu(hidden + bias)])`, (B, S, N); prefix (B, S, P) stands before it along the channels."""
+    """`linear([prefix, activation(hidden + bias)])`, (B, S, N); prefix (B, S, P) comes first along the channels."""
     sources = hidden.sources
-    return GeluLinearFunction.apply(
+    return ActivatedLinearFunction.apply(
         hidden.value,
         hidden.bias,
         prefix,
@@ -418,13 +475,14 @@ def gelu_linear(
         backward_needs_input(linear),
         save_activation,
         backend,
+        hidden.activation,
         "" if sources is None else kind_of(sources.weight),
         *tensors_of(linear.weight),
-        *(() if sources is None else (*sources.normed, sources.low, sources.up, *tensors_of(sources.weight))),
+        *(() if sources is None else (*sources.normed, *sources[1:4], *tensors_of(sources.weight))),
     )
 
 
-class GeluLinearFunction(torch.autograd.Function):
+class ActivatedLinearFunction(torch.autograd.Function):
     """Saves the layer before its activation, or the sources of that, instead of the activation."""
 
     @staticmethod
@@ -440,18 +498,20 @@ class GeluLinearFunction(torch.autograd.Function):
         needs_input: bool,
         save_activation: bool,
         backend: str,
+        activation: Activation,
         source_kind: str,
         *flat: Tensor | None,
     ) -> Tensor:
         held, sources = flat[: size_of(kind)], flat[size_of(kind) :]
-        joined = bias_gelu_fwd(hidden, bias, prefix, backend)
+        joined = _activation_fwd(activation, hidden, bias, prefix, backend)
         low = None if down is None else F.linear(_rows(joined), down)
         saved_joined = joined if needs_input and save_activation else None
         saved_prefix = prefix if needs_input and not save_activation else None
         saved_hidden = None if sources else hidden
         ctx.save_for_backward(saved_hidden, bias, saved_prefix, saved_joined, down, up, low, *flat)
-        ctx.n_prefix = 0 if prefix is None else prefix.shape[-1]
-        ctx.kind, ctx.source_kind, ctx.needs_input, ctx.backend = kind, source_kind, needs_input, backend
+        ctx.n_prefix, ctx.n_hidden = 0 if prefix is None else prefix.shape[-1], hidden.shape[-1]
+        ctx.kind, ctx.source_kind, ctx.activation = kind, source_kind, activation
+        ctx.needs_input, ctx.backend = needs_input, backend
         matrix = dense(weight_of(kind, held), joined.dtype, backend)
         return _like_rows_of(_linear(_rows(joined), matrix, out_bias, low, up), joined)
 
@@ -462,14 +522,15 @@ class GeluLinearFunction(torch.autograd.Function):
         held, sources = flat[: size_of(ctx.kind)], flat[size_of(ctx.kind) :]
         dy, p = _rows(grad), ctx.n_prefix
         if sources:
-            of_input, (source_low, source_up) = sources[:5], sources[5:7]
+            of_input, (source_bias, source_low, source_up) = sources[:5], sources[5:8]
             n = adaln_apply(*of_input, ctx.backend).to(dy.dtype)  # narrower under autocast
             low_rows = None if source_low is None else _rows(source_low)
-            matrix = dense(weight_of(ctx.source_kind, sources[7:]), dy.dtype, ctx.backend, again=True)
-            hidden = _like_rows_of(_linear(_rows(n), matrix, None, low_rows, source_up), n)
+            matrix = dense(weight_of(ctx.source_kind, sources[8:]), dy.dtype, ctx.backend, again=True)
+            hidden_rows = _linear(_rows(n), matrix[-ctx.n_hidden :], source_bias, low_rows, source_up)
+            hidden = _like_rows_of(hidden_rows, n)
             del n, matrix
         need_bias, need_prefix, need_out_bias, need_down, need_up = ctx.needs_input_grad[1:6]
-        need_weight = ctx.needs_input_grad[11]
+        need_weight = ctx.needs_input_grad[12]
         weight = dense(weight_of(ctx.kind, held), dy.dtype, ctx.backend, again=True)
         grad_low = None if down is None else dy @ up
 
@@ -479,10 +540,11 @@ class GeluLinearFunction(torch.autograd.Function):
                 part.addmm_(grad_low, down[:, columns])
             return _like_rows_of(part, grad)
 
-        grad_hidden = of_input_part(slice(p, None))
-        # In place, since nothing else holds this gradient.
         recompute = ctx.needs_input and joined is None
-        activation = bias_gelu_bwd_(grad_hidden, hidden, bias, recompute, ctx.backend)
+        # In place, since nothing else holds this gradient.
+        grad_hidden, activation = _activation_bwd(
+            ctx.activation, of_input_part(slice(p, None)), hidden, bias, recompute, ctx.backend
+        )
         parts = [joined] if joined is not None else [prefix, activation] if p else [activation]
 
         def of_weight(left: Tensor) -> Tensor:
@@ -495,7 +557,7 @@ class GeluLinearFunction(torch.autograd.Function):
             dy.sum(0) if need_out_bias else None,
             of_weight(grad_low) if need_down and grad_low is not None else None,
             dy.T @ low if need_up else None,
-            *(None,) * 5,
+            *(None,) * 6,
             of_weight(dy) if need_weight else None,
             *(None,) * (len(flat) - 1),
         )

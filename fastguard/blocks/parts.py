@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from fastguard.blocks.architecture import Fusion
+from fastguard.blocks.architecture import Fusion, qk_norms
 from fastguard.blocks.linear import (
+    Activation,
     AdaLNSources,
     Hidden,
     HiddenSources,
     LinearWeights,
     Normed,
-    gelu_linear,
+    activated_linear,
     linear_weights,
     projections,
 )
@@ -30,6 +31,7 @@ from fastguard.ops.gated_residual import GatedResidualFunction
 from fastguard.ops.gelu import BiasGeluFunction
 from fastguard.ops.qk_norm_rope import QKNormRopeFunction
 from fastguard.ops.registry import autocast_to
+from fastguard.ops.swiglu import SwiGLUFunction
 
 # --- LayerNorm + modulate, gated residual ---------------------------------------------------------------------------
 
@@ -81,29 +83,44 @@ def project(normed: Normed, modules: Sequence[nn.Module], fusion: Fusion) -> lis
 
 
 def project_with_hidden(
-    normed: Normed, modules: Sequence[nn.Module], hidden_layer: nn.Module, fusion: Fusion
+    normed: Normed,
+    modules: Sequence[nn.Module],
+    hidden_layer: nn.Module,
+    fusion: Fusion,
+    activation: Activation = "gelu",
+    sizes: tuple[int, ...] = (),
 ) -> tuple[list[Tensor], Hidden]:
-    """`project`, and the output of a feed-forward's first layer that shares the input, before its activation."""
+    """`project`, and the output of a feed-forward's first layer that shares the input, before its activation.
+
+    sizes: the layer gives outputs of these sizes side by side, of which the last is the feed-forward's.
+    """
     linears = _weights_of([*modules, hidden_layer], normed.value)
     if linears is None:
         outputs = [module(normed.value) for module in (*modules, hidden_layer)]
-        return outputs[:-1], Hidden(outputs[-1], None, None)
+        if sizes:
+            width = outputs[-1].shape[-1]  # a process of tensor parallelism has its share of each
+            outputs[-1:] = outputs[-1].split_with_sizes([width * size // sum(sizes) for size in sizes], dim=-1)
+        return outputs[:-1], Hidden(outputs[-1], None, None, activation)
     normed, last = _cast(normed), linears[-1]
-    outputs, low = projections(normed, [*linears[:-1], last._replace(bias=None)], fusion.backend)
+    # The kernel of GELU adds the bias of a layer that has one output.
+    bias, later = (None, last.bias) if activation == "gelu" and not sizes else (last.bias, None)
+    outputs, low = projections(normed, [*linears[:-1], last._replace(bias=bias)], fusion.backend, sizes)
     sources = None
     if fusion.recompute == "mlp" and normed.sources is not None:
         mine = None if last.up is None else low[..., low.shape[-1] - last.up.shape[1] :]
-        up = None if last.up is None else last.up.detach()
-        sources = HiddenSources(normed.sources, detached(last.weight), mine, up)
-    return outputs[:-1], Hidden(outputs[-1], last.bias, sources)
+        own_bias, up = (None if t is None else t.detach()[-outputs[-1].shape[-1] :] for t in (bias, last.up))
+        sources = HiddenSources(normed.sources, own_bias, mine, up, detached(last.weight))
+    return outputs[:-1], Hidden(outputs[-1], later, sources, activation)
 
 
 def activate(hidden: Hidden, module: nn.Module, fusion: Fusion, prefix: Tensor | None = None) -> Tensor:
-    """`module([prefix, gelu(hidden)])`, with the GELU in its tanh form; prefix (B, S, P)."""
+    """`module([prefix, activation(hidden)])`; prefix (B, S, P)."""
     linears = _weights_of([module], hidden.value)
-    if linears is None:
+    if linears is not None:
+        return activated_linear(hidden, prefix, linears[0], fusion.recompute == "none", fusion.backend)
+    if hidden.activation == "gelu":
         return module(BiasGeluFunction.apply(hidden.value, hidden.bias, prefix, fusion.backend))
-    return gelu_linear(hidden, prefix, linears[0], fusion.recompute == "none", fusion.backend)
+    return module(SwiGLUFunction.apply(hidden.value, prefix, fusion.backend))
 
 
 def linear(x: Tensor, module: nn.Module, fusion: Fusion) -> Tensor:
@@ -154,31 +171,72 @@ def qk_norm_rope(
     return q, k, value.unflatten(-1, (-1, q.shape[-1])) if text is None else v
 
 
+def attention(
+    block: Any,
+    library: Any,
+    image: Sequence[Tensor],
+    text: Sequence[Tensor] | None,
+    rope: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+) -> Tensor:
+    """(B, T + S, H D) from the projections (query, key, value) of the streams, text first.
+
+    library: the module of diffusers that has the block. Its function of attention is looked up there, where others
+    replace it.
+    """
+    q, k, v = qk_norm_rope(image, text, qk_norms(block, block.spec), rope, block.fusion)
+    processor = block.attn.processor
+    out: Tensor = library.dispatch_attention_fn(
+        q, k, v, attn_mask=mask, backend=processor._attention_backend, parallel_config=processor._parallel_config
+    )
+    return out.flatten(2, 3).to(q.dtype)
+
+
 def fits_rope(rope: Any, tokens: int, head_dim: int) -> bool:
     """Whether rope is a pair of tables for `qk_norm_rope`, which gives them no gradient."""
     return isinstance(rope, tuple) and all(t.shape == (tokens, head_dim) and not t.requires_grad for t in rope)
 
 
-# --- a stream of diffusers' AdaLayerNormZero and FeedForward ---------------------------------------------------------
+# --- a stream of its own, with diffusers' FeedForward ----------------------------------------------------------------
+
+
+def modulation(norm: Any, temb: Tensor, count: int = 6) -> Sequence[Tensor]:
+    """The parts, (B, C), of diffusers' AdaLayerNormZero and its kind: shift, scale and gate of attention, then of the
+    feed-forward."""
+    return norm.linear(norm.silu(temb)).chunk(count, dim=1)
 
 
 def into_attention(
-    x: Tensor, norm: Any, temb: Tensor, layers: Sequence[nn.Module], fusion: Fusion
-) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """A stream up to its query, key and value; and the modulation (gate, shift, scale, gate) after attention."""
-    shift, scale, *later = norm.linear(norm.silu(temb)).chunk(6, dim=1)
-    normed, _ = modulate(x, norm.norm, scale, shift, fusion)
-    return project(normed, layers, fusion), later
+    x: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, layers: Sequence[nn.Module], fusion: Fusion
+) -> list[Tensor]:
+    """A stream up to its query, key and value."""
+    normed, _ = modulate(x, norm, scale, shift, fusion)
+    return project(normed, layers, fusion)
+
+
+def feed_forward(normed: Normed, ff: Any, fusion: Fusion) -> Tensor:
+    """diffusers' FeedForward with GELU."""
+    _, hidden = project_with_hidden(normed, [], ff.net[0].proj, fusion)
+    return activate(hidden, ff.net[2], fusion)
 
 
 def out_of_attention(
-    x: Tensor, attended: Tensor, layer: nn.Module, norm: nn.LayerNorm, ff: Any, later: Sequence[Tensor], fusion: Fusion
+    x: Tensor,
+    attended: Tensor,
+    layer: nn.Module,
+    norm: nn.LayerNorm,
+    ff: Any,
+    later: Sequence[Tensor],
+    fusion: Fusion,
+    run: Callable[[Normed, Any, Fusion], Tensor] = feed_forward,
 ) -> Tensor:
-    """The stream's end: attention's output layer, then the feed-forward, each with its gated residual."""
+    """The stream's end: attention's output layer, then the feed-forward, each with its gated residual.
+
+    later: the gate of attention, then shift, scale and gate of the feed-forward. run: the fused feed-forward.
+    """
     gate, shift, scale, ff_gate = later
     normed, x = modulate(x, norm, scale, shift, fusion, residual=(linear(attended, layer, fusion), gate))
-    _, hidden = project_with_hidden(normed, [], ff.net[0].proj, fusion)
-    return gated_residual(x, activate(hidden, ff.net[2], fusion), ff_gate, fusion)
+    return gated_residual(x, run(normed, ff, fusion), ff_gate, fusion)
 
 
 def feed_forward_parts(name: str) -> dict[str, type]:

@@ -27,11 +27,14 @@ from helpers.flux_models import (
     REPEATED,
     add_adapters,
     assert_agree,
+    assert_as_exact,
+    batch_and_its_samples,
     distance,
     handed_bytes,
     make_inputs,
     make_transformer,
     run,
+    sample_of,
 )
 from helpers.tiny_pipelines import make_tiny_flux
 from peft import LoraConfig, get_peft_model
@@ -163,25 +166,7 @@ def block_results(block: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dty
 def test_a_block_is_as_exact_as_diffusers(
     kind: str, train: str, dtype: torch.dtype, backend: str, kernel_device: str
 ) -> None:
-    """Error against float64, of every output and gradient: at most twice that of diffusers' block in this dtype."""
-    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for seed in range(3):  # together: of a single block, the rounding of either may be lucky
-        block, inputs = one_block(kind, train, seed)
-        truth = block_results(copy.deepcopy(block).double(), inputs, torch.float64, "cpu")
-        block = block.to(kernel_device, dtype)
-        plain = block_results(block, inputs, dtype, kernel_device)
-        fg.fuse(block, backend=backend)
-        fused = block_results(block, inputs, dtype, kernel_device)
-        assert fused.keys() == truth.keys()
-        assert any(not torch.equal(fused[name], plain[name]) for name in truth)  # it did run fused
-        for name, exact in truth.items():
-            found.setdefault(name, []).append((fused[name], plain[name], exact))
-    # The interpreter truncates float32 to bfloat16: up to twice the rounding error, on top of diffusers' own.
-    factor = 4 if (backend, dtype, kernel_device) == ("triton", torch.bfloat16, "cpu") else 2
-    for name, results in found.items():
-        ours, theirs, exact = (torch.cat([t.flatten() for t in parts]) for parts in zip(*results, strict=True))
-        floor = torch.finfo(dtype).eps / 4  # diffusers may be lucky, with a single rounding
-        assert distance(ours, exact) <= factor * max(distance(theirs, exact), floor), name
+    assert_as_exact(functools.partial(one_block, kind, train), block_results, dtype, backend, kernel_device)
 
 
 ADAPTERS: dict[str, Callable[[], Any]] = {
@@ -202,9 +187,10 @@ def test_a_batch_gives_the_bits_of_its_samples(adapters: str, dtype: torch.dtype
     does diffusers give those bits, and the two are as near.
     """
     model = ADAPTERS[adapters]().to(dtype)
-    own = distance(*batch_and_its_samples(model))
+    inputs = make_inputs(dtype, batch=6, tokens=16, text=8)
+    own = distance(*batch_and_its_samples(model, inputs))
     fg.fuse_flux(model, recompute)
-    old, new = batch_and_its_samples(model)
+    old, new = batch_and_its_samples(model, inputs)
     assert distance(new, old) <= 2 * own
     assert own < {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-6}[dtype]
     step = fg.flow_sde(0.7, 0.6)
@@ -216,26 +202,12 @@ def test_a_batch_gives_the_bits_of_its_samples(adapters: str, dtype: torch.dtype
 def test_kernels_give_a_batch_the_bits_of_its_samples(kernel_device: str) -> None:
     model = make_transformer("lora", **ONE_OF_EACH).bfloat16().to(kernel_device)
     fg.fuse_flux(model, backend="triton")
-    old, new = batch_and_its_samples(model, batch=2, tokens=5, text=3)
+    inputs = make_inputs(torch.bfloat16, batch=2, device=kernel_device, tokens=5, text=3)
+    old, new = batch_and_its_samples(model, inputs)
     if kernel_device == "cuda":  # cuBLAS chooses an algorithm by the number of rows
         assert distance(new, old) < 1e-2
     else:
         assert torch.equal(new, old)
-
-
-def batch_and_its_samples(model: Any, batch: int = 6, tokens: int = 16, text: int = 8) -> tuple[Tensor, Tensor]:
-    """The outputs for a batch without gradients, and for its samples one by one with them."""
-    parameter = next(model.parameters())
-    inputs = make_inputs(parameter.dtype, batch, str(parameter.device), tokens, text)
-    with torch.no_grad():
-        old = model(**inputs)[0]
-    return old, torch.cat([model(**sample_of(inputs, i))[0] for i in range(batch)]).detach()
-
-
-def sample_of(inputs: dict[str, Any], i: int) -> dict[str, Any]:
-    """One sample of a batch of inputs."""
-    shared = ("img_ids", "txt_ids", "return_dict")
-    return {name: value if name in shared or len(value) == 1 else value[i : i + 1] for name, value in inputs.items()}
 
 
 def test_an_embedding_for_the_whole_batch_gives_the_same_bits() -> None:

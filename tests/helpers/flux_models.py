@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fastguard as fg
 from fastguard.backbones.flux import Flux
 from fastguard.backbones.lora import add_lora
 from fastguard.config import LoraConfig as OurLoraConfig
@@ -36,13 +39,17 @@ Result = tuple[Tensor, dict[str, Tensor]]
 
 
 def make_transformer(train: str = "full", **config: Any) -> Any:
-    """A tiny transformer whose weights are all random: a fresh one has norms of 1 and adapters that do nothing."""
+    """A tiny transformer whose weights are all random."""
     torch.manual_seed(0)
-    model: Any = FluxTransformer2DModel(**{**CONFIG, **config})
+    return randomized(FluxTransformer2DModel(**{**CONFIG, **config}), train, Flux.lora_targets)
+
+
+def randomized(model: Any, train: str, lora_targets: Sequence[str]) -> Any:
+    """With weights that are all random, in place: a fresh one has norms of 1 and adapters that do nothing."""
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     if train == "lora":
-        add_lora(model, OurLoraConfig(rank=4, alpha=6.0), Flux.lora_targets)
+        add_lora(model, OurLoraConfig(rank=4, alpha=6.0), lora_targets)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.1)
@@ -84,7 +91,7 @@ def run(model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False
     return out.detach(), {name: grad.clone() for name, grad in gradients.items() if grad is not None}
 
 
-def handed_bytes(model: Any) -> int:
+def handed_bytes(model: Any, inputs: dict[str, Any] | None = None) -> int:
     """What a compiled model hands from forward to backward, as the default partitioner of inductor has it."""
     handed: list[int] = []
 
@@ -99,9 +106,53 @@ def handed_bytes(model: Any) -> int:
         partition_fn=min_cut_rematerialization_partition,
     )
     torch._dynamo.reset()
-    torch.compile(model, backend=compiler, fullgraph=True)(**make_inputs())[0].square().sum().backward()
+    torch.compile(model, backend=compiler, fullgraph=True)(**(inputs or make_inputs()))[0].square().sum().backward()
     (found,) = handed
     return found
+
+
+def batch_and_its_samples(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The outputs for a batch without gradients, and for its samples one by one with them."""
+    with torch.no_grad():
+        old = model(**inputs)[0]
+    return old, torch.cat([model(**sample_of(inputs, i))[0] for i in range(len(old))]).detach()
+
+
+def sample_of(inputs: dict[str, Any], i: int) -> dict[str, Any]:
+    """One sample of a batch of inputs."""
+    shared = ("img_ids", "txt_ids", "return_dict")
+    return {name: value if name in shared or len(value) == 1 else value[i : i + 1] for name, value in inputs.items()}
+
+
+def assert_as_exact(
+    one_block: Callable[[int], tuple[Any, Any]],
+    results: Callable[[Any, Any, torch.dtype, str], dict[str, Tensor]],
+    dtype: torch.dtype,
+    backend: str,
+    device: str,
+) -> None:
+    """Error against float64, of every output and gradient: at most twice that of diffusers' block in this dtype.
+
+    one_block: a block and its inputs, of a seed. results: outputs and gradients in a dtype on a device.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed in range(3):  # together: of a single block, the rounding of either may be lucky
+        block, inputs = one_block(seed)
+        truth = results(copy.deepcopy(block).double(), inputs, torch.float64, "cpu")
+        block = block.to(device, dtype)
+        plain = results(block, inputs, dtype, device)
+        fg.fuse(block, backend=backend)
+        fused = results(block, inputs, dtype, device)
+        assert fused.keys() == truth.keys()
+        assert any(not torch.equal(fused[name], plain[name]) for name in truth)  # it did run fused
+        for name, exact in truth.items():
+            found.setdefault(name, []).append((fused[name], plain[name], exact))
+    # The interpreter truncates float32 to bfloat16: up to twice the rounding error, on top of diffusers' own.
+    factor = 4 if (backend, dtype, device) == ("triton", torch.bfloat16, "cpu") else 2
+    for name, parts in found.items():
+        ours, theirs, exact = (torch.cat([t.flatten() for t in each]) for each in zip(*parts, strict=True))
+        floor = torch.finfo(dtype).eps / 4  # diffusers may be lucky, with a single rounding
+        assert distance(ours, exact) <= factor * max(distance(theirs, exact), floor), name
 
 
 def distance(got: Tensor, want: Tensor) -> float:
