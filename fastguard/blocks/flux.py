@@ -29,10 +29,12 @@ from fastguard.blocks.parts import (
     gated_residual,
     into_attention,
     modulate,
+    modulation,
     out_of_attention,
     per_sample,
     project_with_hidden,
     qk_norm_rope,
+    unfit_adaln,
     unfit_feed_forward,
     unfit_gelu,
     within_float16,
@@ -72,9 +74,8 @@ def _attention(
 def _unfit_double(block: Any) -> str | None:
     if block.attn.fused_projections:
         return "its query, key and value projections are fused by diffusers"
-    if block.norm1.emb is not None or block.norm1_context.emb is not None:
-        return "its norms embed the timestep themselves"
-    return unfit_feed_forward(block, "ff") or unfit_feed_forward(block, "ff_context")
+    unfit_norms = unfit_adaln(block, "norm1", "norm1_context")
+    return unfit_norms or unfit_feed_forward(block, "ff") or unfit_feed_forward(block, "ff_context")
 
 
 class FusedDoubleBlock(FusedBlock):
@@ -114,9 +115,12 @@ class FusedDoubleBlock(FusedBlock):
         if rope is None or not _runs_fused(self, image, text, temb, rope, kwargs):
             return super().forward(image, text, temb, rope, joint_attention_kwargs)
         attn, fusion = self.attn, self.fusion
-        qkv, later = into_attention(image, self.norm1, temb, [attn.to_q, attn.to_k, attn.to_v], fusion)
-        text_layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
-        text_qkv, text_later = into_attention(text, self.norm1_context, temb, text_layers, fusion)
+        shift, scale, *later = modulation(self.norm1, temb)
+        text_shift, text_scale, *text_later = modulation(self.norm1_context, temb)
+        layers = [attn.to_q, attn.to_k, attn.to_v]
+        qkv = into_attention(image, self.norm1.norm, scale, shift, layers, fusion)
+        layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+        text_qkv = into_attention(text, self.norm1_context.norm, text_scale, text_shift, layers, fusion)
         joined = _attention(self, qkv, text_qkv, rope, kwargs.get("attention_mask"))
         # Not slices: the backward of each fills a tensor of the joined size with zeros.
         text_out, image_out = joined.split_with_sizes([text.shape[1], image.shape[1]], dim=1)
@@ -163,7 +167,7 @@ class FusedSingleBlock(FusedBlock):
             return super().forward(image, text, temb, rope, joint_attention_kwargs)
         attn, fusion = self.attn, self.fusion
         joined = torch.cat([text, image], dim=1)
-        shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
+        shift, scale, gate = modulation(self.norm, temb, count=3)
         normed, _ = modulate(joined, self.norm.norm, scale, shift, fusion)
         qkv, hidden = project_with_hidden(normed, [attn.to_q, attn.to_k, attn.to_v], self.proj_mlp, fusion)
         attended = _attention(self, qkv, None, rope, kwargs.get("attention_mask"))

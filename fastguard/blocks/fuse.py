@@ -29,6 +29,7 @@ from fastguard.ops.registry import Backend, Recompute
 
 ARCHITECTURES = {
     "flux": "fastguard.blocks.flux:FLUX",
+    "sd3": "fastguard.blocks.sd3:SD3",
 }
 """Where each architecture lives; its module, and what that imports, waits until a transformer is fused."""
 
@@ -80,8 +81,8 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
 
     Args:
         transformer: of a known architecture, or one of its blocks; bfloat16, float16 or float32; in a wrapper (DDP,
-            FSDP1, `torch.compile`, peft's `PeftModel`) or not. Known are diffusers' `FluxTransformer2DModel` and
-            `FluxControlNetModel`.
+            FSDP1, `torch.compile`, peft's `PeftModel`) or not. Known are diffusers' `FluxTransformer2DModel`,
+            `SD3Transformer2DModel` (Stable Diffusion 3 and 3.5), and their ControlNets.
         recompute: what backward recomputes instead of saving it.
             `none`: nothing; the input of every linear layer is saved.
             `pointwise`: LayerNorm + modulate, GELU, and normalized query and key. It costs no extra matmul.
@@ -170,7 +171,8 @@ def _fuse(model: Any, architecture: Architecture, recompute: Recompute, backend:
         if reason is not None:
             left[name] = reason
             continue
-        rotated = recoverable(qk_norms(block, kind.spec))
+        spec = kind.spec_of(block)
+        rotated = recoverable(qk_norms(block, spec), spec.rope)
         fusion = Fusion(recompute, backend, rotated=rotated, checkpointing=checkpointing, function_before=before)
         fuse_block(block, kind, fusion)
         block.register_load_state_dict_post_hook(_decide_again)
@@ -218,12 +220,13 @@ def _blocks(model: nn.Module, architecture: Architecture) -> Iterator[tuple[str,
 
 def _decide_again(block: Any, _: Any) -> None:
     """New weights were loaded: can x_hat still be recovered?"""
-    block.fusion.rotated = recoverable(qk_norms(block, block.spec))
+    spec = block.spec_of(block)
+    block.fusion.rotated = recoverable(qk_norms(block, spec), spec.rope)
 
 
 def _saves_more(block: Any) -> Iterator[tuple[str, str]]:
     """The parts of a fused block that save more for backward than they could, and why."""
-    spec = block.spec
+    spec = block.spec_of(block)
     norms = qk_norms(block, spec)
     attention = spec.qk_norms[0].rpartition(".")[0] if norms else ""  # empty: the block itself holds the norms
     if not all(has_values(norm) for norm in norms):

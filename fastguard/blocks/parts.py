@@ -13,7 +13,7 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from fastguard.blocks.architecture import Fusion
+from fastguard.blocks.architecture import Fusion, part_of
 from fastguard.blocks.linear import (
     AdaLNSources,
     Hidden,
@@ -131,27 +131,26 @@ def _cast(normed: Normed) -> Normed:
 
 
 def qk_norm_rope(
-    image: Sequence[Tensor],
-    text: Sequence[Tensor] | None,
-    norms: Sequence[nn.RMSNorm],
-    rope: tuple[Tensor, Tensor],
+    stream: Sequence[Tensor],
+    before: Sequence[Tensor] | None,
+    norms: Sequence[Any],
+    rope: tuple[Tensor, Tensor] | None,
     fusion: Fusion,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as attention reads them, (B, T + S, H, D), text first: query and key are normalized and
-    rotated.
+    """Query, key and value as attention reads them, (B, T + S, H, D): query and key are normalized and rotated.
 
-    image, text: the projections (query, key, value), (B, S or T, H D) each; without a second stream text is None.
-    norms: of query and key, and of the text's with two streams. rope: cos and sin, (T + S, D), equal in each pair of
-    channels (2i, 2i + 1).
+    stream: the projections (query, key, value), (B, S, H D) each. before: those of a second stream, (B, T, H D), which
+    comes first in the joined sequence; or None. norms: RMSNorms of the stream's query and key, then of `before`'s.
+    rope: cos and sin, (T + S, D), equal in each pair of channels (2i, 2i + 1); None rotates nothing.
     """
     weights = [norm.weight for norm in norms]
     rotated = fusion.rotated and not any(weight.requires_grad for weight in weights)
-    cos, sin = (table.to(device=image[0].device, dtype=torch.float32) for table in rope)
-    query, key, value = image
-    passed = value.detach() if text is None else value  # alone it is not joined: attention reads the projection itself
-    streams = (query, key, passed, *(text or (None,) * 3), *weights, *(() if text else (None,) * 2))
-    q, k, v = QKNormRopeFunction.apply(*streams, cos, sin, norms[0].eps, rotated, fusion.backend)
-    return q, k, value.unflatten(-1, (-1, q.shape[-1])) if text is None else v
+    query, key, value = stream
+    tables = [table.to(device=query.device, dtype=torch.float32) for table in rope] if rope else [None, None]
+    passed = value.detach() if before is None else value  # alone it is not joined: attention reads the projection
+    streams = (query, key, passed, *(before or (None,) * 3), *weights, *(() if before else (None,) * 2))
+    q, k, v = QKNormRopeFunction.apply(*streams, *tables, norms[0].eps, rotated, fusion.backend)
+    return q, k, value.unflatten(-1, (-1, q.shape[-1])) if before is None else v
 
 
 def fits_rope(rope: Any, tokens: int, head_dim: int) -> bool:
@@ -159,22 +158,30 @@ def fits_rope(rope: Any, tokens: int, head_dim: int) -> bool:
     return isinstance(rope, tuple) and all(t.shape == (tokens, head_dim) and not t.requires_grad for t in rope)
 
 
-# --- a stream of diffusers' AdaLayerNormZero and FeedForward ---------------------------------------------------------
+# --- a stream of its own, with diffusers' FeedForward ----------------------------------------------------------------
+
+
+def modulation(norm: Any, temb: Tensor, count: int = 6) -> Sequence[Tensor]:
+    """The parts, (B, C), of diffusers' AdaLayerNormZero and its kind: shift, scale and gate of attention, then of the
+    feed-forward."""
+    return norm.linear(norm.silu(temb)).chunk(count, dim=1)
 
 
 def into_attention(
-    x: Tensor, norm: Any, temb: Tensor, layers: Sequence[nn.Module], fusion: Fusion
-) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """A stream up to its query, key and value; and the modulation (gate, shift, scale, gate) after attention."""
-    shift, scale, *later = norm.linear(norm.silu(temb)).chunk(6, dim=1)
-    normed, _ = modulate(x, norm.norm, scale, shift, fusion)
-    return project(normed, layers, fusion), later
+    x: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, layers: Sequence[nn.Module], fusion: Fusion
+) -> list[Tensor]:
+    """A stream up to its query, key and value."""
+    normed, _ = modulate(x, norm, scale, shift, fusion)
+    return project(normed, layers, fusion)
 
 
 def out_of_attention(
     x: Tensor, attended: Tensor, layer: nn.Module, norm: nn.LayerNorm, ff: Any, later: Sequence[Tensor], fusion: Fusion
 ) -> Tensor:
-    """The stream's end: attention's output layer, then the feed-forward, each with its gated residual."""
+    """The stream's end: attention's output layer, then the feed-forward, each with its gated residual.
+
+    later: the gate of attention, then shift, scale and gate of the feed-forward.
+    """
     gate, shift, scale, ff_gate = later
     normed, x = modulate(x, norm, scale, shift, fusion, residual=(linear(attended, layer, fusion), gate))
     _, hidden = project_with_hidden(normed, [], ff.net[0].proj, fusion)
@@ -194,6 +201,12 @@ def unfit_feed_forward(block: Any, name: str) -> str | None:
     if len(net) != 3:
         return f"its {name}.net has {len(net)} layers, not 3"
     return unfit_gelu(net[0])
+
+
+def unfit_adaln(block: Any, *names: str) -> str | None:
+    """Why diffusers' AdaLayerNormZeros (and their kind) of these names are not `modulation`'s, or None."""
+    embeds = any(part_of(block, f"{name}.emb") is not None for name in names)
+    return "its norms embed the timestep themselves" if embeds else None
 
 
 def unfit_gelu(activation: Any) -> str | None:

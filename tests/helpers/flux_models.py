@@ -84,7 +84,7 @@ def run(model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False
     return out.detach(), {name: grad.clone() for name, grad in gradients.items() if grad is not None}
 
 
-def handed_bytes(model: Any) -> int:
+def handed_bytes(model: Any, inputs: dict[str, Any] | None = None) -> int:
     """What a compiled model hands from forward to backward, as the default partitioner of inductor has it."""
     handed: list[int] = []
 
@@ -99,7 +99,7 @@ def handed_bytes(model: Any) -> int:
         partition_fn=min_cut_rematerialization_partition,
     )
     torch._dynamo.reset()
-    torch.compile(model, backend=compiler, fullgraph=True)(**make_inputs())[0].square().sum().backward()
+    torch.compile(model, backend=compiler, fullgraph=True)(**(inputs or make_inputs()))[0].square().sum().backward()
     (found,) = handed
     return found
 
