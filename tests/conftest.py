@@ -33,6 +33,7 @@ LONG = (
     "test_operators.py",
     "test_qk_norm_rope.py",
     "test_fuse_changes.py",
+    "test_fuse_joint.py",
     "test_offload.py",
     "test_cache.py",
     "test_quiet.py",

@@ -30,6 +30,7 @@ from fastguard.ops.registry import Backend, Recompute
 ARCHITECTURES = {
     "flux": "fastguard.blocks.flux:FLUX",
     "sd3": "fastguard.blocks.sd3:SD3",
+    "qwen_image": "fastguard.blocks.qwen_image:QWEN_IMAGE",
 }
 """Where each architecture lives; its module, and what that imports, waits until a transformer is fused."""
 
@@ -66,7 +67,7 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
 
     Parameters, their names and the `state_dict` stay as they are; nothing outside this model changes. It works before
     or after peft's adapters are added, with gradient checkpointing, `torch.compile`, DDP, FSDP1 and FSDP2, for training
-    and inference. For Flux it works with every attention backend of diffusers.
+    and inference. For Flux and Qwen-Image it works with every attention backend of diffusers.
 
     Frozen weights may be quantized, as those of torchao and, in 4 bits, of bitsandbytes: each is dequantized for its
     matmul, forward and backward, and nothing of its size is saved. Linear layers with hooks, DoRA, dropout, or of other
@@ -82,7 +83,7 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
     Args:
         transformer: of a known architecture, or one of its blocks; bfloat16, float16 or float32; in a wrapper (DDP,
             FSDP1, `torch.compile`, peft's `PeftModel`) or not. Known are diffusers' `FluxTransformer2DModel`,
-            `SD3Transformer2DModel` (Stable Diffusion 3 and 3.5), and their ControlNets.
+            `SD3Transformer2DModel` (Stable Diffusion 3 and 3.5), `QwenImageTransformer2DModel`, and their ControlNets.
         recompute: what backward recomputes instead of saving it.
             `none`: nothing; the input of every linear layer is saved.
             `pointwise`: LayerNorm + modulate, GELU, and normalized query and key. It costs no extra matmul.

@@ -202,8 +202,10 @@ def test_one_block_is_fused_on_its_own() -> None:
 
 def test_errors_list_the_known_architectures() -> None:
     expected = (
-        "expected diffusers.FluxTransformer2DModel or diffusers.FluxControlNetModel or helpers.ToyTransformer, "
-        "got Linear; known architectures: flux, toy"
+        "expected diffusers.FluxTransformer2DModel or diffusers.FluxControlNetModel or diffusers.SD3Transformer2DModel "
+        "or diffusers.SD3ControlNetModel or diffusers.QwenImageTransformer2DModel or "
+        "diffusers.QwenImageControlNetModel or helpers.ToyTransformer, got Linear; known architectures: flux, sd3, "
+        "qwen_image, toy"
     )
     for call in (fg.fuse, fg.unfuse):
         with pytest.raises(TypeError) as error:
