@@ -289,6 +289,17 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     yield Call("qk_norm_rope_bwd two streams, norms", bwd, (*of_two, cos, sin, False, True))
     yield Call("qk_norm_rope_bwd two streams, not rotated", bwd, (*of_two, cos, sin, False, False), "compiled")
     yield Call("qk_norm_rope_bwd one stream, not rotated", bwd, (*of_one, cos, sin, False, False), "compiled")
+    args = (*image, *text, norms, None, None, EPS)
+    yield Call("qk_norm_rope_fwd two streams, no rope", fwd, args, eager=_eager_norm)
+    yield Call("qk_norm_rope_bwd two streams, no rope", bwd, (*of_two, None, None, True, False))
+    yield Call("qk_norm_rope_bwd two streams, no rope, norms", bwd, (*of_two, None, None, False, True))
+    args = (x, y, z, None, None, None, norms[:2], None, None, EPS)
+    yield Call("qk_norm_rope_fwd one stream, no rope", fwd, args, eager=_eager_norm)
+    yield Call("qk_norm_rope_bwd one stream, no rope", bwd, (*of_one, None, None, True, False))
+    yield Call("qk_norm_rope_bwd one stream, no rope, norms", bwd, (*of_one, None, None, False, True))
+    for streams, of in (("two streams", of_two), ("one stream", of_one)):
+        call = f"qk_norm_rope_bwd {streams}, no rope, not rotated"
+        yield Call(call, bwd, (*of, None, None, False, False), "compiled")
     wide, grad_wide, bias = n.normal(b, t + s, 4 * c), n.normal(b, t + s, 4 * c), n.normal(4 * c, of=n.beside)
     fwd, inplace = bias_gelu_fwd, bias_gelu_bwd_
     joined = n.normal(b, t + s, c)
@@ -358,19 +369,24 @@ def _eager_gelu(x: Tensor, bias: Tensor, prefix: Tensor | None) -> Tensor:
     return hidden if prefix is None else torch.cat([prefix, hidden], dim=-1)
 
 
-def _eager_rope(*args: Any) -> list[Tensor]:
-    """Query and key of each stream normalized, the streams joined, query and key rotated."""
-    from diffusers.models.embeddings import apply_rotary_emb  # takes seconds, which most users of this list can spare
-
-    streams, (norms, cos, sin, eps) = [args[:3], args[3:6]], args[6:]
+def _eager_norm(*args: Any) -> list[Tensor]:
+    """Query and key of each stream normalized, and the streams joined."""
+    streams, (norms, _, _, eps) = [args[:3], args[3:6]], args[6:]
     parts: list[list[Tensor]] = []
     for stream, weights in ((streams[1], norms[2:]), (streams[0], norms[:2])):
         if stream[0] is not None:
-            query, key, value = (tensor.unflatten(-1, (-1, cos.shape[-1])) for tensor in stream)
+            query, key, value = (tensor.unflatten(-1, (-1, len(norms[0]))) for tensor in stream)
             normed = [rms_norm(t, t.shape[-1:], w, eps) for t, w in zip((query, key), weights, strict=True)]
             parts.append([*normed, value])
-    joined = [torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)] if len(parts) > 1 else parts[0][:2]
-    table: Any = (cos, sin)  # diffusers' annotations say a tuple of one, and a tuple of results
+    return [torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)] if len(parts) > 1 else parts[0][:2]
+
+
+def _eager_rope(*args: Any) -> list[Tensor]:
+    """`_eager_norm`, and query and key rotated."""
+    from diffusers.models.embeddings import apply_rotary_emb  # takes seconds, which most users of this list can spare
+
+    joined = _eager_norm(*args)
+    table: Any = args[7:9]  # diffusers' annotations say a tuple of one, and a tuple of results
     rotated: list[Any] = [apply_rotary_emb(part, table, sequence_dim=1) for part in joined[:2]]
     return [*rotated, *joined[2:]]
 

@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding of query and key, with text and image joined, and the gradients.
+"""RMSNorm of query and key, with or without a rotary embedding, with text and image joined, and the gradients.
 
 Axes: B sample; S image token; T text token (first in the joined sequence); H head; D channel of a head.
 
@@ -85,13 +85,34 @@ def _store_pairs(ptr, even, odd, mask):
 
 
 @triton.jit
-def _load_angles(cos_ptr, sin_ptr, positions, in_head, mask, HEAD_SIZE: tl.constexpr):
-    """cos and sin of each pair, repeated for each head of the tile: (S, H, D / 2)."""
-    # Loaded in the shape of a tile, they come in its layout; of one head, they would pass through shared memory.
-    offsets = positions[:, None, None] * HEAD_SIZE + in_head
-    cos, _cos = _pairs(tl.load(cos_ptr + offsets, mask, other=0.0))
-    sin, _sin = _pairs(tl.load(sin_ptr + offsets, mask, other=0.0))
-    return cos, sin
+def _load_angles(cos_ptr, sin_ptr, positions, in_head, mask, HAS_ROPE: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """cos and sin of each pair, repeated for each head of the tile: (S, H, D / 2). Numbers that nobody reads where
+    nothing is turned."""
+    if HAS_ROPE:
+        # Loaded in the shape of a tile, they come in its layout; of one head, they would pass through shared memory.
+        offsets = positions[:, None, None] * HEAD_SIZE + in_head
+        cos, _cos = _pairs(tl.load(cos_ptr + offsets, mask, other=0.0))
+        sin, _sin = _pairs(tl.load(sin_ptr + offsets, mask, other=0.0))
+        return cos, sin
+    else:
+        return 1.0, 0.0
+
+
+@triton.jit
+def _turn(even, odd, cos, sin, HAS_ROPE: tl.constexpr):
+    """Turn each pair of channels by its angle."""
+    if HAS_ROPE:
+        return even * cos - odd * sin, odd * cos + even * sin
+    else:
+        return even, odd
+
+
+@triton.jit
+def _turn_back(even, odd, cos, sin, HAS_ROPE: tl.constexpr):
+    if HAS_ROPE:
+        return even * cos + odd * sin, odd * cos - even * sin
+    else:
+        return even, odd
 
 
 @triton.jit
@@ -101,30 +122,32 @@ def _load_norm(is_text, ptr, text_ptr, dims, HAS_TEXT: tl.constexpr, HEAD_SIZE: 
 
 
 @triton.jit
-def _norm_rope(tile, weight, cos, sin, eps, HEAD_SIZE: tl.constexpr):
+def _norm_rope(tile, weight, cos, sin, eps, HAS_ROPE: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """Even and odd channels of `R (w x rstd)`, and `rstd = 1 / sqrt(mean(x^2) + eps)` of each token and head."""
     weight_even, weight_odd = weight
     even, odd = _pairs(tile)
     rstd = tl.rsqrt(tl.sum(even * even + odd * odd, axis=2) / HEAD_SIZE + eps)
     even *= rstd[:, :, None] * weight_even
     odd *= rstd[:, :, None] * weight_odd
-    return even * cos - odd * sin, odd * cos + even * sin, rstd
+    even, odd = _turn(even, odd, cos, sin, HAS_ROPE)
+    return even, odd, rstd
 
 
 @triton.jit
 def _norm_rope_bwd(
-    grad_ptr, tile_ptr, rstd_ptr, out_ptr, weight, cos, sin, mask, exist, ROTATED: tl.constexpr, HEAD_SIZE: tl.constexpr
-):
+    grad_ptr, tile_ptr, rstd_ptr, out_ptr, weight, cos, sin, mask, exist,
+    HAS_ROPE: tl.constexpr, ROTATED: tl.constexpr, HEAD_SIZE: tl.constexpr,
+):  # fmt: skip
     """Write a tile's gradient; return the even and odd channels of `dz x_hat`, whose sum is the weights' gradient."""
     weight_even, weight_odd, inverse_even, inverse_odd = weight
     grad_even, grad_odd = _pairs(tl.load(grad_ptr, mask, other=0.0))
     even, odd = _pairs(tl.load(tile_ptr, mask, other=0.0))
     rstd = tl.load(rstd_ptr, exist[:, None], other=0.0)[:, :, None]
-    dz_even = grad_even * cos + grad_odd * sin
-    dz_odd = grad_odd * cos - grad_even * sin
+    dz_even, dz_odd = _turn_back(grad_even, grad_odd, cos, sin, HAS_ROPE)
     if ROTATED:
-        hat_even = (even * cos + odd * sin) * inverse_even
-        hat_odd = (odd * cos - even * sin) * inverse_odd
+        even, odd = _turn_back(even, odd, cos, sin, HAS_ROPE)
+        hat_even = even * inverse_even
+        hat_odd = odd * inverse_odd
     else:
         hat_even = even * rstd
         hat_odd = odd * rstd
@@ -182,12 +205,14 @@ def _qk_norm_rope_fwd_kernel(
     n_groups,
     heads_per_group,
     HAS_TEXT: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`q = R (w x rstd)`, the same for k, with R the turn of each pair (2i, 2i + 1); with a text stream also v, copied.
+    """`q = R (w x rstd)`, the same for k, with R the turn of each pair (2i, 2i + 1), or 1 without HAS_ROPE; with a text
+    stream also v, copied.
 
     Bytes per element: each input read and each output written once (bf16: 4); per token 8 D for cos and sin and 4 for
     each rstd. Sums in float32. Inputs: (B, S, H D), text (B, T, H D). Norms: (D,). cos, sin: (T + S, D) float32.
@@ -210,7 +235,7 @@ def _qk_norm_rope_fwd_kernel(
             is_text, sample, tokens, value_ptr, stride_value_sample, stride_value_token,
             text_value_ptr, stride_text_value_sample, stride_text_value_token, HAS_TEXT,
         )  # fmt: skip
-    cos, sin = _load_angles(cos_ptr, sin_ptr, positions, dims + 0 * heads[None, :, None], mask, HEAD_SIZE)
+    cos, sin = _load_angles(cos_ptr, sin_ptr, positions, dims + 0 * heads[None, :, None], mask, HAS_ROPE, HEAD_SIZE)
     query_norm = _load_norm(is_text, query_norm_ptr, text_query_norm_ptr, dims, HAS_TEXT, HEAD_SIZE)
     key_norm = _load_norm(is_text, key_norm_ptr, text_key_norm_ptr, dims, HAS_TEXT, HEAD_SIZE)
 
@@ -226,10 +251,10 @@ def _qk_norm_rope_fwd_kernel(
         if HAS_TEXT:
             value = tl.load(value_ptr + in_token, mask, other=0.0)
             tl.store(v_ptr + out + in_token, value.to(v_ptr.dtype.element_ty), mask)
-        even, odd, rstd = _norm_rope(query, query_norm, cos, sin, eps, HEAD_SIZE)
+        even, odd, rstd = _norm_rope(query, query_norm, cos, sin, eps, HAS_ROPE, HEAD_SIZE)
         _store_pairs(q_ptr + out + in_token, even, odd, mask)
         tl.store(rstd_ptr + rstd_offsets, rstd, exist[:, None])
-        even, odd, rstd = _norm_rope(key, key_norm, cos, sin, eps, HEAD_SIZE)
+        even, odd, rstd = _norm_rope(key, key_norm, cos, sin, eps, HAS_ROPE, HEAD_SIZE)
         _store_pairs(k_ptr + out + in_token, even, odd, mask)
         tl.store(rstd_ptr + rstd_plane + rstd_offsets, rstd, exist[:, None])
 
@@ -280,6 +305,7 @@ def _qk_norm_rope_bwd_kernel(
     n_groups,
     heads_per_group,
     HAS_TEXT: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
     ROTATED: tl.constexpr,
     NEED_NORMS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -307,7 +333,7 @@ def _qk_norm_rope_bwd_kernel(
         is_text, sample, tokens, key_ptr, stride_key_sample, stride_key_token,
         text_key_ptr, stride_text_key_sample, stride_text_key_token, HAS_TEXT,
     )  # fmt: skip
-    cos, sin = _load_angles(cos_ptr, sin_ptr, positions, dims + 0 * heads[None, :, None], mask, HEAD_SIZE)
+    cos, sin = _load_angles(cos_ptr, sin_ptr, positions, dims + 0 * heads[None, :, None], mask, HAS_ROPE, HEAD_SIZE)
     even, odd = _load_norm(is_text, query_norm_ptr, text_query_norm_ptr, dims, HAS_TEXT, HEAD_SIZE)
     query_norm = (even, odd, 1.0 / even, 1.0 / odd)
     even, odd = _load_norm(is_text, key_norm_ptr, text_key_norm_ptr, dims, HAS_TEXT, HEAD_SIZE)
@@ -340,11 +366,11 @@ def _qk_norm_rope_bwd_kernel(
             tl.store(grad_value_ptr + in_token, grad_v.to(grad_value_ptr.dtype.element_ty), mask)
         even_of_query, odd_of_query = _norm_rope_bwd(
             grad_q_ptr + head * stride_grad_q_head + dims, query_ptr + in_token, rstd_ptrs, grad_query_ptr + in_token,
-            query_norm, cos, sin, mask, exist, ROTATED, HEAD_SIZE,
+            query_norm, cos, sin, mask, exist, HAS_ROPE, ROTATED, HEAD_SIZE,
         )  # fmt: skip
         even_of_key, odd_of_key = _norm_rope_bwd(
             grad_k_ptr + head * stride_grad_k_head + dims, key_ptr + in_token, rstd_ptrs + rstd_plane,
-            grad_key_ptr + in_token, key_norm, cos, sin, mask, exist, ROTATED, HEAD_SIZE,
+            grad_key_ptr + in_token, key_norm, cos, sin, mask, exist, HAS_ROPE, ROTATED, HEAD_SIZE,
         )  # fmt: skip
         if NEED_NORMS:
             query_even += even_of_query
@@ -386,6 +412,10 @@ def _weights(norms: Sequence[Tensor]) -> list[Tensor | None]:
     return [norms[0].contiguous(), norms[1].contiguous(), *(text or (None, None))]
 
 
+def _angles(*tables: Tensor | None) -> list[Tensor | None]:
+    return [None if table is None else table.contiguous() for table in tables]
+
+
 def qk_norm_rope_fwd(
     query: Tensor,
     key: Tensor,
@@ -394,15 +424,16 @@ def qk_norm_rope_fwd(
     text_key: Tensor | None,
     text_value: Tensor | None,
     norms: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v (B, T + S, H, D) in query's dtype and rstd (2, B, T + S, H) float32, in one launch.
 
     Without a text stream v is empty (0,).
     query, key, value: (B, S, H D). Text: the same, (B, T, H D), or None. norms: (D,) weights for query, key and, with
-    a text stream, its query and key. cos, sin: (T + S, D) float32, equal within each pair (2i, 2i + 1).
+    a text stream, its query and key. cos, sin: (T + S, D) float32, equal within each pair (2i, 2i + 1); None without a
+    rotary embedding.
     """
     head_size = norms[0].shape[0]
     n_samples, n_image, width = query.shape
@@ -418,9 +449,10 @@ def qk_norm_rope_fwd(
         launch(
             _qk_norm_rope_fwd_kernel,
             n_samples * n_blocks * n_groups,
-            (*image, *text, *_weights(norms), cos.contiguous(), sin.contiguous(), q, k, v, rstd),
+            (*image, *text, *_weights(norms), *_angles(cos, sin), q, k, v, rstd),
             (*_strides(2, *image, *text), eps, n_samples, n_text, n_image, n_groups, heads_per_group),
-            HAS_TEXT=text_query is not None, HEAD_SIZE=head_size, **tile, num_warps=LAUNCH.num_warps,
+            HAS_TEXT=text_query is not None, HAS_ROPE=cos is not None, HEAD_SIZE=head_size, **tile,
+            num_warps=LAUNCH.num_warps,
         )  # fmt: skip
     return q, k, v, rstd
 
@@ -435,8 +467,8 @@ def qk_norm_rope_bwd(
     text_key: Tensor | None,
     rstd: Tensor,
     norms: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     rotated: bool,
     need_norms: bool,
 ) -> tuple[Tensor, ...]:
@@ -467,13 +499,13 @@ def qk_norm_rope_bwd(
         launch(
             _qk_norm_rope_bwd_kernel,
             n_samples * n_blocks * n_groups,
-            (*outer, *image, *text, rstd, *_weights(norms), cos.contiguous(), sin.contiguous(), *grads, partials),
+            (*outer, *image, *text, rstd, *_weights(norms), *_angles(cos, sin), *grads, partials),
             (
                 *_strides(3, *outer), *_strides(2, *image, *text),
                 n_samples, n_text, n_image, n_groups, heads_per_group,
             ),
-            HAS_TEXT=has_text, ROTATED=rotated, NEED_NORMS=need_norms, HEAD_SIZE=head_size, **tile,
-            num_warps=LAUNCH.num_warps,
+            HAS_TEXT=has_text, HAS_ROPE=cos is not None, ROTATED=rotated, NEED_NORMS=need_norms, HEAD_SIZE=head_size,
+            **tile, num_warps=LAUNCH.num_warps,
         )  # fmt: skip
     if need_norms:
         streams = [partials[:, n_text_blocks:], partials[:, :n_text_blocks]][: 1 + has_text]

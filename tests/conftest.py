@@ -34,6 +34,7 @@ LONG = (
     "test_qk_norm_rope.py",
     "test_fuse_flux2.py",
     "test_fuse_changes.py",
+    "test_fuse_joint.py",
     "test_offload.py",
     "test_cache.py",
     "test_quiet.py",

@@ -66,14 +66,18 @@ class BlockSpec:
     linears: tuple[str, ...]
     """linear layers; those that `linear_weights` does not know are called"""
     qk_norms: tuple[str, ...] = ()
-    """`nn.RMSNorm` of query and key, then, of a second stream, those of its query and key"""
+    """RMSNorms of query and key; then those of a stream that is joined before the first, and of further attentions"""
+    qk_norm: type = nn.RMSNorm
+    """their class: PyTorch's or diffusers'"""
+    rope: bool = True
+    """whether a rotary embedding follows them"""
     unfit: Callable[[Any], str | None] = lambda block: None
     """a further reason why a block, whose parts are of the right classes, is left unfused; or None"""
     classes: Mapping[str, type] = field(init=False)
     """`parts` and the norms"""
 
     def __post_init__(self) -> None:
-        norms = {**dict.fromkeys(self.layer_norms, nn.LayerNorm), **dict.fromkeys(self.qk_norms, nn.RMSNorm)}
+        norms = {**dict.fromkeys(self.layer_norms, nn.LayerNorm), **dict.fromkeys(self.qk_norms, self.qk_norm)}
         object.__setattr__(self, "classes", {**self.parts, **norms})
 
 
@@ -82,9 +86,12 @@ class FusedBlock:
 
     A subclass gives `spec` and `forward`, which has the arguments of the block's own forward. It first asks
     `runs_fused`; if the answer is no, it returns `super().forward(...)`, which is the block's own.
+    Where blocks of one class are not all made of the same parts, it also gives `variants` and `spec_of`.
     """
 
     spec: ClassVar[BlockSpec]
+    variants: ClassVar[tuple[BlockSpec, ...]] = ()
+    """all that `spec_of` gives, where that is not always `spec`"""
     architecture: ClassVar[Architecture]
     """set by the architecture that has this kind"""
     kind: ClassVar[Any]
@@ -93,6 +100,11 @@ class FusedBlock:
     """the class that the block had"""
     forward: Callable[..., Any]
     fusion: Fusion
+
+    @classmethod
+    def spec_of(cls, block: Any) -> BlockSpec:
+        """What this block is made of."""
+        return cls.spec
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles: a class that was made at run time cannot be found by its name."""
@@ -117,7 +129,8 @@ class Architecture:
     """classes of the parts that fused blocks do not call"""
 
     def __post_init__(self) -> None:
-        parts = [cls for kind in self.kinds for cls in kind.spec.classes.values()]
+        specs = [spec for kind in self.kinds for spec in (kind.spec, *kind.variants)]
+        parts = [cls for spec in specs for cls in spec.classes.values()]
         classes = tuple(dict.fromkeys(cls for cls in (*parts, *LAYERS) if issubclass(cls, nn.Module)))
         owners = (*(kind.spec.block for kind in self.kinds), *classes)
         names = (*((owner, "forward") for owner in owners), *self.functions, *FUNCTIONS)
@@ -168,7 +181,7 @@ def runs_fused(block: Any, *inputs: Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False  # torch.func differentiates and maps what it can look into
-    first, width = inputs[0], part_of(block, block.spec.layer_norms[0]).normalized_shape[0]
+    first, width = inputs[0], part_of(block, block.spec_of(block).layer_norms[0]).normalized_shape[0]
     if any(t.shape[0] != first.shape[0] or t.shape[-1] != width for t in inputs):
         return False
     same = all(t.dtype == first.dtype and t.device == first.device for t in inputs)
@@ -179,7 +192,7 @@ def unfit(block: Any, kind: type[FusedBlock]) -> str | None:
     """Why this block is left unfused, or None. Cheap, since it is asked at every call: models change."""
     if reason := _patched(kind.architecture):
         return reason
-    spec: Any = kind.spec
+    spec: Any = kind.spec_of(block)
     forward = spec.block.forward
     if type(block).forward not in (forward, kind.forward) or unfused_class(block).forward is not forward:
         return "it is of a class of its own"
@@ -195,9 +208,11 @@ def unfit(block: Any, kind: type[FusedBlock]) -> str | None:
     norms = [parts[name] for name in spec.qk_norms]
     if any(norm.weight is None for norm in norms):
         return "its query and key norms have no weights"
+    if any(getattr(norm, "bias", None) is not None for norm in norms):
+        return "its query and key norms have a bias"
     if any(norm.eps is None or norm.eps != norms[0].eps for norm in norms):
         return "its query and key norms have different eps"
-    if norms and ((size := norms[0].normalized_shape[0]) > MAX_HEAD_DIM or size % 2):
+    if norms and ((size := norm_size(norms[0])) > MAX_HEAD_DIM or size % 2):
         return f"its head size is {size}, not an even number up to {MAX_HEAD_DIM}"
     before = [parts[name] for name in spec.layer_norms]
     if any(norm.elementwise_affine for norm in before):
@@ -230,19 +245,25 @@ def _patched(architecture: Architecture) -> str | None:
 
 
 def part_of(block: Any, name: str) -> Any:
-    """The part of a block that a path such as `ff.net.0` leads to; not every part is a module."""
+    """The part of a block that a path such as `ff.net.0` leads to, or None; not every part is a module."""
     for key in name.split("."):
-        block = getattr(block, key)
+        block = getattr(block, key, None)
     return block
 
 
-def qk_norms(block: Any, spec: BlockSpec) -> list[nn.RMSNorm]:
+def qk_norms(block: Any, spec: BlockSpec) -> list[Any]:
     """The RMSNorms of query and key of a block."""
     return [part_of(block, name) for name in spec.qk_norms]
 
 
-def recoverable(norms: list[nn.RMSNorm]) -> bool:
-    """Whether x_hat can be had from the rotated `w x_hat` with a gradient as exact as from the projections."""
+def norm_size(norm: Any) -> int:
+    """The channels of a head, of which an RMSNorm of PyTorch or of diffusers takes the mean."""
+    return (norm.normalized_shape if isinstance(norm, nn.RMSNorm) else norm.dim)[0]
+
+
+def recoverable(norms: list[Any], rope: bool) -> bool:
+    """Whether x_hat can be had from `w x_hat`, rotated where there is a rope, with a gradient as exact as from the
+    projections."""
     for norm in norms:
         weight = norm.weight.detach()
         if weight.is_meta or isinstance(weight, FakeTensor):
@@ -251,19 +272,20 @@ def recoverable(norms: list[nn.RMSNorm]) -> bool:
             weight = weight.full_tensor()
         if not has_values(norm):
             return False
-        pairs = weight.float().abs().unflatten(0, (-1, 2))
+        pairs = weight.float().abs().unflatten(0, (-1, 2))  # a rotation mixes the rounding of a pair
         smallest, largest = pairs.amin(1), pairs.amax(1)
-        if bool((smallest < MIN_NORM_WEIGHT).any() | (largest > MAX_PAIR_RATIO * smallest).any()):
+        uneven = rope and bool((largest > MAX_PAIR_RATIO * smallest).any())
+        if uneven or bool((smallest < MIN_NORM_WEIGHT).any()):
             return False
     return True
 
 
-def has_values(norm: nn.RMSNorm) -> bool:
+def has_values(norm: Any) -> bool:
     """Whether the unsharded weight is there: FSDP1 holds a shard of it, or a view of freed memory, until the block
     runs."""
     weight = norm.weight
     values = weight.is_meta or isinstance(weight, FakeTensor | DTensor) or weight.untyped_storage().nbytes() > 0
-    return values and weight.numel() == norm.normalized_shape[0]
+    return values and weight.numel() == norm_size(norm)
 
 
 # --- classes of fused blocks ----------------------------------------------------------------------------------------

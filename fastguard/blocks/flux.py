@@ -33,6 +33,7 @@ from fastguard.blocks.parts import (
     out_of_attention,
     per_sample,
     project_with_hidden,
+    unfit_adaln,
     unfit_feed_forward,
     unfit_gelu,
     within_float16,
@@ -56,9 +57,8 @@ def _runs_fused(block: Any, image: Tensor, text: Tensor, temb: Tensor, rope: Any
 def _unfit_double(block: Any) -> str | None:
     if block.attn.fused_projections:
         return "its query, key and value projections are fused by diffusers"
-    if block.norm1.emb is not None or block.norm1_context.emb is not None:
-        return "its norms embed the timestep themselves"
-    return unfit_feed_forward(block, "ff") or unfit_feed_forward(block, "ff_context")
+    unfit_norms = unfit_adaln(block, "norm1", "norm1_context")
+    return unfit_norms or unfit_feed_forward(block, "ff") or unfit_feed_forward(block, "ff_context")
 
 
 class FusedDoubleBlock(FusedBlock):

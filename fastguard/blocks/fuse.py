@@ -30,6 +30,8 @@ from fastguard.ops.registry import Backend, Recompute
 ARCHITECTURES = {
     "flux": "fastguard.blocks.flux:FLUX",
     "flux2": "fastguard.blocks.flux2:FLUX2",
+    "sd3": "fastguard.blocks.sd3:SD3",
+    "qwen_image": "fastguard.blocks.qwen_image:QWEN_IMAGE",
 }
 """Where each architecture lives; its module, and what that imports, waits until a transformer is fused."""
 
@@ -66,7 +68,7 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
 
     Parameters, their names and the `state_dict` stay as they are; nothing outside this model changes. It works before
     or after peft's adapters are added, with gradient checkpointing, `torch.compile`, DDP, FSDP1 and FSDP2, for training
-    and inference. For Flux and FLUX.2 it works with every attention backend of diffusers.
+    and inference. For all but SD3, which has none to choose, it works with every attention backend of diffusers.
 
     Frozen weights may be quantized, as those of torchao and, in 4 bits, of bitsandbytes: each is dequantized for its
     matmul, forward and backward, and nothing of its size is saved. Linear layers with hooks, DoRA, dropout, or of other
@@ -82,7 +84,8 @@ def fuse(transformer: Any, *, recompute: Recompute = "pointwise", backend: str =
     Args:
         transformer: of a known architecture, or one of its blocks; bfloat16, float16 or float32; in a wrapper (DDP,
             FSDP1, `torch.compile`, peft's `PeftModel`) or not. Known are diffusers' `FluxTransformer2DModel`,
-            `FluxControlNetModel` and `Flux2Transformer2DModel`.
+            `Flux2Transformer2DModel`, `SD3Transformer2DModel` (Stable Diffusion 3 and 3.5),
+            `QwenImageTransformer2DModel`, and the ControlNets of all but FLUX.2.
         recompute: what backward recomputes instead of saving it.
             `none`: nothing; the input of every linear layer is saved.
             `pointwise`: LayerNorm + modulate, GELU or SwiGLU, and normalized query and key. It costs no extra matmul.
@@ -180,7 +183,8 @@ def _fuse(model: Any, architecture: Architecture, recompute: Recompute, backend:
         if reason is not None:
             left[name] = reason
             continue
-        rotated = recoverable(qk_norms(block, kind.spec))
+        spec = kind.spec_of(block)
+        rotated = recoverable(qk_norms(block, spec), spec.rope)
         fusion = Fusion(recompute, backend, rotated=rotated, checkpointing=checkpointing, function_before=before)
         fuse_block(block, kind, fusion)
         block.register_load_state_dict_post_hook(_decide_again)
@@ -228,12 +232,13 @@ def _blocks(model: nn.Module, architecture: Architecture) -> Iterator[tuple[str,
 
 def _decide_again(block: Any, _: Any) -> None:
     """New weights were loaded: can x_hat still be recovered?"""
-    block.fusion.rotated = recoverable(qk_norms(block, block.spec))
+    spec = block.spec_of(block)
+    block.fusion.rotated = recoverable(qk_norms(block, spec), spec.rope)
 
 
 def _saves_more(block: Any) -> Iterator[tuple[str, str]]:
     """The parts of a fused block that save more for backward than they could, and why."""
-    spec = block.spec
+    spec = block.spec_of(block)
     norms = qk_norms(block, spec)
     attention = spec.qk_norms[0].rpartition(".")[0] if norms else ""  # empty: the block itself holds the norms
     if not all(has_values(norm) for norm in norms):

@@ -13,7 +13,7 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from fastguard.blocks.architecture import Fusion, qk_norms
+from fastguard.blocks.architecture import Fusion, part_of, qk_norms
 from fastguard.blocks.linear import (
     Activation,
     AdaLNSources,
@@ -148,27 +148,26 @@ def _cast(normed: Normed) -> Normed:
 
 
 def qk_norm_rope(
-    image: Sequence[Tensor],
-    text: Sequence[Tensor] | None,
-    norms: Sequence[nn.RMSNorm],
-    rope: tuple[Tensor, Tensor],
+    stream: Sequence[Tensor],
+    before: Sequence[Tensor] | None,
+    norms: Sequence[Any],
+    rope: tuple[Tensor, Tensor] | None,
     fusion: Fusion,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as attention reads them, (B, T + S, H, D), text first: query and key are normalized and
-    rotated.
+    """Query, key and value as attention reads them, (B, T + S, H, D): query and key are normalized and rotated.
 
-    image, text: the projections (query, key, value), (B, S or T, H D) each; without a second stream text is None.
-    norms: of query and key, and of the text's with two streams. rope: cos and sin, (T + S, D), equal in each pair of
-    channels (2i, 2i + 1).
+    stream: the projections (query, key, value), (B, S, H D) each. before: those of a second stream, (B, T, H D), which
+    comes first in the joined sequence; or None. norms: RMSNorms of the stream's query and key, then of `before`'s.
+    rope: cos and sin, (T + S, D), equal in each pair of channels (2i, 2i + 1); None rotates nothing.
     """
     weights = [norm.weight for norm in norms]
     rotated = fusion.rotated and not any(weight.requires_grad for weight in weights)
-    cos, sin = (table.to(device=image[0].device, dtype=torch.float32) for table in rope)
-    query, key, value = image
-    passed = value.detach() if text is None else value  # alone it is not joined: attention reads the projection itself
-    streams = (query, key, passed, *(text or (None,) * 3), *weights, *(() if text else (None,) * 2))
-    q, k, v = QKNormRopeFunction.apply(*streams, cos, sin, norms[0].eps, rotated, fusion.backend)
-    return q, k, value.unflatten(-1, (-1, q.shape[-1])) if text is None else v
+    query, key, value = stream
+    tables = [table.to(device=query.device, dtype=torch.float32) for table in rope] if rope else [None, None]
+    passed = value.detach() if before is None else value  # alone it is not joined: attention reads the projection
+    streams = (query, key, passed, *(before or (None,) * 3), *weights, *(() if before else (None,) * 2))
+    q, k, v = QKNormRopeFunction.apply(*streams, *tables, norms[0].eps, rotated, fusion.backend)
+    return q, k, value.unflatten(-1, (-1, q.shape[-1])) if before is None else v
 
 
 def attention(
@@ -252,6 +251,12 @@ def unfit_feed_forward(block: Any, name: str) -> str | None:
     if len(net) != 3:
         return f"its {name}.net has {len(net)} layers, not 3"
     return unfit_gelu(net[0])
+
+
+def unfit_adaln(block: Any, *names: str) -> str | None:
+    """Why diffusers' AdaLayerNormZeros (and their kind) of these names are not `modulation`'s, or None."""
+    embeds = any(part_of(block, f"{name}.emb") is not None for name in names)
+    return "its norms embed the timestep themselves" if embeds else None
 
 
 def unfit_gelu(activation: Any) -> str | None:

@@ -1,6 +1,8 @@
-"""RMSNorm of query and key, rotary embedding, and the joining of two streams.
+"""RMSNorm of query and key, rotary embedding where a model has one, and the joining of two streams.
 
-Axes: B sample, S token, T text token (first in the joined sequence), H head, D head channel.
+Two streams are called text and image, after Flux. In the joined sequence the text is first.
+
+Axes: B sample, S token, T text token, H head, D head channel.
 """
 
 from __future__ import annotations
@@ -32,14 +34,15 @@ def qk_norm_rope(
     value: Tensor,
     text: tuple[Tensor, Tensor, Tensor] | None,
     norms: tuple[Tensor, ...],
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalized and rotated query and key, and value, joined to (B, T + S, H, D), text first.
 
     query, key, value: (B, S, H D) of the image; text: the same of the text stream, (B, T, H D), or None. norms: (D,)
-    weights of the RMSNorm of query, key and, with a text stream, of its query and key. cos, sin: (T + S, D).
+    weights of the RMSNorm of query, key and, with a text stream, of its query and key. cos, sin: (T + S, D), or None
+    without a rotary embedding.
     """
     size = len(norms[0])
     joined = []
@@ -50,6 +53,8 @@ def qk_norm_rope(
             weights = [norms[i]] if text is None else [norms[2 + i], norms[i]]
             heads = [rms_norm(head, weight, eps) for head, weight in zip(heads, weights, strict=True)]
         joined.append(torch.cat(heads, dim=1))
+    if cos is None or sin is None:
+        return joined[0], joined[1], joined[2]
     return rope(joined[0], cos, sin), rope(joined[1], cos, sin), joined[2]
 
 
@@ -62,13 +67,14 @@ def qk_norm_rope_fwd(
     text_key: Tensor | None,
     text_value: Tensor | None,
     norms: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Query, key and value as attention reads them, (B, T + S, H, D), and 1 / rms: (2, B, T + S, H) in float32.
 
-    Without a text stream value is empty: attention can read the projection itself.
+    Without a text stream value is empty: attention can read the projection itself. Without cos and sin query and key
+    are normalized only.
     """
     dtype, size = compute_dtype(query.dtype), len(norms[0])
     outputs, rstds = [], []
@@ -80,11 +86,12 @@ def qk_norm_rope_fwd(
             rstd.append(torch.rsqrt(heads.square().mean(-1, keepdim=True).add_(eps)))
             normed.append(heads * rstd[-1] * weight)
         rstds.append(torch.cat(rstd, dim=1).squeeze(-1))
-        outputs.append(rope(torch.cat(normed, dim=1), cos, sin).to(query.dtype))
-    joined = value.new_empty(0)
+        joined = torch.cat(normed, dim=1)
+        outputs.append((joined if cos is None or sin is None else rope(joined, cos, sin)).to(query.dtype))
+    values = value.new_empty(0)
     if text_value is not None:
-        joined = torch.cat([text_value, value], dim=1).unflatten(-1, (-1, size))
-    return outputs[0], outputs[1], joined, torch.stack(rstds)
+        values = torch.cat([text_value, value], dim=1).unflatten(-1, (-1, size))
+    return outputs[0], outputs[1], values, torch.stack(rstds)
 
 
 @operator(triton="qk_norm_rope")
@@ -98,8 +105,8 @@ def qk_norm_rope_bwd(
     text_key: Tensor | None,
     rstd: Tensor,
     norms: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     rotated: bool,
     need_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -115,12 +122,15 @@ def qk_norm_rope_bwd(
     if text_query is not None and text_key is not None:
         streams.append((2, slice(n_text), (text_query, text_key)))
     for first, tokens, sources in streams:
-        cosine, sine = cos[tokens], sin[tokens]
+
+        def turn_back(x: Tensor, tokens: slice = tokens) -> Tensor:
+            return x if cos is None or sin is None else rope(x, cos[tokens], -sin[tokens])
+
         for i, (grad, source) in enumerate(zip((grad_q, grad_k), sources, strict=True)):
             weight, inverse = norms[first + i].to(dtype), rstd[i, :, tokens, :, None]
-            turned_back = rope(grad[:, tokens].to(dtype), cosine, -sine)
+            turned_back = turn_back(grad[:, tokens].to(dtype))
             if rotated:
-                x_hat = rope(source.to(dtype), cosine, -sine) / weight
+                x_hat = turn_back(source.to(dtype)) / weight
             else:
                 x_hat = source.to(dtype) * inverse
             if need_norms:
@@ -135,7 +145,7 @@ def qk_norm_rope_bwd(
 
 
 class QKNormRopeFunction(torch.autograd.Function):
-    """Normalize and rotate query and key, and join the streams.
+    """Normalize query and key, rotate them where there are cos and sin, and join the streams.
 
     Keeps 1 / rms and, with `rotated`, its own results, which attention keeps anyway: their gradients need the
     normalized value, which is the result turned back over the norm's weight. Without, it keeps the projections.
@@ -154,8 +164,8 @@ class QKNormRopeFunction(torch.autograd.Function):
         norm_key: Tensor,
         norm_text_query: Tensor | None,
         norm_text_key: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         eps: float,
         rotated: bool,
         backend: str,

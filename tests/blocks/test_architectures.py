@@ -205,8 +205,8 @@ def test_errors_list_the_known_architectures(monkeypatch: pytest.MonkeyPatch) ->
         if name not in ("flux", "toy"):
             monkeypatch.delitem(ARCHITECTURES, name)
     expected = (
-        "expected diffusers.FluxTransformer2DModel or diffusers.FluxControlNetModel or helpers.ToyTransformer, "
-        "got Linear; known architectures: flux, toy"
+        "expected diffusers.FluxTransformer2DModel or diffusers.FluxControlNetModel or helpers.ToyTransformer, got "
+        "Linear; known architectures: flux, toy"
     )
     for call in (fg.fuse, fg.unfuse):
         with pytest.raises(TypeError) as error:

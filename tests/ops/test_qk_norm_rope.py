@@ -28,8 +28,9 @@ def make_case(
     shape: tuple[int, int, int | None, int, int],
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32),
     device: str = "cpu",
+    rope: bool = True,
 ) -> dict[str, Any]:
-    """Projections, weights between 0.5 and 2, angles, and random gradients of the three outputs."""
+    """Projections, weights between 0.5 and 2, angles (None without a rope), and random gradients of the outputs."""
     n_samples, n_image, n_text, n_heads, size = shape
     generator = torch.Generator().manual_seed(n_samples + n_image + n_heads + size)
 
@@ -41,7 +42,7 @@ def make_case(
     weights = 0.5 * 4 ** torch.rand(2 if n_text is None else 4, size, generator=generator)
     case["norms"] = list(weights.to(dtypes[1]).to(device))
     angles = 6.3 * torch.rand(n_image + (n_text or 0), size // 2, generator=generator).repeat_interleave(2, dim=1)
-    case["cos"], case["sin"] = angles.cos().to(device), angles.sin().to(device)
+    case["cos"], case["sin"] = (angles.cos().to(device), angles.sin().to(device)) if rope else (None, None)
     case["grads"] = [draw(n_samples, len(angles), n_heads, size) for _ in range(3)]
     return case
 
@@ -96,7 +97,7 @@ def run_formula(case: dict[str, Any], double: bool) -> dict[str, Tensor]:
 
     parts, norms = [leaf(case[name]) for name in PARTS], [leaf(norm) for norm in case["norms"]]
     dtype, size = parts[0].dtype, len(norms[0])
-    cos, sin = (case[key].cpu().double() if double else case[key] for key in ("cos", "sin"))
+    cos, sin = (case[key].cpu().double() if double and case[key] is not None else case[key] for key in ("cos", "sin"))
     has_text = parts[3] is not None
     if double:
         q, k, v = formulas.qk_norm_rope(*parts[:3], tuple(parts[3:]) if has_text else None, norms, cos, sin, EPS)
@@ -105,7 +106,8 @@ def run_formula(case: dict[str, Any], double: bool) -> dict[str, Tensor]:
         for i, place in enumerate((0, 1, 3, 4)[: len(norms)]):
             heads[place] = (F.rms_norm(heads[place], (size,), None, EPS) * norms[i]).to(dtype)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(heads[3:], heads[:3], strict=True)) if has_text else heads[:3]
-        q, k = eager_rope(q, cos, sin), eager_rope(k, cos, sin)
+        if cos is not None:
+            q, k = eager_rope(q, cos, sin), eager_rope(k, cos, sin)
     outputs, names = ((q, k, v), PARTS) if has_text else ((q, k), PARTS[:2])
     upstream = [grad.to(output) for grad, output in zip(case["grads"], outputs, strict=False)]
     leaves = [part for part, name in zip(parts, PARTS, strict=True) if name in names]
@@ -151,6 +153,26 @@ def test_every_shape(shape, kernel_device, poisoned) -> None:
 @pytest.mark.parametrize("shape", [(2, 9, 7, 8, 32), (1, 12, None, 3, 34)], ids=str)
 def test_every_dtype(dtypes, shape, kernel_device, poisoned) -> None:
     assert_matches_reference(make_case(shape, dtypes, kernel_device))
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 9, 5, 3, 6), (1, 65, 64, 2, 6), (2, 7, None, 24, 16), (1, 2, 3, 38, 64)], ids=str
+)
+def test_without_a_rotary_embedding(shape, dtypes, kernel_device, poisoned) -> None:
+    assert_matches_reference(make_case(shape, dtypes, kernel_device, rope=False))
+
+
+def test_angles_of_zero_turn_nothing(kernel_device) -> None:
+    """They give the bits of a call without a rotary embedding."""
+    case = make_case((1, 9, 7, 4, 16), (BF16, BF16), kernel_device)
+    turned = {**case, "cos": torch.ones_like(case["cos"]), "sin": torch.zeros_like(case["sin"])}
+    still = {**case, "cos": None, "sin": None}
+    for got, want in zip(run_forward(still), run_forward(turned), strict=True):
+        assert torch.equal(got, want)
+    for rotated in (False, True):
+        got, want = (run_backward(each, run_forward(each), rotated) for each in (still, turned))
+        assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_zero_rows(kernel_device, poisoned) -> None:
