@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from transformers import CLIPTokenizer
 
 from fastguard.backbones.schedule import equal_steps, linear_mu
 from fastguard.backbones.sizes import size_problems
@@ -48,6 +49,8 @@ class PipelineParts:
     """tokenizers: their class, and the encoder that embeds their tokens"""
     largest: Mapping[str, Mapping[str, int]]
     """the largest value of each size in the settings, by part; see `sizes.size_problems`"""
+    chat: tuple[str, ...] = ()
+    """tokenizers through whose chat template prompts go"""
 
     @property
     def settings(self) -> dict[str, str]:
@@ -182,7 +185,7 @@ def _part_problems(folder: Path, part: str, parts: PipelineParts) -> Iterator[st
     elif part in parts.modules:
         yield from _module_problems(folder, part, *parts.modules[part])
     elif part in parts.tokenizers:
-        yield from _tokenizer_problems(folder, part, *parts.tokenizers[part])
+        yield from _tokenizer_problems(folder, part, *parts.tokenizers[part], chat=part in parts.chat)
     elif part == "scheduler":
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=part, local_files_only=True)
         times = equal_steps(scheduler, 4, linear_mu(scheduler.config, tokens=4096))
@@ -294,7 +297,7 @@ def _damaged_weights(folder: Path, name: str) -> Iterator[str]:
             yield f"{file} is cut short or damaged ({error}): {AGAIN}"
 
 
-def _tokenizer_problems(folder: Path, part: str, kind: Any, encoder: str) -> Iterator[str]:
+def _tokenizer_problems(folder: Path, part: str, kind: Any, encoder: str, chat: bool) -> Iterator[str]:
     """transformers makes a tokenizer without a vocabulary if it finds none, and every text becomes unknown tokens."""
     own = folder / part
     settings_file = own / "tokenizer_config.json"
@@ -309,20 +312,26 @@ def _tokenizer_problems(folder: Path, part: str, kind: Any, encoder: str) -> Ite
             yield _pointer(own / file)
             return
     tokenizer = kind.from_pretrained(folder, subfolder=part, local_files_only=True)
+    if chat and tokenizer.chat_template is None:
+        yield f"there is no {own / 'chat_template.jinja'} (nor chat_template in {settings_file}): {AGAIN}"
     # Twice each: with no merges at all, as in the tiny pipeline, CLIP knows no token that ends a word.
     letters = {tuple(tokenizer(2 * letter).input_ids) for letter in ascii_lowercase}
     if len(letters) < len(ascii_lowercase):
         yield f"the vocabulary in {own} tells only {len(letters)} of {len(ascii_lowercase)} letters apart: {AGAIN}"
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if model["type"] == "BPE":
-        made = {"".join(pair) for pair in model["merges"]} | set(tokenizer.all_special_tokens)
+    if model["type"] == "BPE" and not model.get("ignore_merges"):
+        added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        made = {"".join(pair) for pair in model["merges"]} | added
         never = [t for t in model["vocab"] if len(t.removesuffix("</w>")) > 1 and t not in made]
         if never:
             yield f"{own} lacks merges for tokens of its vocabulary ({a_few(never)}): {AGAIN}"
     if not list(_unreadable(folder / encoder, "config.json")):
         settings = read_json(folder / encoder / "config.json")
-        positions = settings.get("max_position_embeddings")  # of CLIP, to whose length the pipeline fills up all texts
-        if positions is not None and not 2 < tokenizer.model_max_length <= positions:
+        settings = settings.get("text_config", settings)  # of an encoder that reads images, too
+        positions = settings.get("max_position_embeddings")
+        # The pipeline fills up all texts to this length; other tokenizers get prompts.max_tokens.
+        fixed = kind is CLIPTokenizer and positions is not None
+        if fixed and not 2 < tokenizer.model_max_length <= positions:
             yield (
                 f"{settings_file} says model_max_length = {tokenizer.model_max_length}, but {encoder} has "
                 f"{positions} positions: {AGAIN}"
