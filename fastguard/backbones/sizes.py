@@ -44,10 +44,11 @@ def size_problems(largest: Mapping[str, int], file: Path, settings: Mapping[str,
     """Sizes that are no whole numbers, or that nobody means: a sentence each, that names file and key.
 
     Args:
-        largest: the largest value of each size. A size that is absent has its library's default.
+        largest: the largest value of each size; "text_config.hidden_size" is that of a part within the settings. A size
+            that is absent has its library's default.
     """
     for key, most in largest.items():
-        value = settings.get(key, 1)
+        value = _value(settings, key)
         least = 0 if key in _MAY_BE_0 else 1
         if value is None and key in _MAY_BE_NULL:
             continue
@@ -55,3 +56,9 @@ def size_problems(largest: Mapping[str, int], file: Path, settings: Mapping[str,
         if not 1 <= len(values) <= MOST_LEVELS or not all(type(v) is int and least <= v <= most for v in values):
             shown = text if len(text := repr(value)) <= 80 else f"{text[:80]} ..."
             yield f"{file}: {key} must be a whole number in [{least}, {most}], got {shown}: download it again"
+
+
+def _value(settings: Mapping[str, Any], key: str) -> Any:
+    outer, _, inner = key.partition(".")
+    value = settings.get(outer, 1)
+    return _value(value, inner) if inner and isinstance(value, Mapping) else value
