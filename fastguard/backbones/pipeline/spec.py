@@ -212,28 +212,40 @@ class PipelineSpec(ABC):
 
         At an earlier tile of the same size fewer others wait. Blending is in place, thousands of small operations.
         """
-        factor, side = self.vae_factor(vae.config), vae.tile_latent_min_size
-        height, width = grid.height // factor, grid.width // factor
-        if height <= side and width <= side:
-            return
+        side = vae.tile_latent_min_size
         step = int(side * (1 - vae.tile_overlap_factor))
-        tiles = [
-            (min(side, height - y), min(side, width - x)) for y in range(0, height, step) for x in range(0, width, step)
-        ]
-        last = {size: i for i, size in enumerate(tiles)}
-        decoded = itertools.cycle(last[size] == i for i, size in enumerate(tiles))
-        whole = vae.decoder.forward
-
-        def decode(z: Tensor) -> Tensor:
-            if next(decoded):
-                return whole(z)
-            return z.new_empty(len(z), vae.config.out_channels, z.shape[2] * factor, z.shape[3] * factor)
-
-        vae.decoder.forward = decode
-        vae.blend_v = vae.blend_h = lambda _, tile, __: tile
+        decode_last_only(vae, grid, self.vae_factor(vae.config), side, step, vae.config.out_channels)
 
     # --- the tiny pipeline
 
     @abstractmethod
     def tiny(self) -> Any:
         """A complete pipeline of a few hundred thousand random weights, drawn from torch's global generator."""
+
+
+def decode_last_only(vae: Any, grid: Grid, factor: int, side: int, step: int, channels: int) -> None:
+    """Of each image's tiles of `side` numbers of a latent, `step` apart, a VAE with a `decoder`, `blend_v` and
+    `blend_h` decodes the last of each size alone, and blends nothing; in place.
+
+    Args:
+        factor: pixels for each number of a latent, along a side.
+        channels: of an image.
+    """
+    height, width = grid.height // factor, grid.width // factor
+    if height <= side and width <= side:
+        return
+    tiles = [
+        (min(side, height - y), min(side, width - x)) for y in range(0, height, step) for x in range(0, width, step)
+    ]
+    last = {size: i for i, size in enumerate(tiles)}
+    decoded = itertools.cycle(last[size] == i for i, size in enumerate(tiles))
+    whole = vae.decoder.forward
+
+    def decode(z: Tensor, **options: Any) -> Tensor:
+        if next(decoded):
+            return whole(z, **options)
+        *frames, tall, wide = z.shape[2:]  # a VAE of videos has an axis of frames
+        return z.new_empty(len(z), channels, *frames, tall * factor, wide * factor)
+
+    vae.decoder.forward = decode
+    vae.blend_v = vae.blend_h = lambda _, tile, __: tile
