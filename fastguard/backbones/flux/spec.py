@@ -149,9 +149,8 @@ class FluxSpec(PipelineSpec):
         return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float()
 
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Tensor | None
+        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Tensor
     ) -> Tensor:
-        assert positions is not None
         embeds, device = text["embeds"], latents.device
         scale = None
         if transformer.config.guidance_embeds:

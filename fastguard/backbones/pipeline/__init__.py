@@ -94,7 +94,7 @@ class PipelineFamily(Family):
             from fastguard.backbones.pipeline.skeleton import meta_transformer, pipeline_configs
 
             spec = self.spec
-            set_attention(meta_transformer(spec, pipeline_configs(spec, TINY), torch.float32), model.attention)
+            set_attention(spec, meta_transformer(spec, pipeline_configs(spec, TINY), torch.float32), model.attention)
 
     def runs_on_cpu(self, model: ModelConfig) -> bool:
         return model.path == TINY

@@ -69,14 +69,35 @@ def prepare_transformer(
         if recompute in ("block", "offload"):
             transformer.enable_gradient_checkpointing(OffloadedCheckpoints() if recompute == "offload" else None)
     if model.attention != "native":
-        set_attention(transformer, model.attention)
+        set_attention(spec, transformer, model.attention)
     if model.compile == "blocks":
         compile_blocks(transformer, blocks_of(spec, transformer).values())
     return report
 
 
-def set_attention(transformer: Any, backend: str) -> None:
-    """Choose the attention backend by diffusers' name. Raises UserError for an unknown one, or one that cannot run."""
+MASKED_ATTENTION = (
+    "native",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_math",
+    "flash_varlen_hub",
+    "_flash_3_varlen_hub",
+)
+"""Attention backends of diffusers that pass over the tokens of a mask wherever they are. Of the others, most refuse
+masks. `flash_varlen`, `_flash_varlen_3` and `sage_varlen` pass over as many tokens at the end of the sequence instead,
+and `xformers` adds the mask to the logits, as 0 and 1."""
+
+
+def set_attention(spec: PipelineSpec, transformer: Any, backend: str) -> None:
+    """Choose the attention backend by diffusers' name.
+
+    Raises UserError for an unknown one, one that cannot run, or one without the mask that the family needs.
+    """
+    if spec.masked and backend.lower() not in MASKED_ATTENTION:
+        raise UserError(
+            f"model.attention = {backend!r}: a {type(transformer).__name__} needs attention with a mask of the text's "
+            f"padding; choose one of {', '.join(MASKED_ATTENTION)}"
+        )
     try:
         transformer.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as error:
@@ -114,6 +135,7 @@ def load_transformer(spec: PipelineSpec, recipe: Recipe, device: torch.device) -
         transformer = kind.from_config(config)
     files, blocks = weights_to_load(folder, files_name), blocks_of(spec, transformer)
     load_quantized(transformer, blocks, files, model.quantize, dtype, recipe.prompts.cache, device)
+    spec.remake_tables(transformer)
     return transformer.eval()
 
 

@@ -162,6 +162,7 @@ def _assemble(
     decode_tiled: bool,
 ) -> PipelineBackbone:
     """The product's own backbone around these modules, with the embeddings of one prompt."""
+    spec.remake_tables(transformer)
     sampler = SimpleNamespace(decode_batch=decode_batch, decode_tiled=decode_tiled)
     recipe: Any = SimpleNamespace(model=model, sampler=sampler)
     backbone = PipelineBackbone(

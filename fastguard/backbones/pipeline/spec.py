@@ -98,6 +98,8 @@ class PipelineSpec(ABC):
     """settings of models on the hub, which the planner knows without their files"""
     text_parts: ClassVar[tuple[TextPart, ...]]
     """in the order in which they are loaded: the one with the large embeddings comes last"""
+    masked: ClassVar[bool] = False
+    """whether attention has to pass over tokens in the middle of a sequence, by a mask"""
 
     def __init__(self, family: PipelineFamily) -> None:
         self.family = family
@@ -151,13 +153,19 @@ class PipelineSpec(ABC):
 
     # --- the policy
 
-    def positions(self, grid: Grid) -> Tensor | None:
-        """Positions of the image tokens on the host, for `velocity`."""
+    def positions(self, grid: Grid) -> Any:
+        """Where the image tokens are, as `velocity` takes it: their positions on the host, for example."""
         return None
+
+    def remake_tables(self, transformer: Any) -> None:  # noqa: B027  most transformers have none
+        """Make again, in place, what a transformer computes when it is made and keeps as plain tensors.
+
+        They have no values if it was made on the meta device, and no file holds them.
+        """
 
     @abstractmethod
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Tensor | None
+        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Any
     ) -> Tensor:
         """One call of the transformer: latents (B, *latent_shape), sigma (B,) float32 -> velocity like latents.
 
