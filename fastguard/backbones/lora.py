@@ -25,13 +25,20 @@ def add_lora(transformer: Any, config: LoraConfig, family_targets: Sequence[str]
     Raises UserError for a target that names no linear layer.
     """
     targets = family_targets if config.targets == "auto" else config.targets
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    found = {target: _called(target, transformer) for target in targets}
+    missing = [target for target, layers in found.items() if True not in layers.values()]
     if missing:
         raise UserError(f"lora.targets: no linear layer of the transformer is called {missing}")
+    # peft takes every module that is called so, and fails at one that is no layer: FLUX.2's `attn.to_out` is a layer in
+    # a single block, and a list in a double one. It gets the whole names of such layers.
+    precise = [
+        name
+        for target, layers in found.items()
+        for name in ([target] if all(layers.values()) else [name for name, linear in layers.items() if linear])
+    ]
     transformer.requires_grad_(False)
     adapters = PeftLoraConfig(
-        r=config.rank, lora_alpha=config.alpha, init_lora_weights="gaussian", target_modules=list(targets)
+        r=config.rank, lora_alpha=config.alpha, init_lora_weights="gaussian", target_modules=precise
     )
     transformer.add_adapter(adapters, adapter_name=ADAPTER)
     for layer in transformer.modules():
@@ -41,6 +48,12 @@ def add_lora(transformer: Any, config: LoraConfig, family_targets: Sequence[str]
                 linear = part[ADAPTER]
                 assert isinstance(linear, nn.Linear)
                 part[ADAPTER] = _low_precision(linear)
+
+
+def _called(target: str, transformer: Any) -> dict[str, bool]:
+    """Names of the modules that end like the target, and whether each is a linear layer."""
+    modules = transformer.named_modules()
+    return {name: isinstance(module, nn.Linear) for name, module in modules if f".{name}".endswith(f".{target}")}
 
 
 def _low_precision(linear: nn.Linear) -> LowPrecisionLinear:
