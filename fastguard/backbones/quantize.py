@@ -173,7 +173,7 @@ def load_quantized(
     with writing(folder, then=ANOTHER_CACHE):
         folder.mkdir(parents=True, exist_ok=True)
         clear_scratch(folder)
-    stored = _Stored(files)
+    stored = StoredTensors(files)
     for part in tqdm((*blocks, REST), desc=f"loading the transformer in {how}", unit="block", delay=2, disable=None):
         file = folder / f"{part}.safetensors"
         try:
@@ -196,7 +196,7 @@ def _part_of(name: str, blocks: Mapping[str, nn.Module]) -> str:
 
 
 def _converted(
-    name: str, stored: _Stored, layers: set[str], how: Format, dtype: torch.dtype, device: torch.device
+    name: str, stored: StoredTensors, layers: set[str], how: Format, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors on the host that hold one stored weight, by name."""
     tensor = stored[name]
@@ -213,7 +213,7 @@ def _converted(
         yield f"{layer}.{key}", held.detach().cpu().contiguous()
 
 
-class _Stored:
+class StoredTensors:
     """The tensors of several safetensors files by name; each is read when it is asked for."""
 
     def __init__(self, files: Sequence[Path]) -> None:

@@ -191,7 +191,7 @@ def test_a_killed_start_goes_on_and_damage_is_mended(blank: Blank) -> None:
 def test_neither_host_nor_device_holds_more_than_a_block(blank: Blank, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: set[int] = set()
     most = 0
-    real = module._Stored.__getitem__
+    real = module.StoredTensors.__getitem__
 
     def spy(stored: Any, name: str) -> Tensor:
         nonlocal most
@@ -202,7 +202,7 @@ def test_neither_host_nor_device_holds_more_than_a_block(blank: Blank, monkeypat
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(module._Stored, "__getitem__", spy)
+    monkeypatch.setattr(module.StoredTensors, "__getitem__", spy)
     blank("nf4")
     config = FluxTransformer2DModel.from_config(blank.config)
     assert (

@@ -75,7 +75,7 @@ class KontextSpec(FluxSpec):
         return torch.cat([new, new + torch.tensor([1.0, 0.0, 0.0])])
 
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Tensor | None
+        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Tensor
     ) -> Tensor:
         both = torch.cat([latents, text["image"]], dim=1)
         return super().velocity(transformer, both, sigma, text, guidance, positions)[:, : latents.shape[1]]

@@ -24,7 +24,7 @@ from fastguard.backbones.folder import pipeline_folder, read_json, weights_to_lo
 from fastguard.backbones.lora import ADAPTER, add_lora
 from fastguard.backbones.pipeline.policy import PipelinePolicy
 from fastguard.backbones.pipeline.spec import PipelineSpec
-from fastguard.backbones.quantize import adopt_quantized, format_of, load_quantized
+from fastguard.backbones.quantize import StoredTensors, adopt_quantized, format_of, load_quantized
 from fastguard.blocks import FuseReport, OffloadedCheckpoints, fuse, fusible
 from fastguard.blocks.compiled import compile_blocks
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, recompute_levels
@@ -56,9 +56,11 @@ def prepare_transformer(
     if recompute not in (levels := recompute_levels(model.fuse)):
         raise UserError(f"model.fuse = {model.fuse} knows recompute = {', '.join(levels)}; got {recompute!r}")
     if model.train == "lora":
-        add_lora(transformer, lora, spec.family.lora_targets)
+        add_lora(transformer, lora, spec.family.lora_targets, spec.unused(transformer))
     else:
         transformer.requires_grad_(True)
+        for name in spec.unused(transformer):
+            transformer.get_submodule(name).requires_grad_(False)
     report = None
     if model.fuse and fusible(transformer):
         report = fuse(transformer, recompute=recompute)
@@ -221,7 +223,7 @@ class PipelineBackbone:
         if self._recipe.model.train == "full":
             folder.mkdir(parents=True)
             self._transformer.save_config(folder)
-            ours = {name: tensor.to(self.dtype).contiguous() for name, tensor in ours.items()}
+            ours = {name: tensor.to(self.dtype).contiguous() for name, tensor in {**self._untrained(), **ours}.items()}
             # Not save_pretrained: it writes the model's own tensors, neither the average nor whole when sharded.
             save_torch_state_dict(ours, folder, filename_pattern=WEIGHTS)
             return
@@ -240,6 +242,15 @@ class PipelineBackbone:
             transformer_lora_layers=layers,
             save_function=lambda tensors, file: save_file(tensors, file, metadata=header),
         )
+
+    def _untrained(self) -> dict[str, Tensor]:
+        """The weights of layers that are not used, from the model's files: those in memory may be sharded."""
+        unused = self._spec.unused(self._transformer)
+        if not unused:
+            return {}
+        folder = pipeline_folder(self._recipe.model.path) / "transformer"
+        stored = StoredTensors(weights_to_load(folder, self._spec.parts.modules["transformer"][1]))
+        return {name: stored[name] for name in stored.files if name.rpartition(".")[0] in unused}
 
 
 def load_pipeline(

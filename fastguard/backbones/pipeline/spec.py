@@ -157,6 +157,13 @@ class PipelineSpec(ABC):
         """Where the image tokens are, as `velocity` takes it: their positions on the host, for example."""
         return None
 
+    def unused(self, transformer: Any) -> Sequence[str]:
+        """Names of layers on which the velocity does not depend: they get no adapters, and stay as they are.
+
+        They would get no gradients, for which DDP waits, and no state of the optimizer.
+        """
+        return ()
+
     def remake_tables(self, transformer: Any) -> None:  # noqa: B027  most transformers have none
         """Make again, in place, what a transformer computes when it is made and keeps as plain tensors.
 
