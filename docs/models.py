@@ -26,6 +26,7 @@ TABLE, PAGE = HERE / "models.json", HERE / "models.md"
 MODELS = {
     "FLUX.1-dev": ("flux_lora", "black-forest-labs/FLUX.1-dev"),
     "FLUX.1-Kontext-dev": ("kontext_lora", "black-forest-labs/FLUX.1-Kontext-dev"),
+    "Qwen-Image": ("qwen_image_lora", "Qwen/Qwen-Image"),
     "SD3.5 Medium": ("sd35m_lora", "stabilityai/stable-diffusion-3.5-medium"),
     "SD3.5 Large": ("sd35m_lora", "stabilityai/stable-diffusion-3.5-large"),
 }

@@ -62,7 +62,8 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_every_recipe_is_there() -> None:
     assert SHIPPED == [
         "digits", "digits_plain", "flux_full_1gpu", "flux_full_fsdp2", "flux_lora", "flux_lora_1024", "flux_lora_16gb",
-        "flux_lora_24gb", "flux_lora_fast", "flux_tiny",
+        "flux_lora_24gb", "flux_lora_fast", "flux_tiny", "kontext_lora", "kontext_tiny", "qwen_image_lora",
+        "qwen_image_tiny", "sd35_tiny", "sd35m_lora", "sd35m_lora_nocfg",
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ FAMILIES = {
     "digits": "fastguard.demo.family:Digits",
     "flux": "fastguard.backbones.flux:Flux",
     "kontext": "fastguard.backbones.kontext:Kontext",
+    "qwen_image": "fastguard.backbones.qwen_image:QwenImage",
     "sd3": "fastguard.backbones.sd3:SD3",
 }
 """model.kind -> where its family lives; the module is imported when the family is asked for. `config.ModelKind` lists
