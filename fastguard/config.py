@@ -199,9 +199,9 @@ class PromptsConfig:
     per_epoch: int = 48
     """prompts per rollout, over all processes; in a seeded order, and none comes twice before all have come once"""
     max_tokens: int = 128
-    """T5 tokens per prompt; longer prompts are cut"""
+    """tokens per prompt of the encoder with the most (T5, or a language model); longer prompts are cut"""
     encoders: Encoders = "device"
-    """where prompts are encoded: on the GPU, there with the weights of T5 in 8 bits (torchao), or on the host"""
+    """where prompts are encoded: on the GPU, there with the large weights in 8 bits (torchao), or on the host"""
     cache: Path | None = None
     """folder of encoded prompts; none takes $FASTGUARD_CACHE, or ~/.cache/fastguard"""
 

@@ -28,7 +28,7 @@ from fastguard.backbones.pipeline.skeleton import pipeline_configs
 from fastguard.backbones.pipeline.spec import Grid
 from fastguard.backbones.pipeline.tiny import make_tiny
 from fastguard.backbones.qwen_image.spec import QwenImageSpec
-from fastguard.config import LoraConfig, ModelConfig, Recipe
+from fastguard.config import Encoders, LoraConfig, ModelConfig, Recipe
 from fastguard.memory.passes import PassSettings, decode_pass, encode_pass, weights_of
 from fastguard.prompts import EncodedPrompts, Prompt
 from fastguard.recipe import find_recipe, load_recipe
@@ -114,6 +114,20 @@ def test_prompts_are_encoded_as_the_pipeline_does_and_filled_up(encoded: Encoded
         lengths.append(length)
     assert len(set(lengths)) == len(TEXTS)
     assert max(lengths) == TOKENS  # one is cut
+
+
+@pytest.mark.parametrize("encoders", ["device", "int8"])
+def test_prompts_are_encoded_in_bfloat16_and_in_8_bits(
+    spec: Any, folder: Path, encoded: EncodedPrompts, encoders: Encoders
+) -> None:
+    if encoders == "int8":
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    prompts = [Prompt(text) for text in TEXTS]
+    made = encode_prompts(spec, prompts, str(folder), TOKENS, folder.parent, torch.bfloat16, CPU, encoders)
+    ours, exact = made.load(range(len(TEXTS))), encoded.load(range(len(TEXTS)))
+    assert ours["embeds"].dtype == torch.bfloat16
+    assert torch.equal(ours["mask"], exact["mask"])
+    assert 0 < (ours["embeds"].float() - exact["embeds"]).norm() < 0.03 * exact["embeds"].norm()
 
 
 def test_more_tokens_than_the_pipeline_takes_are_refused(spec: Any, folder: Path, tmp_path: Path) -> None:
@@ -323,8 +337,9 @@ def test_the_planner_knows_the_real_sizes(spec: Any) -> None:
     assert weights.decoder / 2 == pytest.approx(127e6, rel=0.01)
     assert (weights.branches, weights.blocks, weights.latent_shape) == (2, {"double": 60}, (1024, 64))
     assert weights.text == (3584 + 1, 0)
-    conditional = replace(FULL, guidance_gradient="conditional")
-    assert [weights_of(model, LoraConfig()).branches for model in (conditional, replace(FULL, guidance=1.0))] == [1, 1]
+    tiny = replace(FULL, path="tiny")
+    one = replace(tiny, guidance_gradient="conditional"), replace(tiny, guidance=1.0)
+    assert [weights_of(model, LoraConfig()).branches for model in (tiny, *one)] == [2, 1, 1]
 
 
 def test_encoding_at_full_size() -> None:
