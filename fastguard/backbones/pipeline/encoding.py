@@ -66,7 +66,7 @@ def _load(spec: PipelineSpec, part: TextPart, path: str, asked: EncodeSettings, 
         require_library("int8", 'prompts.encoders = "int8"', '"device" or "cpu"')
     quiet_bars()
     absent = dict.fromkeys(set(spec.parts.modules) - set(part.encoders))
-    pipe: Any = spec.pipeline.from_pretrained(path, **absent, dtype=asked.dtype, use_safetensors=True)
+    pipe: Any = spec.encoding_pipeline(path, **absent, dtype=asked.dtype, use_safetensors=True)
     for name in part.encoders:
         encoder = getattr(pipe, name)
         if encoders == "int8" and part.quantizable:

@@ -143,6 +143,10 @@ class PipelineSpec(ABC):
         """What of a prompt its embeddings depend on."""
         return prompt.text
 
+    def encoding_pipeline(self, path: str, **options: Any) -> Any:
+        """The pipeline that encodes prompts; `options` are diffusers', with None for each part that is not needed."""
+        return self.pipeline.from_pretrained(path, **options)
+
     def text(self, encoded: Text) -> Text:
         """The embeddings as `velocity` takes them, (P, ...) each, from those of all `text_parts`."""
         return encoded
