@@ -30,6 +30,7 @@ LONG = (
     "test_run_folder.py",
     "test_buffer.py",
     "test_flux.py",
+    "test_flux2.py",
     "test_operators.py",
     "test_qk_norm_rope.py",
     "test_fuse_flux2.py",

@@ -61,9 +61,10 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_every_recipe_is_there() -> None:
     assert SHIPPED == [
-        "digits", "digits_plain", "flux_full_1gpu", "flux_full_fsdp2", "flux_lora", "flux_lora_1024", "flux_lora_16gb",
-        "flux_lora_24gb", "flux_lora_fast", "flux_tiny", "kontext_lora", "kontext_tiny", "qwen_image_lora",
-        "qwen_image_tiny", "sd35_tiny", "sd35m_lora", "sd35m_lora_nocfg",
+        "digits", "digits_plain", "flux2_klein_lora", "flux2_lora", "flux2_tiny", "flux_full_1gpu", "flux_full_fsdp2",
+        "flux_lora", "flux_lora_1024", "flux_lora_16gb", "flux_lora_24gb", "flux_lora_fast", "flux_tiny",
+        "kontext_lora", "kontext_tiny", "qwen_image_lora", "qwen_image_tiny", "sd35_tiny", "sd35m_lora",
+        "sd35m_lora_nocfg",
     ]  # fmt: skip
 
 
@@ -116,6 +117,13 @@ def test_the_flux_recipe_is_the_public_one() -> None:
     changed = [line.split(":")[0] for line in differences(as_dict(recipe), as_dict(fast))]
     assert changed == ["run.dir", "sampler.sde_steps", "sampler.window"]
     assert 1 <= fast.sampler.sde_steps <= 3
+
+
+def test_the_flux2_recipes_differ_in_the_model_alone() -> None:
+    klein, dev = (load_recipe(find_recipe(name)) for name in ("flux2_klein_lora", "flux2_lora"))
+    assert (klein.model.guidance, klein.prompts.max_tokens, klein.sampler.num_steps) == (4.0, 512, 8)
+    changed = [line.split(":")[0] for line in differences(as_dict(klein), as_dict(dev))]
+    assert sorted(changed) == ["model.kind", "model.path", "model.quantize", "run.dir", "sampler.noise_level"]
 
 
 @pytest.mark.parametrize("name", ["flux_lora_16gb", "flux_lora_24gb"])

@@ -10,6 +10,8 @@ from fastguard.errors import UserError
 FAMILIES = {
     "digits": "fastguard.demo.family:Digits",
     "flux": "fastguard.backbones.flux:Flux",
+    "flux2": "fastguard.backbones.flux2:Flux2Dev",
+    "flux2_klein": "fastguard.backbones.flux2:Flux2Klein",
     "kontext": "fastguard.backbones.kontext:Kontext",
     "qwen_image": "fastguard.backbones.qwen_image:QwenImage",
     "sd3": "fastguard.backbones.sd3:SD3",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from helpers.adapters import move
 from helpers.tiny_pipelines import make_tiny_flux
 from helpers.toys import MemoryRecorder, pool
 from safetensors import safe_open
@@ -281,14 +282,6 @@ def test_adapters_are_pefts_own_in_float32(pipe: Any) -> None:
 def test_a_target_that_names_no_layer_is_refused(pipe: Any) -> None:
     with pytest.raises(ValueError, match=r"lora\.targets: no linear layer .* \['attn.to_z'\]"):
         add_lora(copy.deepcopy(pipe.transformer), LoraConfig(rank=2, targets=("attn.to_q", "attn.to_z")), ())
-
-
-def move(backbone: PipelineBackbone) -> dict[str, Tensor]:
-    """Change every trained weight; returns them by name, whole."""
-    with torch.no_grad():
-        for parameter in trained_parameters(backbone.policy).values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return {name: p.detach() for name, p in trained_parameters(backbone.policy).items()}
 
 
 def test_adapters_off_is_the_base_model_and_comes_back(backbone: PipelineBackbone, pipe: Any) -> None:

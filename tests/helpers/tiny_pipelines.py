@@ -11,12 +11,16 @@ from typing import Any
 from fastguard.backbones import family_of
 
 
-def make_tiny_flux(folder: Path, seed: int = 0) -> Path:
-    """The tiny Flux pipeline in a folder, as a run makes it."""
+def make_tiny_pipeline(kind: str, folder: Path, seed: int = 0) -> Path:
+    """The tiny pipeline of a family in a folder, as a run makes it."""
     from fastguard.backbones.pipeline.tiny import make_tiny  # not before the interpreter is chosen
 
-    spec: Any = family_of("flux").spec
-    return make_tiny(spec, folder, seed)
+    family: Any = family_of(kind)
+    return make_tiny(family.spec, folder, seed)
+
+
+def make_tiny_flux(folder: Path, seed: int = 0) -> Path:
+    return make_tiny_pipeline("flux", folder, seed)
 
 
 def make_tiny_sd3() -> Any:

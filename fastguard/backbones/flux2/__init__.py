@@ -1,0 +1,64 @@
+"""FLUX.2, dev and klein: what is known of them without their weights. `spec` has the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from fastguard.backbones.pipeline import PipelineFamily
+
+if TYPE_CHECKING:
+    from fastguard.backbones.flux2.spec import DevSpec, KleinSpec
+
+_EMBEDDED = 'model.kind = "flux2" takes its guidance as an input, and no second branch'
+
+
+class _Flux2(PipelineFamily):
+    """What both have: one text encoder, the transformer, the VAE."""
+
+    transformer = "Flux2Transformer2DModel"
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.linear_in",
+        "ff.linear_out",
+        "ff_context.linear_in",
+        "ff_context.linear_out",
+        "attn.to_qkv_mlp_proj",
+        "attn.to_out",
+    )
+    """Attention and feed-forward layers of the double blocks, and both layers of the single blocks."""
+
+
+class Flux2Dev(_Flux2):
+    """A Flux2Pipeline in diffusers' layout: Mistral 3 as text encoder, and guidance as an input."""
+
+    download = "113 GB, after its licence is accepted on its page and `hf auth login`"
+    unread: ClassVar[Mapping[str, str]] = {"model.negative_prompt": _EMBEDDED, "model.guidance_gradient": _EMBEDDED}
+
+    @property
+    def spec(self) -> DevSpec:
+        from fastguard.backbones.flux2.spec import DevSpec
+
+        return DevSpec(self)
+
+
+class Flux2Klein(_Flux2):
+    """A Flux2KleinPipeline in diffusers' layout: Qwen 3 as text encoder, and classifier-free guidance.
+
+    Distilled ones, which their model_index.json calls so, have no guidance.
+    """
+
+    download = "16 GB for 4B, 35 GB for 9B after its licence is accepted on its page and `hf auth login`"
+
+    @property
+    def spec(self) -> KleinSpec:
+        from fastguard.backbones.flux2.spec import KleinSpec
+
+        return KleinSpec(self)
