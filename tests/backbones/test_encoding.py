@@ -162,11 +162,15 @@ class KilledError(BaseException):
 def test_a_kill_between_the_encoders_leaves_no_file(
     encode: Callable[..., EncodedPrompts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_flux: Path
 ) -> None:
-    def killed(*_: Any) -> None:
-        raise KilledError
+    real = encoding._load
+
+    def killed(spec: Any, part: Any, *rest: Any) -> Any:
+        if part.encoders == ("text_encoder_2",):
+            raise KilledError
+        return real(spec, part, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(encoding, "_load_t5", killed)
+        patched.setattr(encoding, "_load", killed)
         with pytest.raises(KilledError):
             encode("device")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -178,11 +182,11 @@ def test_a_kill_of_the_last_encoder_leaves_whole_files(
 ) -> None:
     real, calls = encoding._encode, list[str]()
 
-    def killed(embed: Any, name: str, *rest: Any) -> Iterator[dict[str, Tensor]]:
-        calls.append(name)
-        if calls.count("embeds") == 2:
+    def killed(part: Any, *rest: Any) -> Iterator[dict[str, Tensor]]:
+        calls.extend(part.encoders)
+        if calls.count("text_encoder_2") == 2:
             raise KilledError
-        yield from real(embed, name, *rest)
+        yield from real(part, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(encoding, "_encode", killed)
@@ -191,7 +195,7 @@ def test_a_kill_of_the_last_encoder_leaves_whole_files(
     there = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert len(there) == ENCODE_BATCH
     assert all(is_whole(file) and load_file(file).keys() == {"embeds", "pooled"} for file in there)
-    assert calls == ["pooled", "pooled", "embeds", "embeds"]
+    assert calls == 2 * ["text_encoder"] + 2 * ["text_encoder_2"]
     encode("device")
     assert len(loaded) == 4  # the two that are missing need both encoders again
 

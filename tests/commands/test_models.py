@@ -14,7 +14,7 @@ from fastguard.train.checkpoint import read_tensors
 from fastguard.train.run_folder import checkpoint_of
 from fastguard.utils.rows import read_rows
 
-RECIPES = ["kontext_tiny", "qwen_image_tiny", "sd35_tiny"]
+RECIPES = ["flux2_tiny", "kontext_tiny", "qwen_image_tiny", "sd35_tiny"]
 """flux_tiny is that of tests/commands/test_train.py"""
 SHORT = (
     "--run.trackers", "--run.images-every", "0", "--monitor.every", "0", "--prompts.per-epoch", "2",

@@ -285,7 +285,7 @@ FULL = ("--model.train", "full")
         pytest.param("flux_tiny", "full", "ddp", marks=pytest.mark.slow),
         *(
             pytest.param(recipe, "lora", kind, marks=pytest.mark.slow)
-            for recipe in ("kontext_tiny", "sd35_tiny")
+            for recipe in ("flux2_tiny", "kontext_tiny", "qwen_image_tiny", "sd35_tiny")
             for kind in ("ddp", "fsdp2")
         ),
     ],

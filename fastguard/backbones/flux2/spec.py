@@ -32,10 +32,20 @@ from transformers import (
 )
 
 from fastguard.backbones.folder import PipelineParts, pipeline_folder
-from fastguard.backbones.pipeline.spec import Configs, EncoderCall, Grid, PipelineSpec, Text, TextPart
+from fastguard.backbones.pipeline.spec import (
+    Configs,
+    EncoderCall,
+    EncodeSettings,
+    Grid,
+    PipelineSpec,
+    Text,
+    TextPart,
+    texts,
+)
 from fastguard.backbones.pipeline.tiny import TEXT_DIM, bytes_vocabulary
 from fastguard.backbones.sizes import MOST_CHANNELS, MOST_LAYERS, VAE_SIZES
 from fastguard.config import ModelConfig
+from fastguard.prompts import Prompt
 
 _LAYER = ("hidden_size", "intermediate_size", "num_attention_heads")
 _LANGUAGE_MODEL = {
@@ -163,12 +173,10 @@ _DISTILLED: Configs = {"pipeline": {"is_distilled": True}}
 # --- what both pipelines do -----------------------------------------------------------------------------------------
 
 
-def _encode(
-    pipe: Any, texts: Sequence[str], max_tokens: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _encode(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[str, Tensor]:
     """Padding is a part of the embeddings: the transformer attends to it."""
-    embeds, _ = pipe.encode_prompt(list(texts), device=device, max_sequence_length=max_tokens)
-    return {"embeds": embeds.to(dtype)}
+    embeds, _ = pipe.encode_prompt(texts(prompts), device=asked.device, max_sequence_length=asked.max_tokens)
+    return {"embeds": embeds.to(asked.dtype)}
 
 
 def _stacked(layers: Sequence[int], encoder: Any, ids: Tensor) -> Tensor:
@@ -188,7 +196,7 @@ class _Flux2Spec(PipelineSpec):
     def width(self, transformer: Mapping[str, Any]) -> int:
         return transformer["num_attention_heads"] * transformer["attention_head_dim"]
 
-    def text_shapes(self, configs: Configs, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
+    def text_shapes(self, configs: Configs, grid: Grid, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
         return {"embeds": (max_tokens, configs["transformer"]["joint_attention_dim"])}
 
     def encoder_calls(self, configs: Configs, max_tokens: int) -> Mapping[str, EncoderCall]:
@@ -200,9 +208,8 @@ class _Flux2Spec(PipelineSpec):
         return torch.cartesian_prod(zero, rows, columns, zero)
 
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Tensor | None
+        self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Any
     ) -> Tensor:
-        assert positions is not None
         embeds, device = text["embeds"], latents.device
         scale = None
         if transformer.config.guidance_embeds:
