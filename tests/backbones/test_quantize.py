@@ -36,7 +36,7 @@ from fastguard.backbones.quantize import (
     quantize,
 )
 from fastguard.blocks.linear import QuantizedLinear
-from fastguard.config import HardwareConfig, LoraConfig, ModelConfig, Recipe, UpdateConfig
+from fastguard.config import HardwareConfig, LoraConfig, ModelConfig, Recipe, SamplerConfig, UpdateConfig
 from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts
 from fastguard.recipe import find_recipe, load_recipe
@@ -314,7 +314,9 @@ def _images(backbone: PipelineBackbone, transformer: Any) -> Tensor:
         )  # fmt: skip
     prompts = torch.tensor([0, 1])
     seeds = torch.arange(2 * 5).view(2, 5)
-    return rollout(policy, prompts, seeds, backbone.latent_shape, ode_schedule(4, 3.0)).latents
+    return rollout(
+        policy, prompts, seeds, backbone.latent_shape, ode_schedule(SamplerConfig(shift=3.0), backbone.sigmas, 4)
+    ).latents
 
 
 def test_what_cannot_be_quantized_is_refused(recipe: Recipe) -> None:
