@@ -26,9 +26,12 @@ TABLE, PAGE = HERE / "models.json", HERE / "models.md"
 MODELS = {
     "FLUX.1-dev": ("flux_lora", "black-forest-labs/FLUX.1-dev"),
     "FLUX.1-Kontext-dev": ("kontext_lora", "black-forest-labs/FLUX.1-Kontext-dev"),
-    "Qwen-Image": ("qwen_image_lora", "Qwen/Qwen-Image"),
+    "FLUX.2-klein-base-4B": ("flux2_klein_lora", "black-forest-labs/FLUX.2-klein-base-4B"),
+    "FLUX.2-klein-base-9B": ("flux2_klein_lora", "black-forest-labs/FLUX.2-klein-base-9B"),
+    "FLUX.2-dev": ("flux2_lora", "black-forest-labs/FLUX.2-dev"),
     "SD3.5 Medium": ("sd35m_lora", "stabilityai/stable-diffusion-3.5-medium"),
     "SD3.5 Large": ("sd35m_lora", "stabilityai/stable-diffusion-3.5-large"),
+    "Qwen-Image": ("qwen_image_lora", "Qwen/Qwen-Image"),
 }
 """Their recipe, and their name on the hub."""
 LEVELS = ("unfused", "none", "pointwise", "mlp", "block")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import move
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,7 +18,10 @@ from torch import Tensor
 from fastguard.backbones import family_of
 from fastguard.backbones.pipeline import PipelineFamily
 from fastguard.backbones.pipeline.backbone import PipelineBackbone
+from fastguard.commands.doctor import examine
 from fastguard.config import Recipe, SamplerConfig
+from fastguard.errors import UserError
+from fastguard.memory import plan
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.train.build import gather_prompts, with_model
 from fastguard.train.rollout import initial_latents, ode_schedule, predict_velocity, rollout
@@ -100,14 +105,6 @@ def backbone(recipe: Recipe) -> PipelineBackbone:
     return load(recipe)
 
 
-def move(backbone: PipelineBackbone) -> dict[str, Tensor]:
-    """Change every trained weight; returns them by name, whole."""
-    with torch.no_grad():
-        for parameter in trained_parameters(backbone.policy).values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return {name: p.detach() for name, p in trained_parameters(backbone.policy).items()}
-
-
 def sampled(backbone: PipelineBackbone) -> Tensor:
     """Final latents of two prompts, without noise."""
     seeds = torch.tensor([[7] + STEPS * [0], [8] + STEPS * [0]])
@@ -127,6 +124,20 @@ def sampled_by(pipe: Any, backbone: PipelineBackbone, recipe: Recipe, output: st
         latents=case.unpacked(latents), output_type=output,
         **case.call(recipe),
     ).images  # fmt: skip
+
+
+def test_a_folder_of_another_family_is_refused_with_its_kind(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = recipe.model.kind
+    other: Any = "sd3" if kind != "sd3" else "flux"
+    wrong = replace(recipe, model=replace(recipe.model, kind=other, recompute="none"))
+    message = f'holds a .*, and this model.kind takes a .*: set model.kind = "{kind}"'
+    for ask in (lambda: load(wrong), lambda: plan(wrong)):
+        with pytest.raises(UserError, match=message):
+            ask()
+    assert examine(wrong) == 1
+    assert re.search(message, capsys.readouterr().out)
 
 
 def test_sampling_is_the_pipelines(backbone: PipelineBackbone, pipe: Any, recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ _DISTILLED = "Flux.1 takes its guidance as an input, and has no second branch"
 class Flux(PipelineFamily):
     """A FluxPipeline in diffusers' layout: CLIP and T5, the transformer, the VAE."""
 
+    pipeline = "FluxPipeline"
     transformer = "FluxTransformer2DModel"
     download = "tens of GB; Flux.1-dev after its licence is accepted on its page and `hf auth login`"
     unread: ClassVar[Mapping[str, str]] = {

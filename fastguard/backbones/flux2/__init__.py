@@ -39,6 +39,7 @@ class _Flux2(PipelineFamily):
 class Flux2Dev(_Flux2):
     """A Flux2Pipeline in diffusers' layout: Mistral 3 as text encoder, and guidance as an input."""
 
+    pipeline = "Flux2Pipeline"
     download = "113 GB, after its licence is accepted on its page and `hf auth login`"
     unread: ClassVar[Mapping[str, str]] = {"model.negative_prompt": _EMBEDDED, "model.guidance_gradient": _EMBEDDED}
 
@@ -55,6 +56,7 @@ class Flux2Klein(_Flux2):
     Distilled ones, which their model_index.json calls so, have no guidance.
     """
 
+    pipeline = "Flux2KleinPipeline"
     download = "16 GB for 4B, 35 GB for 9B after its licence is accepted on its page and `hf auth login`"
 
     @property

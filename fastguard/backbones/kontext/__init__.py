@@ -20,6 +20,8 @@ IMAGE = "image"
 class Kontext(Flux):
     """A FluxKontextPipeline in diffusers' layout: Flux.1 whose prompts have an image each."""
 
+    pipeline = "FluxKontextPipeline"
+
     @property
     def spec(self) -> KontextSpec:
         from fastguard.backbones.kontext.spec import KontextSpec

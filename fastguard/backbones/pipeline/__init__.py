@@ -17,6 +17,7 @@ import torch
 
 from fastguard.backbones.base import Backbone, Family, Skeleton, TextEncoder
 from fastguard.config import Encoders, LoraConfig, ModelConfig, Recipe, Recompute
+from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts, Prompt, cache_folder
 from fastguard.utils.findings import Finding
 
@@ -30,6 +31,8 @@ TINY = "tiny"
 class PipelineFamily(Family):
     """A family whose models are folders in diffusers' layout, with one transformer that is trained."""
 
+    pipeline: ClassVar[str]
+    """name of diffusers' class of the pipeline"""
     transformer: ClassVar[str]
     """name of diffusers' class of the transformer"""
     download: ClassVar[str]
@@ -39,6 +42,20 @@ class PipelineFamily(Family):
     @abstractmethod
     def spec(self) -> PipelineSpec:
         """Diffusers' classes and what is particular to them."""
+
+    def require_kind(self, folder: Path) -> None:
+        """Raise UserError for a folder with the pipeline of another family."""
+        from fastguard.backbones.build import FAMILIES, family_of
+        from fastguard.backbones.folder import read_json
+
+        index = folder / "model_index.json"
+        found = read_json(index).get("_class_name") if index.is_file() else None
+        kinds = {getattr(family_of(kind), "pipeline", None): kind for kind in FAMILIES}
+        if found != self.pipeline and found in kinds:
+            raise UserError(
+                f"model.path: {folder} holds a {found}, and this model.kind takes a {self.pipeline}: set model.kind = "
+                f'"{kinds[found]}"'
+            )
 
     def prepare(self, recipe: Recipe) -> Recipe:
         """Makes the tiny random pipeline if it is asked for."""
@@ -56,6 +73,7 @@ class PipelineFamily(Family):
 
         spec, model, config = self.spec, recipe.model, recipe.prompts
         folder = pipeline_folder(model.path)
+        self.require_kind(folder)
         check_pipeline(folder, spec.parts)
         if spec.guided(pipeline_configs(spec, str(folder)), model):
             prompts = [*prompts, Prompt(model.negative_prompt)]
@@ -86,6 +104,7 @@ class PipelineFamily(Family):
         if recipe.model.path == TINY:
             yield Finding("ok", "the tiny random pipeline is made on first use")
         else:
+            self.require_kind(Path(recipe.model.path))
             yield from examine_pipeline(recipe.model.path, self.spec.parts, self.download)
 
     def check_attention(self, model: ModelConfig) -> None:

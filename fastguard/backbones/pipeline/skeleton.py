@@ -38,6 +38,7 @@ def pipeline_configs(spec: PipelineSpec, path: str) -> Configs:
     """
     folder = Path(path)
     if os.path.isdir(folder):
+        spec.family.require_kind(folder)
         missing = [name for name in spec.parts.modules if not (folder / name / "config.json").is_file()]
         if missing:
             raise UserError(f'model.path = "{path}" has no config.json in {", ".join(missing)}')

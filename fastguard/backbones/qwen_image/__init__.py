@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 class QwenImage(PipelineFamily):
     """A QwenImagePipeline in diffusers' layout: Qwen2.5-VL, the transformer, the VAE."""
 
+    pipeline = "QwenImagePipeline"
     transformer = "QwenImageTransformer2DModel"
     download = "about 58 GB"
     lora_targets = (

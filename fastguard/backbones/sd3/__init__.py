@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 class SD3(PipelineFamily):
     """A StableDiffusion3Pipeline in diffusers' layout: two CLIPs and T5, the transformer, the VAE."""
 
+    pipeline = "StableDiffusion3Pipeline"
     transformer = "SD3Transformer2DModel"
     download = "tens of GB, after its licence is accepted on its page and `hf auth login`"
     lora_targets = (
