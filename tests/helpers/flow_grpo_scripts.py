@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.tiny_pipelines import make_tiny_sd3, make_tiny_wan
+from helpers.tiny_pipelines import make_tiny_wan
 
 SD3_SAMPLER = "flow_grpo/diffusers_patch/sd3_sde_with_logprob.py"
 WAN_SAMPLER = "flow_grpo/diffusers_patch/wan_pipeline_with_logprob.py"
@@ -180,6 +180,7 @@ def train(
         what it logged per optimizer step, and by how much each trained weight moved.
     """
     from fastguard.backbones.flux import Flux
+    from fastguard.backbones.sd3 import SD3
 
     (folder / "train.txt").write_text("a cat\na dog\na red bus\n")
     (folder / "test.txt").write_text("a cat\n")
@@ -228,7 +229,7 @@ def train(
         loader = names["DataLoader"]
         names["DataLoader"] = lambda *args, num_workers, **kwargs: loader(*args, **kwargs)  # no processes
         makers = {
-            "StableDiffusion3Pipeline": make_tiny_sd3,
+            "StableDiffusion3Pipeline": SD3().spec.tiny,
             "FluxPipeline": Flux().spec.tiny,
             "WanPipeline": make_tiny_wan,
         }

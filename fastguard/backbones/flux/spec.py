@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from fastguard.backbones.folder import PipelineParts
+from fastguard.backbones.pipeline.hub import CLIP_L, T5_XXL, VAE_16
 from fastguard.backbones.pipeline.spec import (
     Configs,
     EncoderCall,
@@ -22,9 +23,10 @@ from fastguard.backbones.pipeline.spec import (
     PipelineSpec,
     Text,
     TextPart,
+    guidance_input,
     texts,
 )
-from fastguard.backbones.pipeline.tiny import TEXT_DIM, clip_tokenizer, t5_tokenizer
+from fastguard.backbones.pipeline.tiny import TEXT_DIM, clip_tokenizer, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
 from fastguard.backbones.sizes import CLIP_SIZES, MOST_CHANNELS, MOST_LAYERS, T5_SIZES, VAE_SIZES
 from fastguard.prompts import Prompt
 
@@ -66,36 +68,8 @@ TRANSFORMER = {
     "guidance_embeds": True,
     "axes_dims_rope": [16, 56, 56],
 }
-VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "norm_num_groups": 32,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-CLIP = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-}
-T5 = {
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}
-DEV: Configs = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": CLIP, "text_encoder_2": T5}
+VAE = {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+DEV: Configs = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
 
 
 def _clip(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[str, Tensor]:
@@ -152,15 +126,12 @@ class FluxSpec(PipelineSpec):
         self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Tensor
     ) -> Tensor:
         embeds, device = text["embeds"], latents.device
-        scale = None
-        if transformer.config.guidance_embeds:
-            scale = torch.full((len(latents),), guidance, dtype=torch.float32, device=device)
         return transformer(
             hidden_states=latents,
             encoder_hidden_states=embeds,
             pooled_projections=text["pooled"],
             timestep=sigma,
-            guidance=scale,
+            guidance=guidance_input(transformer, guidance, latents),
             img_ids=positions.to(device, latents.dtype),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=latents.dtype),
             return_dict=False,
@@ -174,35 +145,11 @@ class FluxSpec(PipelineSpec):
     def tiny(self) -> Any:
         return self.pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-            text_encoder=CLIPTextModel(
-                CLIPTextConfig(
-                    vocab_size=258,
-                    hidden_size=TEXT_DIM,
-                    intermediate_size=2 * TEXT_DIM,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    max_position_embeddings=77,
-                    bos_token_id=256,
-                    eos_token_id=257,
-                )
-            ),
+            text_encoder=CLIPTextModel(tiny_clip(TEXT_DIM)),
             tokenizer=clip_tokenizer(),
-            text_encoder_2=T5EncoderModel(
-                T5Config(vocab_size=258, d_model=TEXT_DIM, d_ff=2 * TEXT_DIM, d_kv=16, num_layers=2, num_heads=2)
-            ),
+            text_encoder_2=tiny_t5(),
             tokenizer_2=t5_tokenizer(),
-            vae=AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                block_out_channels=(8, 16, 16),
-                layers_per_block=1,
-                latent_channels=4,
-                norm_num_groups=4,
-                scaling_factor=0.3611,
-                shift_factor=0.1159,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            vae=tiny_vae(0.3611, 0.1159),
             transformer=FluxTransformer2DModel(
                 in_channels=16,
                 num_layers=1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from fastguard.backbones.pipeline import PipelineFamily
+from fastguard.backbones.pipeline import JOINT_ATTENTION, PipelineFamily
 
 if TYPE_CHECKING:
     from fastguard.backbones.flux2.spec import DevSpec, KleinSpec
@@ -18,14 +18,7 @@ class _Flux2(PipelineFamily):
 
     transformer = "Flux2Transformer2DModel"
     lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *JOINT_ATTENTION,
         "ff.linear_in",
         "ff.linear_out",
         "ff_context.linear_in",

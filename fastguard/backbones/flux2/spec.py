@@ -40,6 +40,7 @@ from fastguard.backbones.pipeline.spec import (
     PipelineSpec,
     Text,
     TextPart,
+    guidance_input,
     texts,
 )
 from fastguard.backbones.pipeline.tiny import TEXT_DIM, bytes_vocabulary
@@ -211,14 +212,11 @@ class _Flux2Spec(PipelineSpec):
         self, transformer: Any, latents: Tensor, sigma: Tensor, text: Text, guidance: float, positions: Any
     ) -> Tensor:
         embeds, device = text["embeds"], latents.device
-        scale = None
-        if transformer.config.guidance_embeds:
-            scale = torch.full((len(latents),), guidance, dtype=torch.float32, device=device)
         return transformer(
             hidden_states=latents,
             encoder_hidden_states=embeds,
             timestep=sigma,
-            guidance=scale,
+            guidance=guidance_input(transformer, guidance, latents),
             img_ids=positions.to(device),
             txt_ids=F.pad(torch.arange(embeds.shape[1], device=device)[:, None], (3, 0)),
             return_dict=False,

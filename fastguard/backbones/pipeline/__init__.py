@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 TINY = "tiny"
 """model.path of the random pipeline that is made on first use."""
+JOINT_ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+"""Layers of attention over image and text, in blocks where each has its own."""
 
 
 class PipelineFamily(Family):

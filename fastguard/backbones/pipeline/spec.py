@@ -34,6 +34,13 @@ def texts(prompts: Sequence[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
+def guidance_input(transformer: Any, guidance: float, latents: Tensor) -> Tensor | None:
+    """model.guidance (B,) float32, for a transformer that takes it as an input; None for any other."""
+    if not transformer.config.guidance_embeds:
+        return None
+    return torch.full((len(latents),), guidance, dtype=torch.float32, device=latents.device)
+
+
 @dataclass(frozen=True)
 class Grid:
     """Size of an image in the latent space."""

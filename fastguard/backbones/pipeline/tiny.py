@@ -11,11 +11,12 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import AutoencoderKL
 from tokenizers import pre_tokenizers
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from fastguard.errors import UserError
 from fastguard.prompts import ANOTHER_CACHE
@@ -73,6 +74,44 @@ def _put(new: Path, folder: Path, old: Path) -> None:
                 raise
             with suppress(FileNotFoundError):  # the other process has just moved it away
                 os.rename(folder, old)
+
+
+def tiny_vae(scaling_factor: float, shift_factor: float) -> Any:
+    """The AutoencoderKL of a pipeline of 16 channels, with 4 and one level less."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def tiny_clip(width: int, **settings: Any) -> CLIPTextConfig:
+    """Of a CLIP that reads `clip_tokenizer`."""
+    return CLIPTextConfig(
+        vocab_size=258,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=256,
+        eos_token_id=257,
+        **settings,
+    )
+
+
+def tiny_t5() -> T5EncoderModel:
+    """A T5 that reads `t5_tokenizer`."""
+    return T5EncoderModel(
+        T5Config(vocab_size=258, d_model=TEXT_DIM, d_ff=2 * TEXT_DIM, d_kv=16, num_layers=2, num_heads=2)
+    )
 
 
 def bytes_vocabulary() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastguard.backbones.pipeline import PipelineFamily
+from fastguard.backbones.pipeline import JOINT_ATTENTION, PipelineFamily
 
 if TYPE_CHECKING:
     from fastguard.backbones.qwen_image.spec import QwenImageSpec
@@ -17,14 +17,7 @@ class QwenImage(PipelineFamily):
     transformer = "QwenImageTransformer2DModel"
     download = "about 58 GB"
     lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *JOINT_ATTENTION,
         "img_mlp.net.0.proj",
         "img_mlp.net.2",
         "txt_mlp.net.0.proj",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastguard.backbones.pipeline import PipelineFamily
+from fastguard.backbones.pipeline import JOINT_ATTENTION, PipelineFamily
 
 if TYPE_CHECKING:
     from fastguard.backbones.sd3.spec import SD3Spec
@@ -16,16 +16,7 @@ class SD3(PipelineFamily):
     pipeline = "StableDiffusion3Pipeline"
     transformer = "SD3Transformer2DModel"
     download = "tens of GB, after its licence is accepted on its page and `hf auth login`"
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     """Joint attention, as in the public recipes (19 M at rank 32 of SD3.5-M); not the second attention of SD3.5-M."""
 
     @property

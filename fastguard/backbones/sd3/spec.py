@@ -13,15 +13,14 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
 from fastguard.backbones.folder import PipelineParts
+from fastguard.backbones.pipeline.hub import CLIP_L, T5_XXL, VAE_16
 from fastguard.backbones.pipeline.spec import (
     Configs,
     EncoderCall,
@@ -32,7 +31,7 @@ from fastguard.backbones.pipeline.spec import (
     TextPart,
     texts,
 )
-from fastguard.backbones.pipeline.tiny import TEXT_DIM, clip_tokenizer, t5_tokenizer
+from fastguard.backbones.pipeline.tiny import TEXT_DIM, clip_tokenizer, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
 from fastguard.backbones.schedule import own_steps
 from fastguard.backbones.sizes import CLIP_SIZES, MOST_CHANNELS, MOST_LAYERS, T5_SIZES, VAE_SIZES
 from fastguard.config import ModelConfig
@@ -96,46 +95,18 @@ LARGE = {
     "dual_attention_layers": [],
 }
 OTHERS: Configs = {
-    "vae": {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "norm_num_groups": 32,
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": CLIP_TOKENS,
-        "projection_dim": 768,
-    },
+    "vae": {**VAE_16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "text_encoder": {**CLIP_L, "projection_dim": 768},
     "text_encoder_2": {
-        "vocab_size": 49408,
+        **CLIP_L,
         "hidden_size": 1280,
         "intermediate_size": 5120,
         "num_hidden_layers": 32,
         "num_attention_heads": 20,
-        "max_position_embeddings": CLIP_TOKENS,
         "projection_dim": 1280,
         "hidden_act": "gelu",
     },
-    "text_encoder_3": {
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-    },
+    "text_encoder_3": T5_XXL,
 }
 
 
@@ -233,19 +204,7 @@ class SD3Spec(PipelineSpec):
 
     def tiny(self) -> Any:
         def clip() -> CLIPTextModelWithProjection:
-            return CLIPTextModelWithProjection(
-                CLIPTextConfig(
-                    vocab_size=258,
-                    hidden_size=TEXT_DIM // 4,
-                    intermediate_size=TEXT_DIM,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    max_position_embeddings=CLIP_TOKENS,
-                    projection_dim=TEXT_DIM // 2,
-                    bos_token_id=256,
-                    eos_token_id=257,
-                )
-            )
+            return CLIPTextModelWithProjection(tiny_clip(TEXT_DIM // 4, projection_dim=TEXT_DIM // 2))
 
         return StableDiffusion3Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -253,22 +212,9 @@ class SD3Spec(PipelineSpec):
             tokenizer=clip_tokenizer(),
             text_encoder_2=clip(),
             tokenizer_2=clip_tokenizer(),
-            text_encoder_3=T5EncoderModel(
-                T5Config(vocab_size=258, d_model=TEXT_DIM, d_ff=2 * TEXT_DIM, d_kv=16, num_layers=2, num_heads=2)
-            ),
+            text_encoder_3=tiny_t5(),
             tokenizer_3=t5_tokenizer(),
-            vae=AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                block_out_channels=(8, 16, 16),
-                layers_per_block=1,
-                latent_channels=4,
-                norm_num_groups=4,
-                scaling_factor=1.5305,
-                shift_factor=0.0609,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            vae=tiny_vae(1.5305, 0.0609),
             transformer=SD3Transformer2DModel(
                 sample_size=16,
                 patch_size=2,
