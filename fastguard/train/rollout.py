@@ -145,8 +145,9 @@ def flow_times(config: SamplerConfig, own: Sigmas, num_steps: int) -> tuple[floa
     times = own(num_steps)
     if not all(earlier > later for earlier, later in pairwise(times)):
         raise UserError(
-            f'sampler.shift = "auto" takes the model\'s own schedule, which at this size of images is {times}, without '
-            "steps: set sampler.shift to a number in [0.001, 1000], or lower model.height and model.width"
+            f'sampler.shift = "auto" takes the model\'s own schedule, which for {num_steps} steps at this size of '
+            f"images is {times}, and does not fall from step to step: set sampler.shift to a number in [0.001, 1000], "
+            "take more steps, or lower model.height and model.width"
         )
     return times
 

@@ -186,12 +186,15 @@ def test_windows_move_as_they_should() -> None:
 
 
 def test_the_model_decides_the_shift_unless_the_recipe_does() -> None:
-    assert training_schedule(
-        SamplerConfig(num_steps=4, sde_steps=3), partial(shifted_sigmas, shift=3.0), 0, 0
-    ).sigmas == shifted_sigmas(4, 3.0)
-    assert training_schedule(
-        SamplerConfig(num_steps=4, sde_steps=3, shift=1.0), partial(shifted_sigmas, shift=3.0), 0, 0
-    ).sigmas == shifted_sigmas(4, 1.0)
+    own, config = partial(shifted_sigmas, shift=3.0), SamplerConfig(num_steps=4, sde_steps=3)
+    assert training_schedule(config, own, 0, 0).sigmas == shifted_sigmas(4, 3.0)
+    assert training_schedule(replace(config, shift=1.0), own, 0, 0).sigmas == shifted_sigmas(4, 1.0)
+
+
+def test_a_schedule_of_the_model_that_does_not_fall_is_refused() -> None:
+    """As of an image so large that the shift leaves only 1, in float32."""
+    with pytest.raises(ValueError, match=r"own schedule, which for 2 steps .* is \(1.0, 1.0, 0.0\), and does not fall"):
+        ode_schedule(SamplerConfig(), lambda steps: (1.0, 1.0, 0.0), 2)
 
 
 @pytest.mark.parametrize(("prompts", "per_epoch"), [(10, 10), (10, 3), (7, 5), (100, 7), (5, 1)])
