@@ -1,8 +1,8 @@
-"""What a LoRA update of each model takes, as the planner predicts it: bytes saved for backward, and peaks.
+"""What each model and each recipe takes, as the planner predicts it: bytes saved for backward, peaks, hours.
 
     python docs/models.py           plan it (some minutes) into models.json; write the page's tables
     python docs/models.py --draw    only the tables, from models.json
-    python docs/models.py --only sd35m_lora    plan the models of one recipe again, and keep the other rows
+    python docs/models.py --only sd35m_lora    plan one recipe and its models again, and keep the other rows
 
 It needs no GPU: the real program runs on tensors without data.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastguard.config import LoraConfig, Recipe
-from fastguard.memory import kept_activations, plan
+from fastguard.memory import hours, kept_activations, plan, run_flops
 from fastguard.memory.passes import weights_of
 from fastguard.recipe import find_recipe, load_recipe
 
@@ -34,9 +34,13 @@ MODELS = {
     "Qwen-Image": ("qwen_image_lora", "Qwen/Qwen-Image"),
 }
 """Their recipe, and their name on the hub."""
+RECIPES = ("kontext_lora", "flux2_klein_lora", "flux2_lora", "sd35m_lora", "sd35m_lora_nocfg", "qwen_image_lora")
+"""Those of models other than Flux.1, whose plans stand elsewhere."""
 LEVELS = ("unfused", "none", "pointwise", "mlp", "block")
 PEAKS = (("none", "pointwise"), ("none", "block"), ("int8", "block"), ("nf4", "block"))
 """Formats of the frozen weights, and levels, of the planned peaks."""
+UTILISATION = 0.4
+"""of the GPU's peak, for the hours"""
 GIB = 2**30
 Row = dict[str, Any]
 
@@ -56,6 +60,23 @@ def chosen(model: str, size: int, level: str, how: str = "none") -> Recipe:
         update=replace(recipe.update, minibatches=1, micro_batch=1, ema_decay=0.0, ema_every=1),
         monitor=replace(recipe.monitor, every=0),
     )
+
+
+def plans(recipe: str | None) -> Iterator[Row]:
+    """The whole plan of each recipe, as it is."""
+    for name in RECIPES:
+        if recipe not in (None, name):
+            continue
+        loaded = load_recipe(find_recipe(name))
+        planned = plan(loaded)
+        flops = run_flops(loaded).epoch.total
+        yield {
+            "recipe": name,
+            "recompute": planned.recompute,
+            "quantize": loaded.model.quantize,
+            "peaks": {phase.name: phase.peak for phase in planned.phases},
+            "hours": hours(flops, loaded.hardware.tflops, UTILISATION),
+        }
 
 
 def rows(recipe: str | None) -> Iterator[Row]:
@@ -81,8 +102,9 @@ def rows(recipe: str | None) -> Iterator[Row]:
         }
 
 
-def tables(found: list[Row]) -> dict[str, str]:
+def tables(content: dict[str, list[Row]]) -> dict[str, str]:
     """The tables of the page by their markers."""
+    found = content["models"]
     saved = [f"| model | {' | '.join(f'`{level}`' if level != 'unfused' else 'diffusers' for level in LEVELS)} |"]
     peaks = [f"| model | {' | '.join(f'{how}, `{level}`'.replace('none', 'bf16', 1) for how, level in PEAKS)} |"]
     trains = ["| model | `model.kind` | parameters | branches | fused blocks | recipe |"]
@@ -99,10 +121,17 @@ def tables(found: list[Row]) -> dict[str, str]:
             f"| {row['model']} | `{row['kind']}` | {row['parameters'] / 1e9:.1f} billion | {row['branches']} | "
             f"{row['fused']} of {row['blocks']} | `{row['recipe']}` |"
         )
-    return {"models": "\n".join(trains), "saved": "\n".join(saved), "peaks": "\n".join(peaks)}
+    whole = ["| recipe | frozen weights | `recompute` | encode | rollout | decode | update | hours an epoch |"]
+    whole.append("| --- " * (whole[0].count("|") - 1) + "|")
+    for row in content["recipes"]:
+        cells = [f"{row['peaks'][phase] / GIB:.1f}" for phase in ("encode", "rollout", "decode", "update")]
+        how = {"none": "bf16"}.get(row["quantize"], row["quantize"])
+        whole.append(f"| `{row['recipe']}` | {how} | `{row['recompute']}` | {' | '.join(cells)} | {row['hours']:.2f} |")
+    lines = {"models": trains, "saved": saved, "peaks": peaks, "plans": whole}
+    return {marker: "\n".join(table) for marker, table in lines.items()}
 
 
-def write_tables(found: list[Row]) -> None:
+def write_tables(found: dict[str, list[Row]]) -> None:
     """Put the tables between their markers."""
     text = PAGE.read_text(encoding="utf-8")
     for marker, table in tables(found).items():
@@ -117,12 +146,16 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="only write the tables, from models.json")
     parser.add_argument("--only", help="plan the models of this recipe alone, and keep the other rows")
     args = parser.parse_args()
-    before = json.loads(TABLE.read_text()) if TABLE.exists() else []
+    found = json.loads(TABLE.read_text()) if TABLE.exists() else {"models": [], "recipes": []}
     if not args.draw:
-        made = {row["model"]: row for row in [*before, *rows(args.only)]}
-        before = [made[model] for model in MODELS if model in made]
-        TABLE.write_text(json.dumps(before, indent=1) + "\n")
-    write_tables(before)
+        models = {row["model"]: row for row in [*found["models"], *rows(args.only)]}
+        recipes = {row["recipe"]: row for row in [*found["recipes"], *plans(args.only)]}
+        found = {
+            "models": [models[name] for name in MODELS if name in models],
+            "recipes": [recipes[name] for name in RECIPES if name in recipes],
+        }
+        TABLE.write_text(json.dumps(found, indent=1) + "\n")
+    write_tables(found)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ MEMORY = script("docs/memory.py")
 ROWS = json.loads(MEMORY.TABLE.read_text())
 FORMATS = script("docs/formats.py")
 QUANTIZED = json.loads(FORMATS.TABLE.read_text())
+MODELS = script("docs/models.py")
+PLANNED = json.loads(MODELS.TABLE.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,30 @@ def test_the_weights_of_each_format_are_those_of_the_guide() -> None:
         size = (weights.transformer.n_bytes - weights.trained.n_bytes) / 2**30
         cell = '`"none"`' if how == "none" else ", ".join(f'`"{name}"`' for name in names.split(", "))
         assert f"| {cell} | {size:.1f} GiB |" in text
+
+
+def test_the_tables_of_models_are_those_of_their_file() -> None:
+    text = MODELS.PAGE.read_text(encoding="utf-8")
+    for marker, table in MODELS.tables(PLANNED).items():
+        assert f"<!-- {marker}: begin -->\n{table}\n<!-- {marker}: end -->" in text
+    assert {row["model"] for row in PLANNED["models"]} == MODELS.MODELS.keys()
+    assert {row["recipe"] for row in PLANNED["recipes"]} == set(MODELS.RECIPES)
+    for row in PLANNED["models"]:
+        assert row["fused"] == row["blocks"]
+        assert row["saved"]["pointwise"] <= 0.7 * row["saved"]["unfused"]
+
+
+def test_the_planner_saves_what_the_file_of_models_says() -> None:
+    """One number of it; `make test-all` compares them all."""
+    (row,) = [row for row in PLANNED["models"] if row["model"] == "SD3.5 Medium"]
+    assert kept_activations(MODELS.chosen("SD3.5 Medium", 1024, "block")).total == row["saved"]["block"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", MODELS.RECIPES)
+def test_the_planner_says_all_that_the_file_of_models_does(recipe: str) -> None:
+    assert list(MODELS.rows(recipe)) == [row for row in PLANNED["models"] if row["recipe"] == recipe]
+    assert list(MODELS.plans(recipe)) == [row for row in PLANNED["recipes"] if row["recipe"] == recipe]
 
 
 @pytest.mark.slow

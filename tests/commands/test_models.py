@@ -20,6 +20,7 @@ SHORT = (
     "--run.trackers", "--run.images-every", "0", "--monitor.every", "0", "--prompts.per-epoch", "2",
     "--sampler.num-steps", "3", "--sampler.sde-steps", "2", "--sampler.group-size", "4", "--sampler.batch-size", "4",
     "--update.inner-epochs", "1", "--update.minibatches", "1", "--update.micro-batch", "4",
+    "--objective.kl-weight", "0.01",  # to the model before training, by switched-off adapters
 )  # fmt: skip
 Here = Callable[..., str]
 
