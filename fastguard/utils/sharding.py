@@ -28,7 +28,11 @@ def parameter_name(name: str) -> str:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a plain or sharded tensor. Collective: every process calls it in the same order."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    whole = tensor.full_tensor().detach()
+    # Of an uneven axis it is a part of what was gathered, and safetensors refuses a part.
+    return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
 
 
 def local_shard(tensor: Tensor) -> Tensor:
