@@ -50,7 +50,15 @@ MOST_UPDATES = 100_000
 
 StepWeights = Literal[Reweight, "tempflow", "noise_level"]
 """`guard_loss` knows the first ones; `train.step_weights` finds the others from the schedule."""
-ModelKind = Literal["flux", "flux2", "flux2_klein", "kontext", "qwen_image", "sd3", "digits"]
+ModelKind = Literal[
+    "flux",
+    "flux2",
+    "flux2_klein",
+    "kontext",
+    "qwen_image",
+    "sd3",
+    "digits",
+]
 """The names in `backbones.build.FAMILIES`, as types."""
 Encoders = Literal["device", "int8", "cpu"]
 

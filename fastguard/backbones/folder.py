@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import CLIPTokenizer
 
 from fastguard.backbones.schedule import equal_steps, linear_mu
@@ -365,10 +366,13 @@ def _quiet() -> Iterator[None]:
 def described_by(file: Path | None) -> Iterator[None]:
     """Inside, what a library raises about modules that a file or folder describes becomes a UserError that names it.
 
-    None: a known configuration, whose errors are nobody's but ours.
+    None: a known configuration, whose errors are nobody's but ours. So is code that reads a value of a tensor that has
+    none.
     """
     try:
         yield
+    except DataDependentOutputException:
+        raise
     except Exception as error:  # there is no telling what a library raises about odd settings
         if file is None:
             raise

@@ -35,6 +35,14 @@ T5_SIZES = {
     "num_layers": MOST_LAYERS,
     **dict.fromkeys(("d_model", "d_ff", "d_kv", "num_heads", "relative_attention_num_buckets"), MOST_CHANNELS),
 }
+LANGUAGE_SIZES = {
+    **_TEXT,
+    "num_hidden_layers": MOST_LAYERS,
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"), MOST_CHANNELS
+    ),
+}
+"""Of a language model such as Qwen or Mistral."""
 
 _MAY_BE_0 = ("num_layers", "num_single_layers")
 _MAY_BE_NULL = ("out_channels",)

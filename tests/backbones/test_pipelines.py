@@ -212,9 +212,13 @@ def test_without_guidance_there_is_one_branch(recipe: Recipe) -> None:
     calls: list[int] = []
     for guidance in (1.0, 2.0):
         backbone = load(replace(recipe, model=replace(recipe.model, guidance=guidance)))
-        backbone.policy.transformer.register_forward_hook(
-            lambda module, args, kwargs, out: calls.append(len(kwargs["hidden_states"])), with_kwargs=True
-        )
+        spec = backbone._spec
+
+        def velocity(transformer: Any, latents: Tensor, *rest: Any, real: Any = spec.velocity) -> Tensor:
+            calls.append(len(latents))
+            return real(transformer, latents, *rest)
+
+        spec.velocity = velocity
         with torch.no_grad():
             sampled(backbone)
     assert set(calls[:STEPS]) == {2}

@@ -43,17 +43,12 @@ from fastguard.backbones.pipeline.spec import (
     guidance_input,
     texts,
 )
-from fastguard.backbones.pipeline.tiny import TEXT_DIM, bytes_vocabulary
-from fastguard.backbones.sizes import MOST_CHANNELS, MOST_LAYERS, VAE_SIZES
+from fastguard.backbones.pipeline.tiny import TEXT_DIM, qwen_tokenizer
+from fastguard.backbones.sizes import LANGUAGE_SIZES, MOST_CHANNELS, MOST_LAYERS, VAE_SIZES
 from fastguard.config import ModelConfig
 from fastguard.prompts import Prompt
 
 _LAYER = ("hidden_size", "intermediate_size", "num_attention_heads")
-_LANGUAGE_MODEL = {
-    "vocab_size": 2**24,
-    "num_hidden_layers": MOST_LAYERS,
-    **dict.fromkeys((*_LAYER, "num_key_value_heads", "head_dim"), MOST_CHANNELS),
-}
 _VISION = {
     "num_hidden_layers": MOST_LAYERS,
     **dict.fromkeys((*_LAYER, "num_channels", "image_size", "patch_size"), MOST_CHANNELS),
@@ -154,7 +149,7 @@ MISTRAL = {
     },
     "tie_word_embeddings": False,
 }
-# Qwen3-4B and Qwen3-8B, as their config.json on the hub has them.
+# Qwen3-4B and Qwen3-8B.
 QWEN_4B = {
     "vocab_size": 151936,
     "hidden_size": 2560,
@@ -284,7 +279,7 @@ class DevSpec(_Flux2Spec):
         Mistral3ForConditionalGeneration,
         PreTrainedTokenizerFast,
         {
-            **{f"text_config.{key}": most for key, most in _LANGUAGE_MODEL.items()},
+            **{f"text_config.{key}": most for key, most in LANGUAGE_SIZES.items()},
             **{f"vision_config.{key}": most for key, most in _VISION.items()},
         },
     )
@@ -346,7 +341,7 @@ class KleinSpec(_Flux2Spec):
     """Flux2KleinPipeline."""
 
     pipeline = Flux2KleinPipeline
-    parts = _parts(Qwen3ForCausalLM, Qwen2Tokenizer, _LANGUAGE_MODEL)
+    parts = _parts(Qwen3ForCausalLM, Qwen2Tokenizer, LANGUAGE_SIZES)
     known: ClassVar[Mapping[str, Configs]] = {
         "black-forest-labs/FLUX.2-klein-base-4B": _KLEIN_4B,
         "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,
@@ -359,21 +354,6 @@ class KleinSpec(_Flux2Spec):
         return model.guidance > 1 and not configs["pipeline"].get("is_distilled", False)
 
     def tiny(self) -> Any:
-        tokenizer = _qwen_tokenizer()
+        tokenizer = qwen_tokenizer()
         encoder = Qwen3ForCausalLM(Qwen3Config(**self._tiny_language_model(tokenizer), tie_word_embeddings=True))
         return Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, **self._tiny_parts(False))
-
-
-def _qwen_tokenizer() -> Qwen2Tokenizer:
-    """A tokenizer of bytes."""
-    vocabulary = {token: i for i, token in enumerate([*bytes_vocabulary(), "<|endoftext|>"])}
-    return Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=[],
-        extra_special_tokens=["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
-        chat_template=(
-            "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n"
-            "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-        ),
-    )

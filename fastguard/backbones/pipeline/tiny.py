@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import AutoencoderKL
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, Qwen2Tokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from fastguard.errors import UserError
 from fastguard.prompts import ANOTHER_CACHE
@@ -129,3 +129,18 @@ def t5_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
     pieces += [(chr(i), -3.0) for i in range(33, 127)] + [("▁", -2.0)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A tokenizer of bytes, with the chat template of Qwen 3."""
+    vocabulary = {token: i for i, token in enumerate([*bytes_vocabulary(), "<|endoftext|>"])}
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        extra_special_tokens=["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
+        chat_template=(
+            "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n"
+            "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+        ),
+    )

@@ -32,21 +32,13 @@ from fastguard.backbones.pipeline.spec import (
     texts,
 )
 from fastguard.backbones.pipeline.tiny import TEXT_DIM, bytes_vocabulary
-from fastguard.backbones.sizes import MOST_CHANNELS, MOST_LAYERS, MOST_LEVELS
+from fastguard.backbones.sizes import LANGUAGE_SIZES, MOST_CHANNELS, MOST_LAYERS, MOST_LEVELS
 from fastguard.config import ModelConfig
 from fastguard.errors import UserError
 from fastguard.prompts import Prompt
 
 MOST_TOKENS = 1024
 """Of a prompt: the pipeline cuts longer ones, and the transformer has positions for few more."""
-_LANGUAGE = {
-    "vocab_size": 2**24,
-    "num_hidden_layers": MOST_LAYERS,
-    **dict.fromkeys(
-        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-        MOST_CHANNELS,
-    ),
-}
 _VISION = {
     "depth": MOST_LAYERS,
     "patch_size": 256,
@@ -75,8 +67,8 @@ PARTS = PipelineParts(
             **dict.fromkeys(("base_dim", "z_dim", "dim_mult", "input_channels"), MOST_CHANNELS),
         },
         "text_encoder": {
-            **_LANGUAGE,  # of older files, which are flat
-            **{f"text_config.{name}": most for name, most in _LANGUAGE.items()},
+            **LANGUAGE_SIZES,  # of older files, which are flat
+            **{f"text_config.{name}": most for name, most in LANGUAGE_SIZES.items()},
             **{f"vision_config.{name}": most for name, most in _VISION.items()},
         },
         "scheduler": {"num_train_timesteps": 1_000_000},
