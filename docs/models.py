@@ -148,13 +148,15 @@ def main() -> None:
     args = parser.parse_args()
     found = json.loads(TABLE.read_text()) if TABLE.exists() else {"models": [], "recipes": []}
     if not args.draw:
-        models = {row["model"]: row for row in [*found["models"], *rows(args.only)]}
-        recipes = {row["recipe"]: row for row in [*found["recipes"], *plans(args.only)]}
-        found = {
-            "models": [models[name] for name in MODELS if name in models],
-            "recipes": [recipes[name] for name in RECIPES if name in recipes],
-        }
-        TABLE.write_text(json.dumps(found, indent=1) + "\n")
+        for part, key, order, made in (
+            ("models", "model", MODELS, rows(args.only)),
+            ("recipes", "recipe", RECIPES, plans(args.only)),
+        ):
+            known = {row[key]: row for row in found[part]}
+            for row in made:  # written as they come, since each takes a minute
+                known[row[key]] = row
+                found[part] = [known[name] for name in order if name in known]
+                TABLE.write_text(json.dumps(found, indent=1) + "\n")
     write_tables(found)
 
 
