@@ -744,6 +744,8 @@ class Recipe:
         has_adapters = model.train == "lora" and "lora" not in by_model
         unread: list[tuple[bool, str, str]] = [
             *((True, path, reason) for path, reason in by_model.items()),
+            *((model.guidance <= 1, f"model.{name}", "model.guidance = 1 and below has no second branch")
+              for name in ("negative_prompt", "guidance_gradient")),
             (model.train == "full", "lora", 'model.train = "full" trains every weight'),
             (sampler.window != "sliding", "sampler.window_epochs", f"sampler.window = {sampler.window} does not slide"),
             (objective.kl_weight == 0, "objective.kl_type", "objective.kl_weight = 0 computes no KL"),

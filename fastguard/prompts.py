@@ -38,6 +38,8 @@ class Prompt:
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
     """further keys of its JSON line, handed to the rewards (the text that an OCR reward looks for, say)"""
+    identity: dict[str, Any] | None = None
+    """what tells it from others of the same text, as JSON values; None: its metadata"""
 
     def __post_init__(self) -> None:
         try:
@@ -48,8 +50,9 @@ class Prompt:
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Tells lists of prompts apart, by texts and metadata."""
-    content = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], default=str)
+    """Tells lists of prompts apart, by texts and metadata, or by what a family has put in the place of the metadata."""
+    told = [[prompt.text, prompt.metadata if prompt.identity is None else prompt.identity] for prompt in prompts]
+    content = json.dumps(told, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

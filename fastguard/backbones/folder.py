@@ -371,7 +371,7 @@ def described_by(file: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except DataDependentOutputException:
+    except (UserError, DataDependentOutputException):
         raise
     except Exception as error:  # there is no telling what a library raises about odd settings
         if file is None:

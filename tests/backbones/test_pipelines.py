@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from helpers.adapters import move
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastguard.backbones import family_of
@@ -138,6 +140,37 @@ def test_a_folder_of_another_family_is_refused_with_its_kind(
             ask()
     assert examine(wrong) == 1
     assert re.search(message, capsys.readouterr().out)
+
+
+def test_an_unknown_pipeline_is_refused_and_a_missing_index_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(recipe.model.path, folder)
+    copied = replace(recipe, model=replace(recipe.model, path=str(folder)))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "AnEditPipeline"}))
+    with pytest.raises(UserError, match="holds a AnEditPipeline, .*: no model.kind takes it, choose another model"):
+        load(copied)
+    (folder / "model_index.json").unlink()
+    with pytest.raises(UserError, match=r"there is no .*model_index\.json"):
+        load(copied)
+
+
+def test_all_weights_load_in_plain_diffusers_with_the_models_own_tables(recipe: Recipe, tmp_path: Path) -> None:
+    """Positions of Stable Diffusion 3 are a buffer, whose values the file has."""
+    folder = tmp_path / "copied"
+    shutil.copytree(recipe.model.path, folder)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = load_file(file)
+    save_file({n: t * 0.5 if n == "pos_embed.pos_embed" else t for n, t in content.items()}, file, {"format": "pt"})
+    backbone = load(replace(recipe, model=replace(recipe.model, path=str(folder), train="full")))
+    backbone.export(tmp_path / "diffusers", trained_parameters(backbone.policy))
+    kind: Any = backbone._spec.parts.modules["transformer"][0]
+    loaded, info = kind.from_pretrained(tmp_path / "diffusers", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        ours = sampled(backbone)
+        backbone.policy.transformer = loaded
+        assert (sampled(backbone) - ours).abs().max() < 1e-5 * ours.abs().max()
 
 
 def test_sampling_is_the_pipelines(backbone: PipelineBackbone, pipe: Any, recipe: Recipe) -> None:

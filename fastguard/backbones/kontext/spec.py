@@ -5,20 +5,18 @@ Axes: B image, P prompt, S image token, C channel.
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxKontextPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastguard.backbones.flux.spec import DEV, FluxSpec
-from fastguard.backbones.kontext import IMAGE
+from fastguard.backbones.kontext import CONTENT, IMAGE
 from fastguard.backbones.pipeline.spec import Configs, EncodeSettings, Grid, Text, TextPart
 from fastguard.errors import UserError
 from fastguard.prompts import Prompt
@@ -32,20 +30,18 @@ def _images(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict
     """
     found = []
     for prompt in prompts:
-        with opened(Path(prompt.metadata[IMAGE])) as image:
-            pixels = pipe.image_processor.preprocess(image.convert("RGB"), asked.height, asked.width)
+        pixels = pipe.image_processor.preprocess(load_image(Path(prompt.metadata[IMAGE])), asked.height, asked.width)
         z = pipe._encode_vae_image(pixels.to(asked.device, asked.dtype), generator=None)
         found.append(pipe._pack_latents(z, *z.shape))
     return {"image": torch.cat(found)}
 
 
-@contextmanager
-def opened(file: Path) -> Iterator[Image.Image]:
-    """An image file. Raises UserError, naming it, if it holds none."""
+def load_image(file: Path) -> Image.Image:
+    """An image in RGB, upright. Raises UserError, naming the file, if it holds none."""
     try:
         with Image.open(io.BytesIO(read_bytes(file))) as image:
-            yield image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # there is no telling what Pillow raises about a damaged file
         raise UserError(f"{file} is no image that Pillow reads ({error}): change {IMAGE!r} in prompts.file") from None
 
 
@@ -59,8 +55,8 @@ class KontextSpec(FluxSpec):
 
     def identity(self, asked: EncodeSettings, prompt: Prompt) -> str:
         """The text, the file's content, and the size to which it is brought."""
-        content = hashlib.sha256(read_bytes(Path(prompt.metadata[IMAGE]))).hexdigest()
-        return f"{asked.height} {asked.width} {content} {prompt.text}"
+        assert prompt.identity is not None
+        return f"{asked.height} {asked.width} {prompt.identity[CONTENT]} {prompt.text}"
 
     def tokens(self, grid: Grid) -> int:
         return 2 * grid.tokens

@@ -49,18 +49,18 @@ class PipelineFamily(Family):
         """Diffusers' classes and what is particular to them."""
 
     def require_kind(self, folder: Path) -> None:
-        """Raise UserError for a folder with the pipeline of another family."""
+        """Raise UserError for a folder with another pipeline than the family's."""
         from fastguard.backbones.build import FAMILIES, family_of
         from fastguard.backbones.folder import read_json
 
         index = folder / "model_index.json"
         found = read_json(index).get("_class_name") if index.is_file() else None
-        kinds = {getattr(family_of(kind), "pipeline", None): kind for kind in FAMILIES}
-        if found != self.pipeline and found in kinds:
-            raise UserError(
-                f"model.path: {folder} holds a {found}, and this model.kind takes a {self.pipeline}: set model.kind = "
-                f'"{kinds[found]}"'
-            )
+        if found is None or found == self.pipeline:  # what is missing is told with the other parts
+            return
+        families = {kind: family_of(kind) for kind in FAMILIES}
+        kinds = [kind for kind, family in families.items() if getattr(family, "pipeline", None) == found]
+        remedy = f'set model.kind = "{kinds[0]}"' if kinds else "no model.kind takes it, choose another model"
+        raise UserError(f"model.path: {folder} holds a {found}, and this model.kind takes a {self.pipeline}: {remedy}")
 
     def prepare(self, recipe: Recipe) -> Recipe:
         """Makes the tiny random pipeline if it is asked for."""

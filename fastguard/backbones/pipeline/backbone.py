@@ -223,7 +223,8 @@ class PipelineBackbone:
         if self._recipe.model.train == "full":
             folder.mkdir(parents=True)
             self._transformer.save_config(folder)
-            ours = {name: tensor.to(self.dtype).contiguous() for name, tensor in {**self._untrained(), **ours}.items()}
+            ours |= self._untrained(ours)
+            ours = {name: tensor.to(self.dtype).contiguous() for name, tensor in ours.items()}
             # Not save_pretrained: it writes the model's own tensors, neither the average nor whole when sharded.
             save_torch_state_dict(ours, folder, filename_pattern=WEIGHTS)
             return
@@ -243,14 +244,11 @@ class PipelineBackbone:
             save_function=lambda tensors, file: save_file(tensors, file, metadata=header),
         )
 
-    def _untrained(self) -> dict[str, Tensor]:
-        """The weights of layers that are not used, from the model's files: those in memory may be sharded."""
-        unused = self._spec.unused(self._transformer)
-        if not unused:
-            return {}
+    def _untrained(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the model's files hold beside: layers that are not used, and tables. Those in memory may be sharded."""
         folder = pipeline_folder(self._recipe.model.path) / "transformer"
         stored = StoredTensors(weights_to_load(folder, self._spec.parts.modules["transformer"][1]))
-        return {name: stored[name] for name in stored.files if name.rpartition(".")[0] in unused}
+        return {name: stored[name] for name in stored.files if name not in trained}
 
 
 def load_pipeline(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from fastguard.backbones.pipeline import JOINT_ATTENTION, PipelineFamily
 
@@ -14,6 +15,7 @@ class SD3(PipelineFamily):
     """A StableDiffusion3Pipeline in diffusers' layout: two CLIPs and T5, the transformer, the VAE."""
 
     pipeline = "StableDiffusion3Pipeline"
+    unread: ClassVar[Mapping[str, str]] = {"model.attention": "diffusers has no other attention for Stable Diffusion 3"}
     transformer = "SD3Transformer2DModel"
     download = "tens of GB, after its licence is accepted on its page and `hf auth login`"
     lora_targets = JOINT_ATTENTION

@@ -144,7 +144,9 @@ class SD3Spec(PipelineSpec):
         grid, most = super().grid(configs, model), configs["transformer"]["pos_embed_max_size"]
         if max(grid.rows, grid.columns) > most:
             side = most * model.height // grid.rows
-            raise UserError(f"model.height and model.width must be at most {side} pixels: the model has no positions")
+            raise UserError(
+                f"model.height and model.width must be at most {side} pixels: the model has no positions beyond"
+            )
         return grid
 
     def latent_shape(self, configs: Configs, grid: Grid) -> tuple[int, ...]:
