@@ -281,9 +281,9 @@ def test_another_process_may_make_the_tiny_pipeline_meanwhile(
 ) -> None:
     made, real = tmp_path / "tiny_flux", FluxSpec.tiny
 
-    def meanwhile() -> Any:
+    def meanwhile(spec: Any) -> Any:
         shutil.copytree(tiny_flux, made)
-        return real()
+        return real(spec)
 
     monkeypatch.setattr(FluxSpec, "tiny", meanwhile)
     make_tiny_flux(made)
