@@ -408,6 +408,7 @@ def test_a_recipe_is_planned() -> None:
 # --- training
 
 
+@pytest.mark.slow  # tests/commands/test_models.py trains the recipe
 @pytest.mark.parametrize("how", ["none", "int8"])
 def test_the_recipe_trains_and_resumes(how: str, cases: dict[str, Case], tmp_path: Path) -> None:
     """A resume changes no bit; frozen weights may have 8 bits."""

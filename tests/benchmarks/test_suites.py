@@ -68,6 +68,7 @@ def test_what_a_call_costs_the_host_is_measured_for_every_contender() -> None:
     assert all(time > 0 for time in found.values())
 
 
+@pytest.mark.slow  # `make sass` counts the bytes of each kernel, too
 def test_flux_kernels_move_hardly_more_than_they_must() -> None:
     """What a LoRA update runs moves the least possible; sums over tokens for full fine-tuning cost some per cent."""
     names = list(timed_block_calls(bench_blocks.TOY, FP32, "cpu"))

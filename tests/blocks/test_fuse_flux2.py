@@ -460,6 +460,7 @@ def test_compiled_without_a_graph_break() -> None:
     assert_agree(run_flux2(compiled), want, FLOAT32)
 
 
+@pytest.mark.slow
 def test_a_compiler_keeps_no_more() -> None:
     """What a compiled model hands from forward to backward: neither a normalized input nor an activation."""
     kept = []
@@ -475,6 +476,7 @@ def test_a_compiler_keeps_no_more() -> None:
     assert pointwise - mlp >= 6 * unit * 0.95
 
 
+@pytest.mark.slow
 def test_blocks_of_a_kind_share_their_graphs() -> None:
     """Of double blocks, the first has inputs without a gradient. So is the rollout before an update."""
     model = make_flux2("lora", num_layers=3, num_single_layers=3)

@@ -251,6 +251,7 @@ def test_compiled_without_a_graph_break(name: str) -> None:
     assert_agree_but_for_zeros(run(name, compiled), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3.5", "qwen_image"])
 def test_blocks_compiled_one_by_one(name: str) -> None:
     """As `model.compile = "blocks"` does it: a graph for each kind of inputs, and the rollout's are the update's."""

@@ -76,7 +76,7 @@ def test_a_model_is_examined_planned_trained_resumed_and_sampled(here: Here, rec
     )
 
 
-@pytest.mark.parametrize("how", ["int8", "nf4"])
+@pytest.mark.parametrize("how", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_frozen_weights_in_8_and_4_bits_train(here: Here, recipe: str, how: str, tmp_path: Path) -> None:
     here(

@@ -202,7 +202,7 @@ def test_compiled_blocks_train_with_ratios_of_1_and_through_a_resume(
     assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())
 
 
-@pytest.mark.parametrize("how", ["int8", "float8", "nf4"])
+@pytest.mark.parametrize("how", ["int8", "nf4", pytest.param("float8", marks=pytest.mark.slow)])
 def test_quantized_weights_train_through_a_resume_and_are_sampled(how: str, here: Here, tmp_path: Path) -> None:
     """A resume changes no bit, and checkpoints hold the adapters alone."""
     options = (
