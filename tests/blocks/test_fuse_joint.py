@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ from helpers.joint_models import (
     KINDS,
     LORA_TARGETS,
     MODELS,
-    REAL,
     add_adapters,
     as_dtype,
     block_results,
@@ -45,8 +43,6 @@ from fastguard.backbones.quantize import quantize_linears
 from fastguard.blocks.architecture import FusedBlock
 from fastguard.blocks.compiled import compile_blocks
 from fastguard.blocks.fuse import ARCHITECTURES
-
-GUIDE = Path(__file__).parents[2] / "docs" / "blocks.md"
 
 # --- outputs and gradients ------------------------------------------------------------------------------------------
 
@@ -222,19 +218,6 @@ SOME_BLOCKS: list[tuple[str, dict[str, Any]]] = [
 def test_bytes_saved_at_real_sizes(name: str, config: dict[str, Any]) -> None:
     """The default level saves at most 0.65 of what diffusers' own blocks save."""
     assert saved_at_real_size(name, "pointwise", **config) <= 0.65 * saved_at_real_size(name, "unfused", **config)
-
-
-@pytest.mark.slow
-def test_the_guide_has_the_bytes_of_each_level() -> None:
-    title = f"| saved for backward | {' | '.join(REAL)} |\n"
-    _, found_title, after = GUIDE.read_text().partition(title)
-    assert found_title
-    rows = after.partition("\n\n")[0].splitlines()[1:]
-    assert len(rows) == 1 + len(LEVELS)
-    for row, level in zip(rows, ("unfused", *LEVELS), strict=True):
-        found = [f"{saved_at_real_size(name, level) / 2**30:.1f} GiB" for name in REAL]
-        first = "diffusers' blocks" if level == "unfused" else f"`{level}`"
-        assert row == f"| {first} | {' | '.join(found)} |"
 
 
 # --- what a model can have around it --------------------------------------------------------------------------------
