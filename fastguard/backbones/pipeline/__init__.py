@@ -53,9 +53,11 @@ class PipelineFamily(Family):
         from fastguard.backbones.build import FAMILIES, family_of
         from fastguard.backbones.folder import read_json
 
-        index = folder / "model_index.json"
-        found = read_json(index).get("_class_name") if index.is_file() else None
-        if found is None or found == self.pipeline:  # what is missing is told with the other parts
+        try:
+            found = read_json(folder / "model_index.json").get("_class_name")
+        except (OSError, UserError):
+            return  # what is missing or damaged is told with the other parts
+        if found is None or found == self.pipeline:
             return
         families = {kind: family_of(kind) for kind in FAMILIES}
         kinds = [kind for kind, family in families.items() if getattr(family, "pipeline", None) == found]
