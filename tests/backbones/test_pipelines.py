@@ -176,8 +176,7 @@ def test_all_weights_load_in_plain_diffusers_with_the_models_own_tables(recipe: 
 def test_sampling_is_the_pipelines(backbone: PipelineBackbone, pipe: Any, recipe: Recipe) -> None:
     latents = sampled(backbone)
     theirs = sampled_by(pipe, backbone, recipe, "latent").reshape(latents.shape)
-    # Three steps, and CPUs differ in the order of their sums; 2e-6 on one with AVX-512.
-    assert (latents - theirs).abs().max() < 5e-6 * theirs.abs().max()
+    assert (latents - theirs).abs().max() < 2e-6 * theirs.abs().max()
     images = backbone.decode(latents)
     assert images.shape == (2, 3, recipe.model.height, recipe.model.width)
     assert (images - sampled_by(pipe, backbone, recipe, "pt").mul(255)).abs().max() < 1.01  # rounding to 256 levels
@@ -231,7 +230,8 @@ def test_the_gradient_goes_through_both_branches_of_the_guidance_or_through_one(
     for backbone in (both, one):
         move(backbone)
     (velocity, whole), (again, part) = velocity_and_gradients(both), velocity_and_gradients(one)
-    assert (velocity - again).abs().max() < 5e-6 * velocity.abs().max()  # two calls, or one of both
+    # Two calls, or one of both, whose sums have another order; guidance multiplies the rounding of their difference.
+    assert (velocity - again).abs().max() < 1e-6 * recipe.model.guidance * velocity.abs().max()
     assert any((whole[name] - part[name]).abs().max() > 0.05 * whole[name].abs().max() for name in whole)
 
     spec = both._spec
