@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import CLIPTokenizer
 
 from fastguard.backbones.schedule import equal_steps, linear_mu
-from fastguard.backbones.sizes import size_problems
+from fastguard.backbones.sizes import SCHEDULER_SIZES, size_problems
 from fastguard.errors import UserError
 from fastguard.utils.files import out_of_memory, parse_json, read_bytes, writing
 from fastguard.utils.findings import Finding
@@ -180,7 +180,7 @@ def _unreadable(folder: Path, settings: str) -> Iterator[str]:
 
 def _part_problems(folder: Path, part: str, parts: PipelineParts) -> Iterator[str]:
     file = folder / part / parts.settings[part]
-    odd = list(size_problems(parts.largest.get(part, {}), file, read_json(file)))
+    odd = list(size_problems({**parts.largest, "scheduler": SCHEDULER_SIZES}.get(part, {}), file, read_json(file)))
     if odd:
         yield from odd
     elif part in parts.modules:

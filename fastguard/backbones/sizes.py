@@ -43,6 +43,7 @@ LANGUAGE_SIZES = {
     ),
 }
 """Of a language model such as Qwen or Mistral."""
+SCHEDULER_SIZES = {"num_train_timesteps": 1_000_000}
 
 _MAY_BE_0 = ("num_layers", "num_single_layers")
 _MAY_BE_NULL = ("out_channels",)

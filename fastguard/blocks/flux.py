@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from fastguard.blocks.architecture import Architecture, BlockSpec, FusedBlock, runs_fused
 from fastguard.blocks.parts import (
+    IMAGE_QKV,
+    TEXT_QKV,
     activate,
     attention,
     feed_forward_parts,
@@ -40,8 +42,6 @@ from fastguard.blocks.parts import (
 )
 
 ATTENTION = {"attn": FluxAttention, "attn.processor": FluxAttnProcessor}
-IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
 
 def _runs_fused(block: Any, image: Tensor, text: Tensor, temb: Tensor, rope: Any, kwargs: dict[str, Any]) -> bool:

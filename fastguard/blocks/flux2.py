@@ -31,6 +31,8 @@ from torch.nn import functional as F
 from fastguard.blocks.architecture import Architecture, BlockSpec, FusedBlock, Fusion, runs_fused
 from fastguard.blocks.linear import Normed
 from fastguard.blocks.parts import (
+    IMAGE_QKV,
+    TEXT_QKV,
     activate,
     attention,
     fits_rope,
@@ -92,7 +94,8 @@ class FusedDoubleBlock(FusedBlock):
         layer_norms=("norm1", "norm1_context", "norm2", "norm2_context"),
         qk_norms=("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"),
         linears=(
-            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            *IMAGE_QKV,
+            *TEXT_QKV,
             *("attn.to_out.0", "attn.to_add_out"),
             *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
         ),

@@ -147,6 +147,11 @@ def _cast(normed: Normed) -> Normed:
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
+IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+"""Names of the projections of attention over image and text, for `BlockSpec.linears`."""
+
+
 def qk_norm_rope(
     stream: Sequence[Tensor],
     before: Sequence[Tensor] | None,

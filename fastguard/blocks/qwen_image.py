@@ -22,6 +22,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastguard.blocks.architecture import Architecture, BlockSpec, FusedBlock, norm_size, runs_fused
 from fastguard.blocks.parts import (
+    IMAGE_QKV,
+    TEXT_QKV,
     attention,
     feed_forward_parts,
     into_attention,
@@ -100,7 +102,8 @@ class FusedQwenImageBlock(FusedBlock):
         qk_norms=("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"),
         qk_norm=RMSNorm,
         linears=(
-            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            *IMAGE_QKV,
+            *TEXT_QKV,
             *("attn.to_out.0", "attn.to_add_out"),
             *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
         ),

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from fastguard.blocks.architecture import Architecture, BlockSpec, FusedBlock, runs_fused
 from fastguard.blocks.parts import (
+    TEXT_QKV,
     feed_forward_parts,
     gated_residual,
     into_attention,
@@ -86,7 +87,7 @@ def _spec(dual: bool, last: bool, normed: bool) -> BlockSpec:
     parts["norm1_context"] = AdaLayerNormContinuous if last else AdaLayerNormZero
     parts |= feed_forward_parts("ff")
     linears = [f"{name}.{layer}" for name in attentions for layer in ("to_q", "to_k", "to_v", "to_out.0")]
-    linears += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "ff.net.0.proj", "ff.net.2"]
+    linears += [*TEXT_QKV, "ff.net.0.proj", "ff.net.2"]
     layer_norms = ["norm1.norm", "norm1_context.norm", "norm2"]
     if not last:
         parts |= feed_forward_parts("ff_context")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from fastguard.backbones.pipeline import JOINT_ATTENTION, PipelineFamily
+from fastguard.backbones.pipeline import GUIDANCE_IS_AN_INPUT, JOINT_ATTENTION, PipelineFamily
 
 if TYPE_CHECKING:
     from fastguard.backbones.flux.spec import FluxSpec
-
-_DISTILLED = "Flux.1 takes its guidance as an input, and has no second branch"
 
 
 class Flux(PipelineFamily):
@@ -19,10 +16,7 @@ class Flux(PipelineFamily):
     pipeline = "FluxPipeline"
     transformer = "FluxTransformer2DModel"
     download = "tens of GB; Flux.1-dev after its licence is accepted on its page and `hf auth login`"
-    unread: ClassVar[Mapping[str, str]] = {
-        "model.negative_prompt": _DISTILLED,
-        "model.guidance_gradient": _DISTILLED,
-    }
+    unread = GUIDANCE_IS_AN_INPUT
     lora_targets = (
         *JOINT_ATTENTION,
         "ff.net.0.proj",

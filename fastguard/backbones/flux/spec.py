@@ -23,6 +23,8 @@ from fastguard.backbones.pipeline.spec import (
     PipelineSpec,
     Text,
     TextPart,
+    decode_scaled,
+    encode_by_t5,
     guidance_input,
     texts,
 )
@@ -53,7 +55,6 @@ PARTS = PipelineParts(
         "vae": VAE_SIZES,
         "text_encoder": CLIP_SIZES,
         "text_encoder_2": T5_SIZES,
-        "scheduler": {"num_train_timesteps": 1_000_000},
     },
 )  # fmt: skip
 TRANSFORMER = {
@@ -77,10 +78,7 @@ def _clip(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[s
 
 
 def _t5(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[str, Tensor]:
-    embeds = pipe._get_t5_prompt_embeds(
-        texts(prompts), max_sequence_length=asked.max_tokens, device=asked.device, dtype=asked.dtype
-    )
-    return {"embeds": embeds}
+    return {"embeds": encode_by_t5(pipe, prompts, asked)}
 
 
 class FluxSpec(PipelineSpec):
@@ -97,9 +95,6 @@ class FluxSpec(PipelineSpec):
         TextPart(("text_encoder",), _clip, quantizable=False),  # 0.2 GB in bfloat16
         TextPart(("text_encoder_2",), _t5),
     )
-
-    def width(self, transformer: Mapping[str, Any]) -> int:
-        return transformer["num_attention_heads"] * transformer["attention_head_dim"]
 
     def text_shapes(self, configs: Configs, grid: Grid, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
         transformer = configs["transformer"]
@@ -139,8 +134,7 @@ class FluxSpec(PipelineSpec):
 
     def decode(self, vae: Any, latents: Tensor, grid: Grid) -> Tensor:
         z = FluxPipeline._unpack_latents(latents, grid.height, grid.width, self.vae_factor(vae.config))
-        z = (z / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        return vae.decode(z, return_dict=False)[0]
+        return decode_scaled(vae, z)
 
     def tiny(self) -> Any:
         return self.pipeline(

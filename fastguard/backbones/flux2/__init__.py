@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from fastguard.backbones.pipeline import JOINT_ATTENTION, PipelineFamily
+from fastguard.backbones.pipeline import GUIDANCE_IS_AN_INPUT, JOINT_ATTENTION, PipelineFamily
 
 if TYPE_CHECKING:
     from fastguard.backbones.flux2.spec import DevSpec, KleinSpec
-
-_EMBEDDED = 'model.kind = "flux2" takes its guidance as an input, and no second branch'
 
 
 class _Flux2(PipelineFamily):
@@ -34,7 +31,7 @@ class Flux2Dev(_Flux2):
 
     pipeline = "Flux2Pipeline"
     download = "113 GB, after its licence is accepted on its page and `hf auth login`"
-    unread: ClassVar[Mapping[str, str]] = {"model.negative_prompt": _EMBEDDED, "model.guidance_gradient": _EMBEDDED}
+    unread = GUIDANCE_IS_AN_INPUT
 
     @property
     def spec(self) -> DevSpec:

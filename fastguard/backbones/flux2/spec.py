@@ -78,7 +78,6 @@ def _parts(encoder: Any, tokenizer: Any, encoder_sizes: Mapping[str, int]) -> Pi
             "transformer": _TRANSFORMER_SIZES,
             "vae": {**VAE_SIZES, "patch_size": MOST_CHANNELS},
             "text_encoder": encoder_sizes,
-            "scheduler": {"num_train_timesteps": 1_000_000},
         },
         chat=("tokenizer",),
     )
@@ -188,9 +187,6 @@ class _Flux2Spec(PipelineSpec):
     text_parts = (TextPart(("text_encoder",), _encode),)
     layers: ClassVar[tuple[int, ...]]
     """of the text encoder, whose outputs are the embeddings"""
-
-    def width(self, transformer: Mapping[str, Any]) -> int:
-        return transformer["num_attention_heads"] * transformer["attention_head_dim"]
 
     def text_shapes(self, configs: Configs, grid: Grid, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
         return {"embeds": (max_tokens, configs["transformer"]["joint_attention_dim"])}

@@ -33,6 +33,11 @@ JOINT_ATTENTION = (
 """Layers of attention over image and text, in blocks where each has its own."""
 
 
+_NO_BRANCH = "this model takes its guidance as an input, and has no second branch"
+GUIDANCE_IS_AN_INPUT = {"model.negative_prompt": _NO_BRANCH, "model.guidance_gradient": _NO_BRANCH}
+"""For `unread`, of guidance-distilled models."""
+
+
 class PipelineFamily(Family):
     """A family whose models are folders in diffusers' layout, with one transformer that is trained."""
 

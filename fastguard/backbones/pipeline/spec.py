@@ -34,6 +34,19 @@ def texts(prompts: Sequence[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
+def encode_by_t5(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> Tensor:
+    """T5's embeddings (P, T, C), as the pipelines of Flux.1 and Stable Diffusion 3 make them."""
+    return pipe._get_t5_prompt_embeds(
+        texts(prompts), max_sequence_length=asked.max_tokens, device=asked.device, dtype=asked.dtype
+    )
+
+
+def decode_scaled(vae: Any, z: Tensor) -> Tensor:
+    """Images of an AutoencoderKL, from latents (B, C, H, W) as its transformer has them: scaled and shifted."""
+    z = (z / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+    return vae.decode(z, return_dict=False)[0]
+
+
 def guidance_input(transformer: Any, guidance: float, latents: Tensor) -> Tensor | None:
     """model.guidance (B,) float32, for a transformer that takes it as an input; None for any other."""
     if not transformer.config.guidance_embeds:
@@ -136,9 +149,9 @@ class PipelineSpec(ABC):
         """Tokens of one image in the transformer, beside those of the text."""
         return grid.tokens
 
-    @abstractmethod
     def width(self, transformer: Mapping[str, Any]) -> int:
         """Channels of a token in the transformer."""
+        return transformer["num_attention_heads"] * transformer["attention_head_dim"]
 
     @abstractmethod
     def text_shapes(self, configs: Configs, grid: Grid, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
@@ -207,7 +220,7 @@ class PipelineSpec(ABC):
         """
         return equal_steps(scheduler, num_steps, self.mu(scheduler, grid, num_steps))
 
-    def mu(self, scheduler: Any, grid: Grid, num_steps: int) -> float | None:
+    def mu(self, scheduler: Any, grid: Grid, num_steps: int) -> float:
         """The shift's logarithm for this image, for schedulers with use_dynamic_shifting."""
         return linear_mu(scheduler.config, grid.tokens)
 
@@ -215,9 +228,7 @@ class PipelineSpec(ABC):
         """The factor s of `s t / (1 + (s - 1) t)` in the schedule; times of the forward process are shifted by it."""
         if not scheduler.config.use_dynamic_shifting:
             return float(scheduler.config.shift)
-        mu = self.mu(scheduler, grid, num_steps)
-        assert mu is not None
-        return math.exp(mu)
+        return math.exp(self.mu(scheduler, grid, num_steps))
 
     # --- images
 

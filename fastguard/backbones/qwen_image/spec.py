@@ -71,7 +71,6 @@ PARTS = PipelineParts(
             **{f"text_config.{name}": most for name, most in LANGUAGE_SIZES.items()},
             **{f"vision_config.{name}": most for name, most in _VISION.items()},
         },
-        "scheduler": {"num_train_timesteps": 1_000_000},
     },
 )  # fmt: skip
 TRANSFORMER = {
@@ -158,9 +157,6 @@ class QwenImageSpec(PipelineSpec):
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         return 2 ** len(vae["temperal_downsample"])
-
-    def width(self, transformer: Mapping[str, Any]) -> int:
-        return transformer["num_attention_heads"] * transformer["attention_head_dim"]
 
     def text_shapes(self, configs: Configs, grid: Grid, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
         _check_tokens(max_tokens)

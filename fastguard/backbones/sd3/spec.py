@@ -29,6 +29,8 @@ from fastguard.backbones.pipeline.spec import (
     PipelineSpec,
     Text,
     TextPart,
+    decode_scaled,
+    encode_by_t5,
     texts,
 )
 from fastguard.backbones.pipeline.tiny import TEXT_DIM, clip_tokenizer, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
@@ -67,7 +69,6 @@ PARTS = PipelineParts(
         "text_encoder": CLIP_SIZES,
         "text_encoder_2": CLIP_SIZES,
         "text_encoder_3": T5_SIZES,
-        "scheduler": {"num_train_timesteps": 1_000_000},
     },
 )  # fmt: skip
 CLIP_TOKENS = 77
@@ -119,10 +120,7 @@ def _clips(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[
 
 
 def _t5(pipe: Any, prompts: Sequence[Prompt], asked: EncodeSettings) -> dict[str, Tensor]:
-    embeds = pipe._get_t5_prompt_embeds(
-        texts(prompts), max_sequence_length=asked.max_tokens, device=asked.device, dtype=asked.dtype
-    )
-    return {"t5": embeds}
+    return {"t5": encode_by_t5(pipe, prompts, asked)}
 
 
 class SD3Spec(PipelineSpec):
@@ -154,9 +152,6 @@ class SD3Spec(PipelineSpec):
         transformer = configs["transformer"]
         patch = transformer["patch_size"]
         return transformer["in_channels"], grid.rows * patch, grid.columns * patch
-
-    def width(self, transformer: Mapping[str, Any]) -> int:
-        return transformer["num_attention_heads"] * transformer["attention_head_dim"]
 
     def text_shapes(self, configs: Configs, grid: Grid, max_tokens: int) -> Mapping[str, tuple[int, ...]]:
         transformer = configs["transformer"]
@@ -201,8 +196,7 @@ class SD3Spec(PipelineSpec):
         return own_steps(scheduler, num_steps, self.mu(scheduler, grid, num_steps))
 
     def decode(self, vae: Any, latents: Tensor, grid: Grid) -> Tensor:
-        z = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        return vae.decode(z, return_dict=False)[0]
+        return decode_scaled(vae, latents)
 
     def tiny(self) -> Any:
         def clip() -> CLIPTextModelWithProjection:
