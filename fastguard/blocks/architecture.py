@@ -190,7 +190,7 @@ def runs_fused(block: Any, *inputs: Tensor) -> bool:
 
 def unfit(block: Any, kind: type[FusedBlock]) -> str | None:
     """Why this block is left unfused, or None. Cheap, since it is asked at every call: models change."""
-    if reason := _patched(kind.architecture):
+    if reason := _patched(kind):
         return reason
     spec: Any = kind.spec_of(block)
     forward = spec.block.forward
@@ -223,8 +223,12 @@ def unfit(block: Any, kind: type[FusedBlock]) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _patched(architecture: Architecture) -> str | None:
-    """What was done to all blocks at once, by replacing a function or by global hooks, as a reason; or None."""
+def _patched(kind: type[FusedBlock]) -> str | None:
+    """What was done to all blocks at once, by replacing a function or by global hooks, as a reason; or None.
+
+    It is given a class: torch.compile in torch 2.11 takes an `Architecture`, a frozen dataclass, for no constant.
+    """
+    architecture = kind.architecture
     for owner, name, function in architecture.bypassed_functions:
         if getattr(owner, name) is not function:
             return f"{owner.__name__}.{name} was replaced"
