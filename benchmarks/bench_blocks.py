@@ -1,18 +1,21 @@
-"""The kernels of Flux blocks and whole blocks: bytes, and times beside eager, torch.compile and copying.
+"""The kernels of fused blocks, and whole blocks: bytes, and times beside eager, torch.compile and copying.
 
-    python benchmarks/bench_blocks.py           times on a GPU, at the width of Flux.1-dev
+    python benchmarks/bench_blocks.py           times on a GPU
     python benchmarks/bench_blocks.py --bytes   bytes that each kernel moves; on any machine
     pytest benchmarks/bench_blocks.py           small blocks on the device at hand, by pytest-benchmark
 
-One sample at 1024^2: 4,096 image and 512 text tokens of 3,072 channels in bfloat16, LoRA of rank 64 on all linear
-layers of a block. Correctness is asserted before anything is timed.
+One sample at 1024^2 in bfloat16: 4,096 image and 512 text tokens of 3,072 channels, as in Flux.1-dev, FLUX.2-klein-4B
+and Qwen-Image; for blocks of Stable Diffusion 3.5 Medium 333 text tokens and 1,536 channels. LoRA of rank 64 is on all
+linear layers of a block but those of its modulation. Correctness is asserted before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +23,7 @@ import pytest
 import rows
 import torch
 from bench_loss import CUDA, DEVICE, DTYPE, cold_calls, time_kernel
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import (
     FluxPosEmbed,
     FluxSingleTransformerBlock,
@@ -30,6 +34,7 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2SingleTransformerBlock,
     Flux2TransformerBlock,
 )
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 from launches import moved_bytes, recorded
 from operator_calls import BF16, FLUX_1024, FP32, Size, relative_error, timed_block_calls
 from peft import LoraConfig, inject_adapter_in_model
@@ -37,19 +42,72 @@ from rows import Measured
 from timing import copy_times, graph_times, kept_bytes
 from torch import Tensor, nn
 
-from fastguard.blocks.architecture import Fusion, fuse_block
-from fastguard.blocks.flux import FLUX
-from fastguard.blocks.flux2 import FLUX2
+import fastguard as fg
 from fastguard.config import Recompute
 
 LEVELS: tuple[Recompute, ...] = ("none", "pointwise", "mlp")
-KINDS: dict[str, type] = {
-    "double": FluxTransformerBlock,
-    "single": FluxSingleTransformerBlock,
-    "flux2 double": Flux2TransformerBlock,
-    "flux2 single": Flux2SingleTransformerBlock,
-}
+SD35_1024 = Size(samples=1, image=4096, text=333, heads=24, head=64)
 TOY = Size(samples=1, image=64, text=16, heads=4, head=16)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of block, and how it is called."""
+
+    block: Callable[..., nn.Module]
+    rest: Callable[[Size, Callable[..., Tensor], str], tuple[Any, ...]]
+    """the arguments after the streams, from a size, a maker of tensors and a device"""
+    size: Size = FLUX_1024
+    joined: bool = False
+    """whether image and text are one stream"""
+
+
+def _axes(head: int) -> list[int]:
+    """Channels of a head for each axis of the positions of Flux.1 and Qwen-Image."""
+    vertical = head * 7 // 32 * 2
+    return [head - 2 * vertical, vertical, vertical]
+
+
+def _ids(size: Size, device: str) -> Tensor:
+    return torch.arange(size.image + size.text, device=device).float()[:, None] / 64
+
+
+def _flux_rope(size: Size, device: str) -> Any:
+    return FluxPosEmbed(theta=10000, axes_dim=_axes(size.head))(_ids(size, device).expand(-1, 3).floor())
+
+
+def _flux2_rope(size: Size, device: str) -> Any:
+    return Flux2PosEmbed(theta=2000, axes_dim=[size.head // 4] * 4)(_ids(size, device).expand(-1, 4).floor())
+
+
+def _qwen_rope(size: Size, device: str) -> Any:
+    side = math.isqrt(size.image)
+    rope = QwenEmbedRope(theta=10000, axes_dim=_axes(size.head), scale_rope=True)
+    return rope([(1, side, side)], device=torch.device(device), max_txt_seq_len=size.text)
+
+
+KINDS = {
+    "double": Kind(FluxTransformerBlock, lambda s, normal, on: (normal(1, s.width), _flux_rope(s, on))),
+    "single": Kind(FluxSingleTransformerBlock, lambda s, normal, on: (normal(1, s.width), _flux_rope(s, on))),
+    "flux2 double": Kind(
+        Flux2TransformerBlock,
+        lambda s, normal, on: (normal(1, 6 * s.width), normal(1, 6 * s.width), _flux2_rope(s, on)),
+    ),
+    "flux2 single": Kind(
+        Flux2SingleTransformerBlock,
+        lambda s, normal, on: (None, normal(1, 3 * s.width), _flux2_rope(s, on)),
+        joined=True,
+    ),
+    "sd3.5": Kind(
+        partial(JointTransformerBlock, qk_norm="rms_norm"), lambda s, normal, on: (normal(1, s.width),), SD35_1024
+    ),
+    "sd3.5 dual": Kind(
+        partial(JointTransformerBlock, qk_norm="rms_norm", use_dual_attention=True),
+        lambda s, normal, on: (normal(1, s.width),),
+        SD35_1024,
+    ),
+    "qwen_image": Kind(QwenImageTransformerBlock, lambda s, normal, on: (None, normal(1, s.width), _qwen_rope(s, on))),
+}
 
 
 def measure_bytes(name: str) -> Measured:
@@ -74,23 +132,13 @@ def make_block(kind: str, size: Size, dtype: torch.dtype, device: str, rank: int
     """Random weights of a plausible size, frozen, and LoRA adapters."""
     torch.manual_seed(0)
     with torch.device(device):
-        block: nn.Module = KINDS[kind](dim=size.width, num_attention_heads=size.heads, attention_head_dim=size.head)
+        block = KINDS[kind].block(dim=size.width, num_attention_heads=size.heads, attention_head_dim=size.head)
         block.requires_grad_(False)
         linears = [name for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]
-        layers = [name for name in linears if "norm" not in name]  # without those of the timestep
+        layers = [name for name in linears if "norm" not in name and "_mod" not in name]
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, init_lora_weights=False)
         block = inject_adapter_in_model(config, block)
     return block.to(dtype)
-
-
-def make_rope(kind: str, size: Size, device: str) -> tuple[Tensor, Tensor]:
-    """cos and sin of some positions."""
-    ids = torch.arange(size.image + size.text, device=device).float()[:, None] / 64
-    if kind.startswith("flux2"):
-        return Flux2PosEmbed(theta=2000, axes_dim=[size.head // 4] * 4)(ids.expand(-1, 4).floor())
-    vertical = size.head * 7 // 32 * 2
-    axes = [size.head - 2 * vertical, vertical, vertical]
-    return FluxPosEmbed(theta=10000, axes_dim=axes)(ids.expand(-1, 3).floor())
 
 
 class Blocks:
@@ -107,24 +155,20 @@ class Blocks:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, device=device).to(dtype)
 
-        rope = make_rope(kind, size, device)
-        lengths = [size.image + size.text] if kind == "flux2 single" else [size.image, size.text]
+        lengths = [size.image + size.text] if KINDS[kind].joined else [size.image, size.text]
         self._streams = [normal(1, length, size.width).requires_grad_() for length in lengths]
-        modulations: dict[str, list[Tensor | None]] = {
-            "flux2 double": [normal(1, 6 * size.width), normal(1, 6 * size.width)],
-            "flux2 single": [None, normal(1, 3 * size.width)],  # no second stream
-        }
-        modulation = modulations.get(kind) or [normal(1, size.width)]
-        self.args = (*self._streams, *modulation, rope)
+        rest = KINDS[kind].rest(size, normal, device)
+        self.args = (*self._streams, *rest)
         self._upstream = [torch.randn_like(stream) for stream in reversed(self._streams)]
-        self._held = [*block.parameters(), *rope]
+        ropes = [table for rope in rest if isinstance(rope, tuple) for table in rope]
+        self._held = [*block.parameters(), *ropes]
 
     @staticmethod
     def _fused(block: nn.Module, recompute: Recompute) -> nn.Module:
         """With the same weights; the block itself stays as it is."""
         other = copy.copy(block)
-        kind = FLUX.kind_of(other) or FLUX2.kind_of(other)
-        fuse_block(other, kind, Fusion(recompute, "auto", rotated=True))
+        report = fg.fuse(other, recompute=recompute)
+        assert (len(report.fused), report.kept) == (1, {}), str(report)
         return other
 
     def inference(self, form: str) -> Any:
@@ -162,7 +206,7 @@ def measure_block(kind: str, size: Size, dtype: torch.dtype, device: str) -> Mea
 @pytest.mark.parametrize("form", ["eager", "compiled", "fused none", "fused pointwise", "fused mlp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_block(benchmark: Any, kind: str, form: str) -> None:
-    size = FLUX_1024 if CUDA else TOY
+    size = KINDS[kind].size if CUDA else TOY
     blocks = Blocks(kind, size, DTYPE, DEVICE)
     blocks.assert_correct(form)
     benchmark.group = f"{kind} block, forward + backward, {size} {DTYPE} {DEVICE}"
@@ -181,9 +225,13 @@ def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
     names = list(timed_block_calls(TOY, FP32, "cpu"))
     if args.bytes:
         return "bytes", {name: partial(measure_bytes, name) for name in names}
-    sized = (TOY, FP32, "cpu") if args.toy else (FLUX_1024, BF16, "cuda")
-    blocks = {f"{kind} block": partial(measure_block, kind, *sized) for kind in KINDS}
-    return "blocks", {**{name: partial(measure_kernel, name, *sized) for name in names}, **blocks}
+    how = (FP32, "cpu") if args.toy else (BF16, "cuda")
+    kernels = {name: partial(measure_kernel, name, TOY if args.toy else FLUX_1024, *how) for name in names}
+    blocks = {
+        f"{name} block": partial(measure_block, name, TOY if args.toy else kind.size, *how)
+        for name, kind in KINDS.items()
+    }
+    return "blocks", {**kernels, **blocks}
 
 
 if __name__ == "__main__":

@@ -65,19 +65,20 @@ REPEATS, ENOUGH_S = range(3, 11), 8.0
 """repetitions: at least 3, at most 10, none begun after so many seconds"""
 CASE_LIMIT_S = 420
 # What is trained, pixels (squared), blocks, recompute, compiled. First what a goal or a comparison hangs on.
-CASES = [
-    "lora-1024-none", "lora-1024-unfused-none", "lora-1024-pointwise", "full-512-block", "lora-512-block",
-    "lora-1024-block", "lora-1024-mlp", "lora-1024-unfused-block", "lora-512-unfused-none", "lora-512-none",
-    "lora-512-pointwise", "lora-512-mlp", "lora-512-unfused-block", "full-512-unfused-block", "full-512-pointwise",
-    "full-512-mlp", "full-1024-block", "full-1024-unfused-block", "lora-1024-unfused-none-compiled",
-    "lora-1024-none-compiled", "lora-512-unfused-none-compiled", "lora-512-none-compiled",
-    "full-512-unfused-block-compiled", "full-512-block-compiled", "full-1024-block-compiled",
-    "lora-1024-pointwise-compiled", "lora-1024-mlp-compiled",
-    "lora-1024-offload", "lora-512-offload", "full-512-offload", "lora-1024-unfused-offload",
+CASES = list(dict.fromkeys([
+    "lora-1024-none", "lora-1024-unfused-none", "lora-512-nf4-x3-block", "full-512-block", "lora-1024-pointwise",
+    "lora-512-block", "lora-1024-block", "lora-1024-mlp", "lora-1024-unfused-block", "lora-512-unfused-none",
+    "lora-512-none", "lora-512-pointwise", "lora-512-mlp", "lora-512-unfused-block", "full-512-unfused-block",
+    "full-512-pointwise", "full-512-mlp", "full-1024-block", "full-1024-unfused-block",
+    "lora-1024-unfused-none-compiled", "lora-1024-none-compiled", "lora-512-unfused-none-compiled",
+    "lora-512-none-compiled", "full-512-unfused-block-compiled", "full-512-block-compiled", "full-1024-block-compiled",
+    "lora-1024-pointwise-compiled", "lora-1024-mlp-compiled", "lora-1024-nf4-x1-pointwise-compiled",
+    "lora-1024-int8-x1-pointwise-compiled", "lora-1024-offload", "lora-512-offload", "full-512-offload",
+    "lora-1024-unfused-offload", "lora-1024-offload-compiled",
     # Frozen weights in 8 and 4 bits, at micro-batches of 1 and 3, as docs/formats.py plans them.
     *(f"lora-{pixels}-{how}-x{micro_batch}-{level}" for pixels in (512, 1024) for how in get_args(Format)
       for micro_batch in (1, 3) for level in recompute_levels(fuse=True)),
-]  # fmt: skip
+]))  # fmt: skip
 SCALES = ("scale", "absmax", "absmax_table")
 """Names of what multiplies the codes of quantized weights."""
 TOY_CASE = "full-512-block"
@@ -283,6 +284,7 @@ def measure_training(case: str, toy: bool) -> Measured:
     # What decides whether it fits is the larger of the two.
     most = {name: max(first[name], n_bytes) for name, n_bytes in peaks.items()}
     of_each = {f"{name[:3]}_per_transition_s": s / recipe.transitions_per_update for name, s in times.items()}
+    of_each["per_image_s"] = times["p50_s"] / recipe.images_per_epoch
     yield "trainer", "update", {**times, **of_each, "first_s": first["took_s"], **most}
     worst = done["worst_log_ratio"] / CLIP_RANGE[case.split("-")[1]]
     yield "trainer", "update", {**done, "worst_log_ratio_of_clip_range": worst}

@@ -4,7 +4,7 @@
 
 Each stage is a program of its own in this folder, in a process that finds the GPU empty. It saves every case as soon as
 that is measured, in benchmarks/results/<gpu>.jsonl. Nothing is timed while a test is red. With --minutes it stops after
-about that time; with --resume it measures only what the same commit, versions and kind of GPU have not measured there.
+about that time; with --resume it measures only what the same code, versions and kind of GPU have not measured there.
 Last come the numbers to reach beside those measured. Needs the `dev` extra, and 80 GB for the training steps.
 """
 

@@ -2,6 +2,7 @@
 
 A case is measured as a whole, and its rows share a date: the newest date of a case is what counts. A note says what a
 number cannot. Where the tree is a copy without its history, FASTGUARD_COMMIT names the commit, by at least 10 digits.
+A digest of the code says what --resume may go on with: a commit that adds results or pages does not change it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -32,9 +34,9 @@ from fastguard.cli import terminations_as_interrupts
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-CODE = ("fastguard", "kernels", "recipes", "benchmarks", "tests", "setup.py", "pyproject.toml", ":!benchmarks/results")
+CODE = ("fastguard", "kernels", "recipes", "benchmarks", "tests", "setup.py", "pyproject.toml")
 UNITS = {"_tflop_per_s": "TFLOP/s", "_gb_per_s": "GB/s", "_tflop": "TFLOP", "_bytes": "bytes", "_us": "us", "_s": "s"}
-SAME = ("device", "torch", "triton", "python", "commit", "dirty")
+SAME = ("device", "torch", "triton", "python", "code")
 """what --resume asks of a row; another machine with such a device may go on"""
 FAILED, OUT_OF_MEMORY, SKIPPED = "failed", "out of memory", "skipped"
 GRACE_S = 10.0
@@ -52,7 +54,7 @@ Cases = dict[str, Callable[[], Measured]]
 def environment() -> Row:
     """What a number needs beside it. dirty: whether code differs from the commit; None if that is unknown."""
     gpu = torch.cuda.is_available()
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *CODE, ":!benchmarks/results")
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return {
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {cpu.group(1) if cpu else platform.machine()}",
@@ -63,7 +65,17 @@ def environment() -> Row:
         "python": platform.python_version(),
         "commit": commit(),
         "dirty": None if changed is None else bool(changed),
+        "code": digest(),
     }
+
+
+def digest() -> str:
+    """Of the code's files, but for those that programs write: ten digits, with or without a history of the tree."""
+    found = hashlib.sha256()
+    for path in sorted(path for name in CODE for path in (ROOT / name, *(ROOT / name).rglob("*")) if path.is_file()):
+        if RESULTS not in path.parents and "__pycache__" not in path.parts:
+            found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return found.hexdigest()[:10]
 
 
 def commit() -> str:
@@ -123,7 +135,7 @@ def newest(found: list[Row]) -> list[Row]:
 
 
 def finished(suite: str, env: Row, folder: Path) -> set[str]:
-    """Cases whose last measurement, of the same commit, versions and kind of device, went through.
+    """Cases whose last measurement, of the same code, versions and kind of device, went through.
 
     What ran out of memory did: that is a result. What was not installed did not.
     """
@@ -146,7 +158,7 @@ def parser(doc: str | None, patterns: str = "cases") -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--only", nargs="+", metavar="PATTERN", default=["*"], help=f"some of the {patterns}")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    made.add_argument("--resume", action="store_true", help="measure only what this commit has not measured here")
+    made.add_argument("--resume", action="store_true", help="measure only what this code has not measured here")
     made.add_argument("--minutes", type=_minutes, default=math.inf, help="stop after about so many minutes")
     made.add_argument("--dry-run", action="store_true", help="list what would be measured")
     made.add_argument("--toy", action="store_true", help="run everything at toy sizes on the CPU; nothing is saved")

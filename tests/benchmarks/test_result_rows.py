@@ -92,7 +92,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch, capsys
     monkeypatch.setattr(rows, "environment", lambda: ENV | {"driver": "581", "threads": 2})  # another such machine
     assert measure(tmp_path, cases) is None
     assert done == ["a", "b", "b", "c"]
-    for changed in ({"commit": "1123456789"}, {"torch": "9"}, {"dirty": True}):
+    for changed in ({"code": "1123456789"}, {"torch": "9"}):
         monkeypatch.setattr(rows, "environment", lambda changed=changed: ENV | changed)
         measure(tmp_path, cases, dry_run=True)
         assert "3 cases, 0 measured before" in capsys.readouterr().out
@@ -122,14 +122,17 @@ def test_a_copy_without_history_can_be_told_its_commit(monkeypatch, tmp_path: Pa
 
 
 def test_only_changed_code_counts_as_a_change(monkeypatch, tmp_path: Path) -> None:
-    """Pages and results that are written between two runs do not keep the second from going on."""
+    """Pages and results that are written or committed between two runs do not keep the second from going on."""
     monkeypatch.undo()
 
     def git(*args: str) -> None:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
         subprocess.run(["git", *identity, *args], cwd=tmp_path, check=True, capture_output=True)
 
-    files = (("README.md", False), ("benchmarks/results/a.jsonl", False), ("benchmarks/rows.py", True))
+    files = (
+        ("README.md", False), ("benchmarks/results/a.jsonl", False),
+        ("benchmarks/rows.py", True), ("kernels/a/b.py", True), ("setup.py", True),
+    )  # fmt: skip
     for name, _ in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before")
@@ -137,9 +140,21 @@ def test_only_changed_code_counts_as_a_change(monkeypatch, tmp_path: Path) -> No
     git("add", ".")
     git("commit", "-m", "all")
     monkeypatch.setattr(rows, "ROOT", tmp_path)
-    for name, dirty in files:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "benchmarks" / "results")
+    before = rows.environment()
+    for name, is_code in files:
         (tmp_path / name).write_text("after")
-        assert rows.environment()["dirty"] is dirty, name
+        changed = rows.environment()
+        assert changed["dirty"] is is_code, name
+        git("commit", "--all", "-m", "one")
+        after = rows.environment()
+        assert after["code"] == changed["code"]  # of the files, with or without a commit
+        assert (after["code"] != before["code"]) is is_code, name
+        before = after
+    cache = tmp_path / "benchmarks" / "__pycache__" / "rows.pyc"
+    cache.parent.mkdir()
+    cache.write_text("compiled")
+    assert rows.digest() == before["code"]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *given: str) -> str:

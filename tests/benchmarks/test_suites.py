@@ -72,7 +72,7 @@ def test_what_a_call_costs_the_host_is_measured_for_every_contender() -> None:
 def test_flux_kernels_move_hardly_more_than_they_must() -> None:
     """What a LoRA update runs moves the least possible; sums over tokens for full fine-tuning cost some per cent."""
     names = list(timed_block_calls(bench_blocks.TOY, FP32, "cpu"))
-    assert len(names) == 25
+    assert len(names) == 27
     for name in names:
         ((_, _, found),) = bench_blocks.measure_bytes(name)
         with_sums = name.endswith(("modulation", "gate", "norms"))
@@ -81,9 +81,17 @@ def test_flux_kernels_move_hardly_more_than_they_must() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "hidden", "results"),
-    [("double", 4, 6), ("single", 4, 4), ("flux2 double", 6, 5), ("flux2 single", 6, 3)],
+    [
+        ("double", 4, 6),
+        ("single", 4, 4),
+        ("flux2 double", 6, 5),
+        ("flux2 single", 6, 3),
+        ("sd3.5", 4, 6),
+        ("sd3.5 dual", 4, 6.8),
+        ("qwen_image", 4, 6),
+    ],
 )
-def test_what_a_block_keeps_is_counted(kind: str, hidden: int, results: int) -> None:
+def test_what_a_block_keeps_is_counted(kind: str, hidden: int, results: float) -> None:
     blocks = bench_blocks.Blocks(kind, bench_blocks.TOY, FP32, "cpu")
     forms = ("fused none", "fused pointwise", "fused mlp")
     blocks.assert_correct(*forms)
@@ -101,7 +109,7 @@ def test_a_plan_adds_up_and_cases_are_what_their_names_say() -> None:
     assert sum(found[f"planner update {part}_bytes"] for part in parts) == found["planner update peak_bytes"]
     assert found["planner both fits"] == 1
     assert found["planner update executed_per_needed"] == 1
-    assert len(bench_train_step.CASES) == 91
+    assert len(bench_train_step.CASES) == 94
     recipe = bench_train_step.recipe_of("full-512-unfused-block-compiled", toy=False)
     model, update = recipe.model, recipe.update
     assert (model.train, model.height, model.fuse, model.recompute) == ("full", 512, False, "block")
