@@ -9,7 +9,8 @@ READY := .venv/.ready
 # The kernels run in Triton's interpreter where there is no GPU. One thread a process: the processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo compare test style types imports sass unit quick test-all test-floors floor-lowest floor-newest bench docs hub clean
+.PHONY: demo compare test style types imports sass unit quick test-all test-floors bench docs hub clean \
+	floor-lowest floor-newest floor-blocks floor-trainer
 
 demo: $(READY)
 	$(BIN)/fastguard demo
@@ -49,27 +50,42 @@ test-all: test
 	@echo "== tests of minutes"
 	$(BIN)/python -m pytest -m slow
 
-# The tests of the core with the lowest and with the newest versions that it takes, and without its extras. numpy is for
-# Triton's interpreter. The two environments take 11 GB, most of it CUDA.
+# The tests with the lowest versions that the package takes, and those of the core with the newest, each without what it
+# does not need. numpy is for Triton's interpreter; that of triton 3.6 wants it below 2.4. The four environments take
+# 22 GB, most of it CUDA.
 FLOORS := build/floors
+FLOOR_NAMES := lowest newest blocks trainer
+TOOLS := hypothesis pytest pytest-xdist
 CORE := tests/loss tests/ops tests/test_sde.py tests/test_step.py
 $(FLOORS)/lowest/.ready: PYTHON_HERE = $(PYTHON_LOWEST)
-$(FLOORS)/lowest/.ready: VERSIONS = torch==2.6.0 triton==3.2.0
+$(FLOORS)/lowest/.ready: VERSIONS = torch==2.6.0 triton==3.2.0 numpy
+floor-lowest: TESTED = $(CORE)
 $(FLOORS)/newest/.ready: PYTHON_HERE = $(PYTHON_NEWEST)
-$(FLOORS)/newest/.ready: VERSIONS = --upgrade torch triton
+$(FLOORS)/newest/.ready: VERSIONS = --upgrade torch triton numpy
+floor-newest: TESTED = $(CORE)
+# Quantized weights need the trainer's versions. Helpers of these tests import parts of the trainer.
+$(FLOORS)/blocks/.ready: PYTHON_HERE = $(PYTHON)
+$(FLOORS)/blocks/.ready: VERSIONS = torch==2.9.0 triton==3.5.0 diffusers==0.42.0 peft==0.20.0 \
+	accelerate jinja2 matplotlib numpy pydantic requests scipy tqdm transformers tyro
+floor-blocks: TESTED = tests/blocks -k 'not quantized'
+$(FLOORS)/trainer/.ready: PYTHON_HERE = $(PYTHON)
+$(FLOORS)/trainer/.ready: VERSIONS = '.[lowbit,demo,bench]' torch==2.11.0 triton==3.6.0 diffusers==0.42.0 peft==0.20.0 \
+	accelerate==1.10.0 pydantic==2.12.0 requests==2.32.5 urllib3==2.0.2 transformers==5.17.0 bitsandbytes==0.46.0 torchao==0.18.0 \
+	'numpy<2.4' psutil
+floor-trainer: TESTED = -m 'not slow and not long'
 
-test-floors: floor-lowest floor-newest
+test-floors: $(FLOOR_NAMES:%=floor-%)
 
-floor-lowest floor-newest: floor-%: $(FLOORS)/%/.ready
-	@echo "== tests of the core: $$($(FLOORS)/$*/bin/python --version)" \
+$(FLOOR_NAMES:%=floor-%): floor-%: $(FLOORS)/%/.ready
+	@echo "== tests with $$($(FLOORS)/$*/bin/python --version)" \
 		$$($(FLOORS)/$*/bin/python -m pip freeze | grep -E '^(torch|triton)==')
-	OMP_NUM_THREADS=1 $(FLOORS)/$*/bin/python -m pytest -n logical --maxprocesses 4 $(CORE)
+	OMP_NUM_THREADS=1 $(FLOORS)/$*/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(TESTED)
 
 $(FLOORS)/%/.ready: pyproject.toml setup.py
 	@echo "== making $(@D) with $(PYTHON_HERE)"
 	@$(PYTHON_HERE) -m venv $(@D)
-	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet \
-		--editable . hypothesis numpy pytest pytest-xdist $(VERSIONS)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet $(TOOLS) $(VERSIONS)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
 	@touch $@
 
 bench: $(READY)

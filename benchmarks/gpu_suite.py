@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: tests, sanitizer, loss, Flux blocks, training steps, launch tables.
+"""Everything that needs a GPU, in one command: tests, loss, blocks, sanitizer, training steps, launch tables.
 
     python benchmarks/gpu_suite.py [--only NAME ...] [--minutes N] [--resume] [--dry-run]
 
@@ -21,9 +21,9 @@ import tables
 
 STAGES: dict[str, list[str]] = {
     "tests": ["validate.py", "--only", "*tests*"],
-    "sanitizer": ["validate.py", "--only", "*check"],
     "loss": ["bench_loss.py"],
     "blocks": ["bench_blocks.py"],
+    "sanitizer": ["validate.py", "--only", "*check"],
     "train_step": ["bench_train_step.py"],
     "tuning": ["tune.py"],
     "bytes": ["bench_blocks.py", "--bytes"],

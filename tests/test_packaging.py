@@ -18,6 +18,7 @@ import yaml
 from helpers import ROOT, script
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import fastguard
 from fastguard import extras
@@ -280,9 +281,15 @@ def test_extras_bring_the_modules_that_the_package_asks_for() -> None:
 
 
 def test_the_floors_that_are_tested_are_those_of_the_metadata() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    tested = dict(re.findall(r"(\w+)==([\d.]+)\.0\b", makefile))
-    assert tested == {r.name: str(r.specifier).removeprefix(">=") for r in map(Requirement, PROJECT["dependencies"])}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
+    extras = PROJECT["optional-dependencies"]
+    floors = {"lowest": PROJECT["dependencies"], "blocks": extras["blocks"]}
+    floors["trainer"] = [*extras["blocks"], *extras["train"], *extras["lowbit"]]  # the last one that names it counts
+    for name, required in floors.items():
+        (line,) = re.findall(rf"^\$\(FLOORS\)/{name}/.ready: VERSIONS = (.*)$", makefile, re.MULTILINE)
+        tested = {package: Version(version) for package, version in re.findall(r"([\w-]+)==([\d.]+)", line)}
+        lowest = {r.name: str(r.specifier).removeprefix(">=") for r in map(Requirement, required) if r.specifier}
+        assert tested == {package: Version(version) for package, version in lowest.items()}
     lowest, newest = re.findall(r"^PYTHON_\w+ \?= python([\d.]+)$", makefile, re.MULTILINE)
     assert PROJECT["requires-python"] == f">={lowest}"
     versions = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if ":: 3." in text]

@@ -144,7 +144,7 @@ class _Clip:
 
     def __init__(self, path: str, processor: str, device: str, dtype: str, batch_size: int) -> None:
         try:
-            from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+            from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
         except ImportError as error:
             raise UserError(f"needs transformers: pip install transformers ({error})") from error
         self.batch_size = batch_size
@@ -164,7 +164,7 @@ class _Clip:
         self.model = model.to(self.device, getattr(torch, dtype)).eval().requires_grad_(False)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(processor or path)
-            self.images = AutoImageProcessor.from_pretrained(processor or path)
+            self.images = CLIPImageProcessor.from_pretrained(processor or path)
         except (OSError, ValueError) as error:
             field = "processor" if processor else "path"
             raise UserError(

@@ -333,10 +333,10 @@ PROMPTS = ["a cat", "dog", "two red hats", "x"]
 
 def stock_logits(path: str, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, float]:
     """logit_scale * cosine of each pair from CLIPModel's own forward, one pair at a time, and the scale."""
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
     model = CLIPModel.from_pretrained(path).eval()
-    tokenizer, processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
+    tokenizer, processor = AutoTokenizer.from_pretrained(path), CLIPImageProcessor.from_pretrained(path)
     logits = []
     for image, prompt in zip(images, prompts, strict=True):
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
@@ -452,7 +452,7 @@ def test_clip_rewards_may_be_called_from_several_threads(tiny_clip: str, monkeyp
 
 def test_the_aesthetic_head_is_a_chain_of_linear_layers(tiny_clip: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
-    from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     class Head(torch.nn.Module):  # the layout of LAION's file: dropout between linear layers; 10 sorts after 2
         def __init__(self) -> None:
@@ -470,7 +470,7 @@ def test_the_aesthetic_head_is_a_chain_of_linear_layers(tiny_clip: str, tmp_path
     images = noise(height=16, width=16)
     config = CLIPVisionConfig.from_pretrained(tiny_clip, projection_dim=16)
     vision = CLIPVisionModelWithProjection.from_pretrained(tiny_clip, config=config).eval()
-    pixels = AutoImageProcessor.from_pretrained(tiny_clip)(images=to_pil(images), return_tensors="pt")["pixel_values"]
+    pixels = CLIPImageProcessor.from_pretrained(tiny_clip)(images=to_pil(images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         embeds = vision(pixels).image_embeds
         want = head.layers(embeds / embeds.norm(dim=-1, keepdim=True))[:, 0]
