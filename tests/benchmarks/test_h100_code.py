@@ -9,8 +9,8 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 from helpers import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -38,24 +38,31 @@ for start in ("transition_bwd bf16", "adaln_bwd bf16"):
 print(h100_code.faults(replace(good, scalars=1, once=0), h100_code.compile_variant(good)))
 """
 
-COMPILED = "print(h100_code.compile_variant(next(v for v in variants if v.name.startswith({!r}))).sass)"
+COMPILED = """
+print(h100_code.compile_variant(next(v for v in variants if v.name.startswith("guard_forward bf16"))).sass)
+"""
 KERNELS = r"print(*sorted({v.kernel.__name__ for v in variants}), sep='\n')"
 PREAMBLE = "import h100_code\nvariants = h100_code.all_variants().values()\n"
+SEPARATOR = "----"
 
 
-def run(tmp_path: Path, code: str) -> list[str]:
-    """The lines of a script that compiles kernels: not in this process, where they may be interpreted."""
-    script = tmp_path / "script.py"
-    script.write_text(PREAMBLE + code)
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """What BAD_KERNEL, KERNELS and COMPILED print, each in lines, from one script: to list all variants takes seconds.
+
+    It compiles kernels, so it does not run in this process, where they may be interpreted.
+    """
+    script = tmp_path_factory.mktemp("h100") / "script.py"
+    script.write_text(PREAMBLE + f"\nprint({SEPARATOR!r})\n".join([BAD_KERNEL, KERNELS, COMPILED]))
     environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environ["PYTHONPATH"] = str(BENCHMARKS)
     result = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+    return [part.strip().splitlines() for part in result.stdout.split(f"\n{SEPARATOR}\n")]
 
 
-def test_a_bad_kernel_is_found_and_a_good_one_passes(tmp_path: Path) -> None:
-    bad, not_disassembled, *good, strict = run(tmp_path, BAD_KERNEL)
+def test_a_bad_kernel_is_found_and_a_good_one_passes(printed: list[list[str]]) -> None:
+    bad, not_disassembled, *good, strict = printed[0]
     for fault in ("spills", "narrow accesses", "bytes per element, 6 needed", "no load is staged"):
         assert fault in bad
     assert re.fullmatch(r"\['spills \(\d+\)'\]", not_disassembled)
@@ -64,14 +71,14 @@ def test_a_bad_kernel_is_found_and_a_good_one_passes(tmp_path: Path) -> None:
     assert strict == f"[{narrow}, '8 bytes per element, 6 needed']"
 
 
-def test_every_kernel_is_in_the_list(tmp_path: Path) -> None:
+def test_every_kernel_is_in_the_list(printed: list[list[str]]) -> None:
     sources = "".join(path.read_text() for path in [*(ROOT / "kernels").glob("*.py"), BENCHMARKS / "candidates.py"])
-    assert run(tmp_path, KERNELS) == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+    assert printed[1] == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
 
 
-def test_one_launch_reads_the_others_sums_after_they_were_written(tmp_path: Path) -> None:
+def test_one_launch_reads_the_others_sums_after_they_were_written(printed: list[list[str]]) -> None:
     """In the machine code: stored, fenced, counted, the first-level cache dropped, a barrier, and only then loaded."""
-    sass = "\n".join(run(tmp_path, COMPILED.format("guard_forward bf16")))
+    sass = "\n".join(printed[2])
     (counted,) = re.finditer(r"ATOMG\S*\.STRONG\.GPU", sass)
     before, after = sass[: counted.start()], sass[counted.end() :]
     stored, fenced = before.rindex("STG.E"), before.rindex("MEMBAR.ALL.GPU")

@@ -354,6 +354,7 @@ def test_captured_in_a_cuda_graph(kind: str, train: str, recompute: Any) -> None
         assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 def test_a_compiler_keeps_no_more() -> None:
     """What a compiled model hands from forward to backward: neither a normalized input nor an activation."""
     kept = []

@@ -311,7 +311,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_runs_save_when_the_comparison_ends(number: int, tmp_path: Path) -> None:
     """However it ends: by a signal that it can see, or by one that it cannot."""
     (tmp_path / "hittable.py").write_text(HITTABLE)

@@ -126,6 +126,7 @@ def test_digits_learn_from_advantages_per_step(
     assert all(update["grad_norm"] > 0 for update in row["updates"])
 
 
+@pytest.mark.slow  # the next two start workers, too
 def test_worker_processes_give_the_same_runs(models: Models, capfd: pytest.CaptureFixture[str]) -> None:
     """And print nothing: not what libraries say when they are imported, either."""
     config = quick_demo()

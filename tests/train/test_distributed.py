@@ -279,8 +279,8 @@ FULL = ("--model.train", "full")
 @pytest.mark.parametrize(
     ("recipe", "trained", "kind"),
     [
-        ("flux_tiny", "lora", "ddp"),
         ("flux_tiny", "full", "fsdp2"),
+        pytest.param("flux_tiny", "lora", "ddp", marks=pytest.mark.slow),
         pytest.param("flux_tiny", "lora", "fsdp2", marks=pytest.mark.slow),
         pytest.param("flux_tiny", "full", "ddp", marks=pytest.mark.slow),
         *(
