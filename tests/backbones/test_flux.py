@@ -502,3 +502,12 @@ def test_float16_latents_and_stored_noise_are_what_the_model_saw(recipe: Recipe,
                  + step.std * now.noise.float())  # fmt: skip
         # The stored values give the next latents but for the rounding to bfloat16: 2^-8 of their size.
         assert ((drawn - after.latents.float()).abs() <= 2**-8 * drawn.abs() + 1e-6).all()
+
+
+def test_the_doctor_says_that_schnell_reads_no_guidance() -> None:
+    told = {}
+    for name in ("schnell", "dev"):
+        model = ModelConfig(path=f"black-forest-labs/FLUX.1-{name}")
+        recipe = replace(load_recipe(find_recipe("flux_lora")), model=model)
+        told[name] = [finding.text for finding in Flux().examine(recipe) if finding.level == "info"]
+    assert told == {"schnell": ["this model is distilled, and does not read model.guidance = 3.5"], "dev": []}

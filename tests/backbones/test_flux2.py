@@ -211,6 +211,11 @@ def test_a_distilled_klein_has_no_guidance(klein: Case, tmp_path: Path) -> None:
     one.load_prompts([0])
     schedule = ode_schedule(distilled.recipe.sampler, one.sigmas, STEPS)
     latents = rollout(one.policy, torch.tensor([0]), torch.tensor([[7] + [0] * 4]), one.latent_shape, schedule).latents
+    told = [finding.text for finding in distilled.spec.family.examine(distilled.recipe)]
+    assert told[1:] == [
+        f"this model is distilled, and does not read model.guidance = {distilled.recipe.model.guidance:g}"
+    ]
+    assert len(list(klein.spec.family.examine(klein.recipe))) == 1
     expected = distilled.pipeline_images([TEXTS[0]], [7])
     assert (one.decode(latents) - expected).abs().max() < 1.01
     assert (expected - klein.pipeline_images([TEXTS[0]], [7])).abs().max() > 3

@@ -112,6 +112,9 @@ class FluxSpec(PipelineSpec):
             "text_encoder_2": EncoderCall(max_tokens, lambda t5, ids: t5(ids, output_hidden_states=False)[0]),
         }
 
+    def reads_guidance(self, configs: Configs) -> bool:
+        return bool(configs["transformer"].get("guidance_embeds"))
+
     def positions(self, grid: Grid) -> Tensor:
         rows_and_columns = torch.arange(grid.rows, device="cpu"), torch.arange(grid.columns, device="cpu")
         y, x = torch.meshgrid(*rows_and_columns, indexing="ij")

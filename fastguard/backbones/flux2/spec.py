@@ -346,8 +346,11 @@ class KleinSpec(_Flux2Spec):
     }
     layers = (9, 18, 27)
 
+    def reads_guidance(self, configs: Configs) -> bool:
+        return not configs["pipeline"].get("is_distilled", False)
+
     def guided(self, configs: Configs, model: ModelConfig) -> bool:
-        return model.guidance > 1 and not configs["pipeline"].get("is_distilled", False)
+        return model.guidance > 1 and self.reads_guidance(configs)
 
     def tiny(self) -> Any:
         tokenizer = qwen_tokenizer()

@@ -112,12 +112,19 @@ class PipelineFamily(Family):
 
     def examine(self, recipe: Recipe) -> Iterator[Finding]:
         from fastguard.backbones.folder import examine_pipeline
+        from fastguard.backbones.pipeline.skeleton import pipeline_configs
 
-        if recipe.model.path == TINY:
+        spec, path = self.spec, recipe.model.path
+        if path == TINY:
             yield Finding("ok", "the tiny random pipeline is made on first use")
-        else:
-            self.require_kind(Path(recipe.model.path))
-            yield from examine_pipeline(recipe.model.path, self.spec.parts, self.download)
+            return
+        self.require_kind(Path(path))
+        found = list(examine_pipeline(path, spec.parts, self.download))
+        yield from found
+        whole = (Path(path).is_dir() or path in spec.known) and not any(one.level == "FAIL" for one in found)
+        if whole and not spec.reads_guidance(pipeline_configs(spec, path)):
+            guidance = recipe.model.guidance
+            yield Finding("info", f"this model is distilled, and does not read model.guidance = {guidance:g}")
 
     def check_attention(self, model: ModelConfig) -> None:
         if model.attention != "native":

@@ -203,6 +203,11 @@ class PipelineSpec(ABC):
         guidance: model.guidance, for models that take it as an input.
         """
 
+    def reads_guidance(self, configs: Configs) -> bool:
+        """Whether model.guidance changes anything: some distilled models have neither such an input nor a second
+        branch."""
+        return True
+
     def guided(self, configs: Configs, model: ModelConfig) -> bool:
         """Whether the policy is guided by a second branch, for the negative prompt (classifier-free guidance)."""
         return False
