@@ -1,5 +1,6 @@
 """Where there is no GPU, kernels run through Triton's interpreter, which must be chosen before triton is imported."""
 
+import gc
 import os
 import shutil
 import signal
@@ -80,6 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # else every full collection goes through all that was imported, a tenth of a second each time
     if not CUDA and any("kernel_device" in getattr(item, "fixturenames", ()) for item in session.items):
         interpreter.list_builtins_once()
 
