@@ -70,8 +70,8 @@ $(FLOORS)/blocks/.ready: VERSIONS = torch==2.9.0 triton==3.5.0 diffusers==0.42.0
 floor-blocks: TESTED = tests/blocks -k 'not quantized'
 $(FLOORS)/trainer/.ready: PYTHON_HERE = $(PYTHON)
 $(FLOORS)/trainer/.ready: VERSIONS = '.[lowbit,demo,bench]' torch==2.11.0 triton==3.6.0 diffusers==0.42.0 peft==0.20.0 \
-	accelerate==1.10.0 pydantic==2.12.0 requests==2.32.5 urllib3==2.0.2 transformers==5.17.0 bitsandbytes==0.46.0 torchao==0.18.0 \
-	'numpy<2.4' psutil
+	accelerate==1.10.0 pydantic==2.12.0 requests==2.32.5 urllib3==2.0.2 transformers==5.17.0 bitsandbytes==0.46.0 \
+	torchao==0.18.0 'numpy<2.4' psutil
 floor-trainer: TESTED = -m 'not slow and not long'
 
 test-floors: $(FLOOR_NAMES:%=floor-%)
