@@ -111,13 +111,14 @@ class PipelineFamily(Family):
         return f'{self.transformer}.from_pretrained("{folder}")'
 
     def examine(self, recipe: Recipe) -> Iterator[Finding]:
-        from fastguard.backbones.folder import examine_pipeline
-        from fastguard.backbones.pipeline.skeleton import pipeline_configs
-
-        spec, path = self.spec, recipe.model.path
+        path = recipe.model.path
         if path == TINY:
             yield Finding("ok", "the tiny random pipeline is made on first use")
             return
+        from fastguard.backbones.folder import examine_pipeline
+        from fastguard.backbones.pipeline.skeleton import pipeline_configs
+
+        spec = self.spec
         self.require_kind(Path(path))
         found = list(examine_pipeline(path, spec.parts, self.download))
         yield from found
