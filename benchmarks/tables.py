@@ -241,7 +241,7 @@ PICTURES: tuple[tuple[str, str, str, str, list[float]], ...] = (
     ("blocks", "suite == 'blocks' and phase == 'training'", "p50", "contender", []),
     ("train_step", "suite == 'train_step' and phase == 'update'", "peak_gib", "contender", []),
 )
-LABELS = {"p50": "forward + backward, us (log)", "of_copy": "share of the copy bandwidth (goal dashed)",
+LABELS = {"p50": "forward + backward, us", "of_copy": "share of the copy bandwidth (goal dashed)",
           "peak_gib": "peak of the update, GiB"}  # fmt: skip
 
 
@@ -260,10 +260,13 @@ def draw(found: Frame, folder: Path) -> Iterator[Path]:
                 bars = bars.assign(planned=part.set_index("case").planned_gib)
             figure, axis = plt.subplots(figsize=(8, 1.4 + 0.16 * bars.size), layout="constrained")
             colours = [COLOURS.get(name) or f"C{index}" for index, name in enumerate(bars)]
-            bars.plot.barh(ax=axis, logx=column == "p50", color=colours, xerr=spread, width=0.8)
+            # Losses of all sizes differ a thousandfold; blocks hardly differ, and their bars begin at 0.
+            log = column == "p50" and stem != "blocks"
+            bars.plot.barh(ax=axis, logx=log, color=colours, xerr=spread, width=0.8)
             for goal in goals:
                 axis.axvline(goal, color="#b03030", linewidth=0.9, linestyle="--")
-            axis.set(title=device, xlabel=LABELS[column], ylabel="")
+            axis.set(title=device, xlabel=LABELS[column] + " (log)" * log, ylabel="")
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, not over them
             axis.invert_yaxis()
             path = folder / f"{stem}_{rows.slug(device)}.png"
             figure.savefig(path, dpi=130)
