@@ -218,9 +218,9 @@ def _loss(n: Numbers, shape: tuple[int, ...]) -> Iterator[Call]:
     yield Call("guard_loss", loss, (velocity, old, noise, None, advantages, coef, std, dt, None, *options), "timed")
     yield Call("transition_bwd", bwd, (one[0], coefs, noise, None, None, None, n.dtype, False, False), "timed")
     yield Call("sde_step", step, (noise, velocity, seeds, None, one, coef, std, n.beside), "timed")
-    yield Call("sde_step of given noise", step, (noise, velocity, None, _strided(old), one, coef, std, n.beside))
-    yield Call("sde_step strided, no noise", step, (_strided(noise), velocity, None, None, one, coef, std, n.beside))
-    yield Call("transition_sums strided", sums, (velocity, _strided(old), noise, None, False, None))
+    yield Call("sde_step of given noise", step, (noise, velocity, None, strided(old), one, coef, std, n.beside))
+    yield Call("sde_step strided, no noise", step, (strided(noise), velocity, None, None, one, coef, std, n.beside))
+    yield Call("transition_sums strided", sums, (velocity, strided(old), noise, None, False, None))
     for from_means, reference in itertools.product((False, True), (None, ref)):
         tensors, kl = (velocity, old, noise, reference), reference is not None
         flags = f"{' means' if from_means else ''}{' reference' if kl else ''}"
@@ -254,22 +254,22 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     fwd, apply, bwd = adaln_fwd, adaln_apply, adaln_bwd
     yield Call("adaln_fwd", fwd, (x, None, None, scale, shift, EPS), "timed", eager=_eager_adaln)
     yield Call("adaln_fwd residual", fwd, (x, y, gate, scale, shift, EPS), "timed", eager=_eager_adaln)
-    yield Call("adaln_fwd strided", fwd, (_strided(x), _strided(y), gate, scale, shift, EPS))
+    yield Call("adaln_fwd strided", fwd, (strided(x), strided(y), gate, scale, shift, EPS))
     yield Call("adaln_apply", apply, (x, *rows, scale, shift), "timed")
-    yield Call("adaln_apply strided", apply, (_strided(x), *rows, scale, shift))
+    yield Call("adaln_apply strided", apply, (strided(x), *rows, scale, shift))
     yield Call("adaln_bwd", bwd, (grad, x, *rows, scale, None, None, None, False), "timed")
     yield Call("adaln_bwd residual", bwd, (grad, x, *rows, scale, y, None, gate, False), "timed")
     yield Call("adaln_bwd modulation", bwd, (grad, x, *rows, scale, y, z, gate, True), "timed")
-    yield Call("adaln_bwd strided", bwd, (_strided(grad), _strided(x), *rows, scale, None, None, gate, True))
+    yield Call("adaln_bwd strided", bwd, (strided(grad), strided(x), *rows, scale, None, None, gate, True))
     for summed, residual, gated, modulation in itertools.product((None, y), (None, z), (None, gate), (False, True)):
         if residual is None or gated is not None:
             yield Call("adaln_bwd", bwd, (grad, x, *rows, scale, summed, residual, gated, modulation), "compiled")
     fwd, bwd = gated_residual_fwd, gated_residual_bwd
     yield Call("gated_residual_fwd", fwd, (x, y, gate), "timed", eager=_eager_gated_residual)
-    yield Call("gated_residual_fwd strided", fwd, (_strided(x), _strided(y), gate))
+    yield Call("gated_residual_fwd strided", fwd, (strided(x), strided(y), gate))
     yield Call("gated_residual_bwd", bwd, (grad, None, gate), "timed", eager=lambda g, _, gate: gate[:, None] * g)
     yield Call("gated_residual_bwd gate", bwd, (grad, y, gate), "timed")
-    yield Call("gated_residual_bwd strided", bwd, (_strided(grad), _strided(y), gate))
+    yield Call("gated_residual_bwd strided", bwd, (strided(grad), strided(y), gate))
     image, text = ([n.normal(b, count, c) for _ in range(3)] for count in (s, t))
     norms = [n.positive(d, of=n.beside) for _ in range(4)]
     angles = n.positive(t + s, d // 2, of=FP32).repeat_interleave(2, dim=1)
@@ -307,7 +307,7 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     yield Call("bias_gelu_fwd", fwd, (wide, bias, None), "timed", eager=_eager_gelu)
     yield Call("bias_gelu_fwd prefix", fwd, (wide, bias, x), "timed", eager=_eager_gelu)
     yield Call("bias_gelu_fwd prefix, without bias", fwd, (wide, None, x))
-    yield Call("bias_gelu_fwd strided", fwd, (_strided(x), None, None))
+    yield Call("bias_gelu_fwd strided", fwd, (strided(x), None, None))
     yield Call("bias_gelu_bwd_", inplace, (grad_wide, wide, bias, False), "timed", overwrites=True)
     yield Call("bias_gelu_bwd_ output", inplace, (grad_wide, wide, bias, True), "timed", overwrites=True)
     yield Call("bias_gelu_bwd_ without bias", inplace, (grad_wide, wide, None, False), overwrites=True)
@@ -316,10 +316,10 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     fwd, bwd = swiglu_fwd, swiglu_bwd_
     yield Call("swiglu_fwd", fwd, (gated, None), "timed", eager=_eager_swiglu)
     yield Call("swiglu_fwd prefix", fwd, (gated, x), "timed", eager=_eager_swiglu)
-    yield Call("swiglu_fwd strided", fwd, (_strided(gated), _strided(x)))
+    yield Call("swiglu_fwd strided", fwd, (strided(gated), strided(x)))
     yield Call("swiglu_bwd_", bwd, (grad_gated, gated, False), "timed")
     yield Call("swiglu_bwd_ output", bwd, (grad_gated, gated, True), "timed", overwrites=True)
-    yield Call("swiglu_bwd_ strided", bwd, (grad_gated, _strided(gated), True), overwrites=True)
+    yield Call("swiglu_bwd_ strided", bwd, (grad_gated, strided(gated), True), overwrites=True)
 
 
 def _frozen_weights(n: Numbers, size: Size) -> Iterator[Call]:
@@ -341,9 +341,9 @@ def _frozen_weights(n: Numbers, size: Size) -> Iterator[Call]:
     yield Call("dequantize_blocks, one level", dequantize_blocks, args)
 
 
-def _strided(tensor: Tensor) -> Tensor:
+def strided(tensor: Tensor) -> Tensor:
     """The same numbers, laid out with the second axis innermost."""
-    return tensor.transpose(1, -1).contiguous().transpose(1, -1)
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _eager_adaln(

@@ -499,7 +499,7 @@ def qk_norm_rope_bwd(
         launch(
             _qk_norm_rope_bwd_kernel,
             n_samples * n_blocks * n_groups,
-            (*outer, *image, *text, rstd, *_weights(norms), *_angles(cos, sin), *grads, partials),
+            (*outer, *image, *text, rstd.contiguous(), *_weights(norms), *_angles(cos, sin), *grads, partials),
             (
                 *_strides(3, *outer), *_strides(2, *image, *text),
                 n_samples, n_text, n_image, n_groups, heads_per_group,

@@ -420,7 +420,7 @@ def transition_bwd(
     launch(
         _transition_bwd_kernel,
         n_samples * n_blocks,
-        (grad_loss, coefs, noise, velocity, old, ref, grad),
+        (grad_loss, coefs.contiguous(), noise, velocity, old, ref, grad),
         (
             entry_stride(grad_loss), stride_noise, stride_velocity, stride_old, stride_ref,
             n_samples, n_elements, n_blocks,

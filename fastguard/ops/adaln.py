@@ -31,7 +31,7 @@ def adaln_fwd(
     wide, scale, shift = widened(x, scale, shift)
     normed, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], None, None, eps)
     normed = normed.mul_(1 + scale).add_(shift)
-    return normed.to(x.dtype).contiguous(), summed, mean.squeeze(-1), rstd.squeeze(-1)
+    return normed.to(x.dtype), summed, mean.squeeze(-1), rstd.squeeze(-1)
 
 
 @operator(triton="adaln")
@@ -42,7 +42,7 @@ def adaln_apply(x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, shift: Ten
     alive until backward.
     """
     wide, scale, shift = widened(x, scale, shift)
-    return (wide - mean[..., None]).mul_(rstd[..., None]).mul_(1 + scale).add_(shift).to(x.dtype).contiguous()
+    return (wide - mean[..., None]).mul_(rstd[..., None]).mul_(1 + scale).add_(shift).to(x.dtype)
 
 
 @operator(triton="adaln")
@@ -70,10 +70,10 @@ def adaln_bwd(
     if grad_summed is not None:
         total += grad_summed
     if gate is not None:
-        grad_residual = (gate[:, None] * total).to(x.dtype).contiguous()
+        grad_residual = (gate[:, None] * total).to(x.dtype)
         if residual is not None:
             grad_gate = (total * residual).sum(1)
-    return total.to(x.dtype).contiguous(), grad_residual, grad_scale, grad_shift, grad_gate
+    return total.to(x.dtype), grad_residual, grad_scale, grad_shift, grad_gate
 
 
 class AdaLNFunction(torch.autograd.Function):

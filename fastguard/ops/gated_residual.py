@@ -22,7 +22,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """`x + gate y`, (B, S, C)."""
     wide, y, gate = widened(x, y, gate)
-    return (wide + gate * y).to(x.dtype).contiguous()
+    return (wide + gate * y).to(x.dtype)
 
 
 @operator(triton="gated_residual")
@@ -30,7 +30,7 @@ def gated_residual_bwd(grad: Tensor, y: Tensor | None, gate: Tensor) -> tuple[Te
     """Gradients of y (B, S, C) and, with y given, of the gate: (B, C) in float32."""
     wide, gate = widened(grad, gate)
     grad_gate = wide.new_empty(0) if y is None else (wide * y).sum(1)
-    return (gate * wide).to(grad.dtype).contiguous(), grad_gate
+    return (gate * wide).to(grad.dtype), grad_gate
 
 
 class GatedResidualFunction(torch.autograd.Function):

@@ -28,7 +28,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, prefix: Tensor | None) -> Tens
     """`[prefix, gelu(x + bias)]` along the channels: (B, S, P + C)."""
     dtype = compute_dtype(x.dtype)
     out = F.gelu(x.to(dtype) if bias is None else x.to(dtype) + bias, approximate="tanh").to(x.dtype)
-    return out.contiguous() if prefix is None else torch.cat([prefix, out], dim=-1).contiguous()
+    return out if prefix is None else torch.cat([prefix, out], dim=-1)
 
 
 @operator(triton="gelu", mutates=("grad",))
@@ -41,7 +41,7 @@ def bias_gelu_bwd_(grad: Tensor, x: Tensor, bias: Tensor | None, need_output: bo
     s = torch.sigmoid(2 * GELU_SLOPE * (z + GELU_CUBIC * z**3))
     slope = 2 * GELU_SLOPE * (1 + 3 * GELU_CUBIC * z * z)
     grad.copy_(grad.to(dtype) * (s + z * s * (1 - s) * slope))
-    return (z * s).to(x.dtype).contiguous() if need_output else x.new_empty(0)
+    return (z * s).to(x.dtype) if need_output else x.new_empty(0)
 
 
 class BiasGeluFunction(torch.autograd.Function):

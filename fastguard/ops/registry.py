@@ -103,6 +103,9 @@ def operator(
     """Register a torch function as `<NAMESPACE>::<its name>`, with the backend ("auto", "triton", "torch") as a last
     argument.
 
+    Results are contiguous, whatever the strides of the arguments, with either backend and in the fake: torch.compile
+    trusts the strides of the fake.
+
     A list of tensors is annotated `Sequence[Tensor]`: torch 2.6 does not know `list[Tensor]`.
 
     Args:
@@ -123,18 +126,23 @@ def operator(
         def run(*args: Any) -> Any:
             *inputs, backend = args
             if resolve_backend(backend, inputs[0]) == "torch":
-                return function(*inputs)
+                return _contiguous(function(*inputs))
             with device_guard(inputs[0]):
                 return launcher()(*resolved(inputs))
 
         arguments, results = torch.library.infer_schema(function, mutates_args=mutates).rsplit(") -> ", 1)
         torch.library.define(name, f"{arguments}, str backend) -> {results}", tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(name, "CompositeExplicitAutograd", run)
-        shaped = _once_a_layout(fake or function)
+        formula = fake or function
+        shaped = _once_a_layout(lambda *inputs: _contiguous(formula(*inputs)))
         torch.library.register_fake(name, lambda *args: shaped(*args[:-1]))
         return Operator(getattr(getattr(torch.ops, NAMESPACE), function.__name__).default, run, function)
 
     return register
+
+
+def _contiguous(results: Any) -> Any:
+    return results.contiguous() if isinstance(results, Tensor) else tuple([each.contiguous() for each in results])
 
 
 def _once_a_layout(fake: Callable[..., Any]) -> Callable[..., Any]:

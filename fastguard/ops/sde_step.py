@@ -31,7 +31,7 @@ def sde_step(
     std: Tensor,
     noise_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`x' = A x + B v + s eps`: next latents in the dtype of `latents` and the noise in `noise_dtype`, contiguous.
+    """`x' = A x + B v + s eps`: next latents in the dtype of `latents` and the noise in `noise_dtype`.
 
     The noise is that of the seeds, or the given one. Without both `x' = A x + B v`, and the noise is empty.
     """
@@ -39,12 +39,12 @@ def sde_step(
     dtype = torch.promote_types(compute_dtype(latents.dtype), std.dtype)
     mean = latents_coef.view(shape) * latents.to(dtype) + velocity_coef.view(shape) * velocity.to(dtype)
     if given is not None:
-        noise = given.to(noise_dtype, memory_format=torch.contiguous_format, copy=True)
+        noise = given.to(noise_dtype, copy=True)
     elif seeds is not None:
         noise = philox_normal(seeds, latents[0].numel()).view(latents.shape).to(noise_dtype)
     else:
-        return mean.to(latents.dtype).contiguous(), latents.new_empty((0,), dtype=noise_dtype)
-    return (mean + std.view(shape) * noise.to(dtype)).to(latents.dtype).contiguous(), noise
+        return mean.to(latents.dtype), latents.new_empty((0,), dtype=noise_dtype)
+    return (mean + std.view(shape) * noise.to(dtype)).to(latents.dtype), noise
 
 
 def philox_normal(seeds: Tensor, n_elements: int) -> Tensor:

@@ -27,7 +27,7 @@ def swiglu(x: Tensor) -> Tensor:
 def swiglu_fwd(x: Tensor, prefix: Tensor | None) -> Tensor:
     """`[prefix, silu(a) b]` along the channels: (B, S, P + F)."""
     out = swiglu(x.to(compute_dtype(x.dtype))).to(x.dtype)
-    return out.contiguous() if prefix is None else torch.cat([prefix.to(x.dtype), out], dim=-1).contiguous()
+    return out if prefix is None else torch.cat([prefix.to(x.dtype), out], dim=-1)
 
 
 @operator(triton="swiglu", mutates=("grad",))
@@ -40,7 +40,7 @@ def swiglu_bwd_(grad: Tensor, x: Tensor, need_output: bool) -> Tensor:
     grad_x = torch.cat([g * b * (s + a * s * (1 - s)), g * a * s], dim=-1).to(x.dtype)
     if need_output:
         grad.copy_(a * s * b)
-    return grad_x.contiguous()
+    return grad_x
 
 
 class SwiGLUFunction(torch.autograd.Function):

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from operator_calls import FLUX_512, ODD, SMALL, Call, assert_agrees, calls
+from operator_calls import FLUX_512, ODD, SMALL, Call, assert_agrees, calls, strided
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_map
 
 from fastguard.ops import registry
+from fastguard.ops.dequantize import dequantize_blocks, dequantize_rows
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FLUX = replace(FLUX_512, samples=2)
@@ -29,6 +31,26 @@ def test_operators_keep_the_rules_of_torch_library(dtype: torch.dtype, kernel_de
     backend = "torch" if dtype == torch.float64 else "triton"
     for call in calls(dtype, kernel_device, backend=backend):
         torch.library.opcheck(call.op.overload, call.args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_results_are_contiguous_whatever_the_strides_of_the_arguments(backend: str, kernel_device: str) -> None:
+    """torch.compile trusts a fake's strides, and attention's backward may lay its gradients out in any way."""
+
+    def laid_out(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim < 2:  # public functions prepare what is per sample
+            return leaf
+        return strided(leaf) if leaf.ndim > 2 else leaf.t().contiguous().t()
+
+    for call in calls(FP32, kernel_device, SMALL, backend):
+        if call.op in (dequantize_rows, dequantize_blocks):  # which take contiguous codes alone
+            continue
+        first, *others = call.args
+        given = (first if call.op.overload._schema.is_mutable else laid_out(first), *tree_map(laid_out, tuple(others)))
+        for got, want in zip(replace(call, args=given)(), call(), strict=True):
+            assert got.is_contiguous(), call.name
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=call.name)
+        torch.library.opcheck(call.op.overload, given, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("size", [SMALL, ODD], ids=["small", "odd"])
