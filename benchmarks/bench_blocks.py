@@ -7,6 +7,9 @@
 One sample at 1024^2 in bfloat16: 4,096 image and 512 text tokens of 3,072 channels, as in Flux.1-dev, FLUX.2-klein-4B
 and Qwen-Image; for blocks of Stable Diffusion 3.5 Medium 333 text tokens and 1,536 channels. LoRA of rank 64 is on all
 linear layers of a block but those of its modulation. Correctness is asserted before anything is timed.
+
+Each kind of block is measured in a process of its own. In all forms attention gets contiguous gradients: PyTorch's
+cuDNN attention reads a gradient by the strides of the first one, and those of diffusers' single blocks have others.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +30,7 @@ import rows
 import torch
 from bench_loss import CUDA, DEVICE, DTYPE, cold_calls, time_kernel
 from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.transformers import transformer_flux, transformer_flux2
 from diffusers.models.transformers.transformer_flux import (
     FluxPosEmbed,
     FluxSingleTransformerBlock,
@@ -38,13 +45,17 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, Q
 from launches import moved_bytes, recorded
 from operator_calls import BF16, FLUX_1024, FP32, Size, relative_error, timed_block_calls
 from peft import LoraConfig, inject_adapter_in_model
+from processes import CHILD, Processes, serve
 from rows import Measured
 from timing import copy_times, graph_times, kept_bytes
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import fastguard as fg
 from fastguard.config import Recompute
 
+ATTENTION = "attention"
 LEVELS: tuple[Recompute, ...] = ("none", "pointwise", "mlp")
 SD35_1024 = Size(samples=1, image=4096, text=333, heads=24, head=64)
 TOY = Size(samples=1, image=64, text=16, heads=4, head=16)
@@ -148,9 +159,11 @@ class Blocks:
         block = make_block(kind, size, dtype, device, rank=64 if size.width >= 1024 else 4)
         torch._dynamo.reset()
         compiled = partial(torch.compile, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
-        self.forms: dict[str, Callable[..., Any]] = {"eager": block.forward, "compiled": compiled(block.forward)}
+        self.forms: dict[str, Callable[..., Any]] = {"eager": block.forward}
         self.forms |= {f"fused {level}": self._fused(block, level) for level in LEVELS}
+        # Last what may break the process.
         self.forms["fused pointwise, compiled"] = compiled(self._fused(block, "pointwise"))
+        self.forms["compiled"] = compiled(block.forward)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, device=device).to(dtype)
@@ -192,15 +205,97 @@ class Blocks:
                 assert off < tolerance, f"{form}: gradient off by {off:.1e}"
 
 
+class ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def give_attention_contiguous_gradients() -> None:
+    """In this process, for the models whose own blocks do not."""
+    modules: list[Any] = [transformer_flux, transformer_flux2]
+    for module in modules:
+        attend = module.dispatch_attention_fn
+
+        def wrapped(*args: Any, attend: Callable[..., Any] = attend, **kwargs: Any) -> Any:
+            return ContiguousGradient.apply(attend(*args, **kwargs))
+
+        module.dispatch_attention_fn = wrapped
+
+
 def measure_block(kind: str, size: Size, dtype: torch.dtype, device: str) -> Measured:
-    """Forward without a graph of gradients, forward + backward, and bytes kept, of each form."""
+    """Forward without a graph of gradients, forward + backward, and bytes kept, of each form. One may fail."""
     blocks, cuda = Blocks(kind, size, dtype, device), device == "cuda"
-    blocks.assert_correct(*blocks.forms)
     for form in blocks.forms:
-        yield form, "inference", graph_times([partial(blocks.inference, form)] * 4, cuda)
-        yield form, "training", graph_times([partial(blocks.training, form)] * 2, cuda)
-        if "compiled" not in form:
-            yield form, "training", {"kept_bytes": blocks.kept_bytes(form)}
+        try:
+            blocks.assert_correct(form)
+            yield form, "inference", graph_times([partial(blocks.inference, form)] * 4, cuda)
+            yield form, "training", graph_times([partial(blocks.training, form)] * 2, cuda)
+            if "compiled" not in form:
+                yield form, "training", {"kept_bytes": blocks.kept_bytes(form)}
+        except Exception as error:
+            traceback.print_exc()
+            yield form, "", rows.problem(error)
+
+
+class Attention:
+    """Attention as a fused block calls it: query, key, value and gradient are contiguous, (1, S, H, D)."""
+
+    def __init__(self, size: Size, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        shape = (1, size.image + size.text, size.heads, size.head)
+        self.inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+        self.upstream = torch.randn(shape, device=device).to(dtype)
+
+    def run(self, *inputs: Tensor) -> Tensor:
+        query, key, value = (tensor.transpose(1, 2) for tensor in inputs)
+        return scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+    def inference(self) -> Tensor:
+        with torch.no_grad():
+            return self.run(*self.inputs)
+
+    def training(self, upstream: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.run(*self.inputs), self.inputs, upstream)
+
+    def errors(self, upstream: Tensor) -> dict[str, float]:
+        """Largest error of the three gradients against float64."""
+        found = self.training(upstream)
+        wide = [tensor.detach().double().requires_grad_() for tensor in self.inputs]
+        with sdpa_kernel(SDPBackend.MATH):
+            exact = torch.autograd.grad(self.run(*wide), wide, upstream.double())
+        errors = [relative_error(got, want) for got, want in zip(found, exact, strict=True)]
+        return {"error": math.inf if any(map(math.isnan, errors)) else max(errors)}
+
+
+def measure_attention(size: Size, dtype: torch.dtype, device: str) -> Measured:
+    """PyTorch's kernels: times, and errors of gradients, also after one that was laid out in another way."""
+    cuda = device == "cuda"
+    attention, kernels = Attention(size, dtype, device), [SDPBackend.FLASH_ATTENTION]
+    wide = torch.randn(1, size.image + size.text, size.heads, 5 * size.head, device=device).to(dtype)
+    sliced = wide[..., : size.head].copy_(attention.upstream)
+    for kernel in kernels + [SDPBackend.CUDNN_ATTENTION] * cuda:
+        name = kernel.name.partition("_")[0].lower()
+        with sdpa_kernel(kernel):
+            yield name, "gradient", attention.errors(attention.upstream)
+            yield name, "inference", graph_times([attention.inference] * 4, cuda)
+            yield name, "training", graph_times([partial(attention.training, attention.upstream)] * 2, cuda)
+            yield name, "gradient of other strides", attention.errors(sliced)
+
+
+def measure_in_child(case: str, toy: bool) -> Measured:
+    how = (FP32, "cpu") if toy else (BF16, "cuda")
+    if case == ATTENTION:
+        return measure_attention(TOY if toy else FLUX_1024, *how)
+    give_attention_contiguous_gradients()
+    kind = case.removesuffix(" block")
+    return measure_block(kind, TOY if toy else KINDS[kind].size, *how)
 
 
 @pytest.mark.parametrize("form", ["eager", "compiled", "fused none", "fused pointwise", "fused mlp"])
@@ -227,12 +322,13 @@ def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
         return "bytes", {name: partial(measure_bytes, name) for name in names}
     how = (FP32, "cpu") if args.toy else (BF16, "cuda")
     kernels = {name: partial(measure_kernel, name, TOY if args.toy else FLUX_1024, *how) for name in names}
-    blocks = {
-        f"{name} block": partial(measure_block, name, TOY if args.toy else kind.size, *how)
-        for name, kind in KINDS.items()
-    }
-    return "blocks", {**kernels, **blocks}
+    processes = Processes(__file__, args, os.environ)
+    others = {case: partial(processes.measure, case) for case in (*(f"{kind} block" for kind in KINDS), ATTENTION)}
+    return "blocks", {**kernels, **others}
 
 
 if __name__ == "__main__":
-    rows.main(__doc__, suite, bytes="count the bytes that each kernel moves")
+    if sys.argv[1:2] == [CHILD]:
+        serve(measure_in_child)
+    else:
+        rows.main(__doc__, suite, bytes="count the bytes that each kernel moves")

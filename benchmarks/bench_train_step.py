@@ -18,10 +18,8 @@ faster than those on real ones.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,16 +33,19 @@ import torch
 from accelerate import Accelerator
 from bench_loss import both
 from diffusers import FlowMatchEulerDiscreteScheduler
-from rows import Measured, Numbers
+from processes import CHILD, Processes, serve
+from rows import Measured
 from timing import call_time, graph_times, percentiles, rotations
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from fastguard.backbones.flux import Flux
-from fastguard.backbones.pipeline.backbone import PipelineBackbone, blocks_of, prepare_transformer
+from fastguard.backbones.pipeline.backbone import PipelineBackbone, blocks_of, leave_out_cudnn, prepare_transformer
 from fastguard.backbones.pipeline.skeleton import meta_transformer, meta_vae, pipeline_configs
 from fastguard.backbones.quantize import Format, quantize_layers
 from fastguard.blocks.compiled import compile_blocks
+from fastguard.blocks.linear import QuantizedLinear
+from fastguard.blocks.quantized import BlockScaled, RowScaled, dense
 from fastguard.config import Recipe, Recompute, recompute_levels
 from fastguard.memory import executed_flops, kept_activations, rollout_flops, update_flops
 from fastguard.memory.phases import limit_bytes, planned_phases
@@ -63,7 +64,6 @@ CLIP_RANGE = {"512": 2e-6, "1024": 1e-6}
 MATMUL = 8192
 REPEATS, ENOUGH_S = range(3, 11), 8.0
 """repetitions: at least 3, at most 10, none begun after so many seconds"""
-CASE_LIMIT_S = 420
 # What is trained, pixels (squared), blocks, recompute, compiled. First what a goal or a comparison hangs on.
 CASES = list(dict.fromkeys([
     "lora-1024-none", "lora-1024-unfused-none", "lora-512-nf4-x3-block", "full-512-block", "lora-1024-pointwise",
@@ -79,8 +79,7 @@ CASES = list(dict.fromkeys([
     *(f"lora-{pixels}-{how}-x{micro_batch}-{level}" for pixels in (512, 1024) for how in get_args(Format)
       for micro_batch in (1, 3) for level in recompute_levels(fuse=True)),
 ]))  # fmt: skip
-SCALES = ("scale", "absmax", "absmax_table")
-"""Names of what multiplies the codes of quantized weights."""
+WEIGHTS_STD = 0.02
 TOY_CASE = "full-512-block"
 """the one with most branches; --only runs any other"""
 
@@ -139,17 +138,30 @@ class NoRecorder:
 
 @torch.no_grad()
 def fill(module: nn.Module, device: torch.device) -> None:
-    """Give a meta module memory on the device and random matrices; biases are 0, scales 1."""
+    """Give a meta module memory on the device and random matrices; biases are 0, scales of norms 1."""
     module.to_empty(device=device)
     for name, parameter in module.named_parameters():
-        if not parameter.is_floating_point():  # codes of quantized weights
-            parameter.random_(0, 120)  # as float8: no NaN
-        elif parameter.ndim >= 2:
-            parameter.normal_(0.0, 0.02)
-        elif name.endswith(SCALES):
-            parameter.fill_(1e-4)
-        else:
+        if parameter.is_floating_point() and parameter.ndim >= 2:
+            parameter.normal_(0.0, WEIGHTS_STD)
+        elif parameter.is_floating_point():
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLinear):
+            _fill_codes(layer.quantized)
+
+
+def _fill_codes(weight: RowScaled | BlockScaled) -> None:
+    """Random codes on both sides of 0, with scales that give the weights of a dense layer their size."""
+    weight.codes.random_(*((-127, 128) if weight.codes.dtype == torch.int8 else (0, 256)))
+    if isinstance(weight, BlockScaled):
+        weight.table.copy_(torch.linspace(-1, 1, len(weight.table)))
+        if weight.absmax_codes is not None and weight.absmax_offset is not None:
+            weight.absmax_codes.random_(0, 256)
+            weight.absmax_offset.zero_()
+    elif weight.codes.dtype == torch.uint8:
+        weight.codes[weight.codes & 0x7F == 0x7F] = 0  # NaN of float8
+    outer = weight.scale if isinstance(weight, RowScaled) else weight.absmax
+    outer *= WEIGHTS_STD / dense(weight, torch.float32, "auto").std()
 
 
 def build(case: str, toy: bool) -> TrainState:
@@ -165,7 +177,8 @@ def build(case: str, toy: bool) -> TrainState:
     for module in (vae, transformer):
         fill(module, accelerator.device)
         module.eval()
-    prepare_transformer(spec, transformer, recipe.model, recipe.lora, level_of(recipe))
+    fused = prepare_transformer(spec, transformer, recipe.model, recipe.lora, level_of(recipe))
+    leave_out_cudnn(fused, recipe.model.attention)
     if toy and recipe.model.compile == "blocks":  # inductor would spend minutes on compiling for the CPU
         compile_blocks(transformer, blocks_of(spec, transformer).values(), backend="aot_eager")
     for name, parameter in transformer.named_parameters():
@@ -294,55 +307,21 @@ def measure_training(case: str, toy: bool) -> Measured:
     yield "trainer", "rollout beside the optimizer", measured_once(partial(sample, state), cuda)
 
 
-def measure_when_told(toy: bool) -> None:
-    """Read a case's name from stdin and print what was found; if it does not fit, what came before that."""
-    name = sys.stdin.readline().strip()
-    if not name:  # there is nobody to say so any more
-        return
+def measure_in_child(case: str, toy: bool) -> Measured:
     if not toy:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(int(MEMORY_GB * 1e9), total) / total)
-    found: list[tuple[str, str, Numbers]] = []
-    try:
-        for entry in measure_training(name, toy):
-            found.append(entry)
-    except torch.OutOfMemoryError as error:
-        last = found[-1][1] if found else "nothing"
-        found.append(("trainer", "", {rows.OUT_OF_MEMORY: f"after {last}: {str(error).splitlines()[0]}"}))
-    print(json.dumps(found))
+    return measure_training(case, toy)
 
 
-class Processes:
-    """Measures each case in a process of its own. The next one imports everything while one measures."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-        self._waiting: subprocess.Popen[str] | None = None
-
-    def _start(self) -> subprocess.Popen[str]:
-        environ = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-        if self._args.toy:
-            environ["CUDA_VISIBLE_DEVICES"] = ""
-            if not any("compiled" in pattern for pattern in self._args.only):
-                environ["TORCHDYNAMO_DISABLE"] = "1"  # the 8-bit optimizer would spend minutes on compiling for the CPU
-        command = [sys.executable, __file__, "--child", *(["--toy"] if self._args.toy else [])]
-        pipe = subprocess.PIPE
-        return rows.start(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe)
-
-    def measure(self, name: str) -> list[tuple[str, str, Numbers]]:
-        """Raises RuntimeError for a process that fails, and TimeoutError."""
-        process = self._waiting or self._start()
-        self._waiting = self._start()  # it ends with this one
-        limit_s = min(CASE_LIMIT_S, max(1.0, self._args.end - time.monotonic()))
-        try:
-            printed, errors = process.communicate(f"{name}\n", timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"not done after {limit_s:.0f} s") from None
-        finally:
-            rows.stop(process)
-        if process.returncode:
-            raise RuntimeError(f"exit status {process.returncode}: {' '.join(errors.strip().splitlines()[-4:])}")
-        return json.loads(printed.splitlines()[-1])
+def child_environ(args: argparse.Namespace) -> dict[str, str]:
+    """Of the processes that measure a case each."""
+    environ = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if args.toy:
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+        if not any("compiled" in pattern for pattern in args.only):
+            environ["TORCHDYNAMO_DISABLE"] = "1"  # the 8-bit optimizer would spend minutes on compiling for the CPU
+    return environ
 
 
 def planned(case: str, toy: bool) -> Measured:
@@ -363,12 +342,12 @@ def suite(args: argparse.Namespace) -> tuple[str, rows.Cases]:
     names = [TOY_CASE] if args.toy and args.only == ["*"] else CASES
     if args.plan:  # the planner counts compiled blocks as others
         return "plan", {name: partial(planned, name, args.toy) for name in names if not name.endswith("compiled")}
-    processes = Processes(args)
+    processes = Processes(__file__, args, child_environ(args))
     return "train_step", {name: partial(processes.measure, name) for name in names}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        measure_when_told(toy="--toy" in sys.argv)
+    if sys.argv[1:2] == [CHILD]:
+        serve(measure_in_child)
     else:
         rows.main(__doc__, suite, plan="only the planner's predictions")

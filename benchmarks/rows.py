@@ -221,8 +221,13 @@ def _measured(case: Callable[[], Measured]) -> Measured:
         return list(case())
     except Exception as error:
         traceback.print_exc()
-        kind = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else FAILED
-        return [("", "", {kind: f"{type(error).__name__}: {str(error)[:300]}"})]
+        return [("", "", problem(error))]
+
+
+def problem(error: Exception) -> Numbers:
+    """Why there are no numbers."""
+    kind = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else FAILED
+    return {kind: f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def main(

@@ -61,4 +61,4 @@ class BiasGeluFunction(torch.autograd.Function):
         grad_x = grad_x.clone(memory_format=torch.contiguous_format)  # the caller's gradient stays as it is
         bias_gelu_bwd_(grad_x, x, bias, False, ctx.backend)
         grad_bias = grad_x.flatten(0, -2).sum(0).to(bias.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, grad_prefix if ctx.needs_input_grad[2] else None, None
+        return grad_x, grad_bias, grad_prefix.contiguous() if ctx.needs_input_grad[2] else None, None

@@ -58,4 +58,8 @@ class SwiGLUFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad_prefix, grad_out = grad.split_with_sizes([ctx.n_prefix, x.shape[-1] // 2], dim=-1)
         grad_out = grad_out.clone(memory_format=torch.contiguous_format)  # the caller's gradient stays as it is
-        return swiglu_bwd_(grad_out, x, False, ctx.backend), grad_prefix if ctx.needs_input_grad[1] else None, None
+        return (
+            swiglu_bwd_(grad_out, x, False, ctx.backend),
+            grad_prefix.contiguous() if ctx.needs_input_grad[1] else None,
+            None,
+        )

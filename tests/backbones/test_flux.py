@@ -26,11 +26,13 @@ from fastguard import prompts as prompts_module
 from fastguard.backbones.flux import Flux
 from fastguard.backbones.lora import LowPrecisionLinear, add_lora
 from fastguard.backbones.pipeline import backbone as backbone_module
-from fastguard.backbones.pipeline.backbone import PipelineBackbone, load_pipeline
+from fastguard.backbones.pipeline.backbone import PipelineBackbone, leave_out_cudnn, load_pipeline
 from fastguard.backbones.pipeline.encoding import encode_prompts
 from fastguard.backbones.pipeline.policy import PipelinePolicy
 from fastguard.backbones.pipeline.spec import Grid
+from fastguard.blocks import FuseReport
 from fastguard.config import LoraConfig, ModelConfig, Recipe, Recompute, SamplerConfig, recompute_levels
+from fastguard.errors import UserError
 from fastguard.prompts import EncodedPrompts, Prompt, read_prompts
 from fastguard.recipe import find_recipe, load_recipe
 from fastguard.train.build import gather_prompts, load_backbone
@@ -329,6 +331,25 @@ def test_fused_blocks_and_recomputation_give_the_same_gradients(
         backbone.policy.transformer.set_attention_backend("native")  # diffusers keeps the choice for the process
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-8), name
+
+
+def test_unfused_blocks_do_without_the_attention_whose_gradients_would_be_wrong(
+    recipe: Recipe, encoded: EncodedPrompts
+) -> None:
+    """PyTorch's cuDNN attention reads a gradient by the strides of an earlier one; fused blocks have one layout."""
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for fuse in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            load(replace(recipe, model=replace(recipe.model, fuse=fuse)), encoded)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == fuse
+        with pytest.raises(UserError, match=r"'_native_cudnn' gives wrong gradients .* \(model.fuse = false\)"):
+            leave_out_cudnn(None, "_native_cudnn")
+        some = FuseReport(("single_transformer_blocks.0",), {"transformer_blocks.0": "has hooks"}, {})
+        with pytest.raises(UserError, match=r"not fused \(has hooks\)"):
+            leave_out_cudnn(some, "_native_cudnn")
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 def test_a_level_that_unfused_blocks_do_not_know_is_refused(recipe: Recipe, encoded: EncodedPrompts) -> None:

@@ -149,7 +149,7 @@ def test_a_page_is_made_from_the_results(tmp_path: Path) -> None:
     assert "| 8x67108864 bf16 | both | a \\| b c | 25.0 us (23.8 to 27.5), 2.50x |" in text
     assert f"driver 580.1, torch {ENV['torch']}, triton {ENV['triton']}, " in text
     assert "0.210 s a transition, 0.952 images/s, 22.5 GiB, planned 22.0 GiB" in text
-    assert "| train_step | full-1024-unfused-block | after rollout: CUDA out of memory |" in text
+    assert "| train_step | full-1024-unfused-block | trainer | after rollout: CUDA out of memory |" in text
     for name in tune.EXPERIMENTS:
         assert f"*{name}*, launch:" in text
     for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):  # every row has as many cells as its heading

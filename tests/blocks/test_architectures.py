@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import bench_blocks
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -14,6 +15,8 @@ from helpers.flux_models import FLOAT32, REPEATED, assert_agree, distance
 from helpers.toy_architecture import HEAD_DIM, TOY, WIDTH, ToyBlock, ToyTransformer
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
 
 import fastguard as fg
 from fastguard.blocks.architecture import FusedBlock
@@ -227,3 +230,32 @@ def test_fuse_finds_flux() -> None:
     with pytest.raises(ValueError, match="fused already"):
         fg.fuse_flux(model)
     fg.unfuse_flux(model)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", ["fused", "called"])
+@pytest.mark.parametrize("recompute", LEVELS)
+@pytest.mark.parametrize("kind", bench_blocks.KINDS)
+def test_attention_gets_gradients_laid_out_as_its_results(
+    kind: str, recompute: Any, layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's cuDNN attention makes a plan for the first layout of a gradient, and reads all others by it."""
+    same_layout: list[bool] = []
+
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = scaled_dot_product_attention(query, *args, **kwargs)
+        out.register_hook(lambda grad: same_layout.append(grad.stride() == out.stride()))
+        return out
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    blocks = bench_blocks.Blocks(kind, bench_blocks.TOY, torch.float32, "cpu")
+    block = blocks.forms[f"fused {recompute}"]
+    if layers == "called":  # as where a layer has DoRA or a hook
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(lambda *_: None)
+    blocks.training(f"fused {recompute}")
+    assert same_layout
+    assert all(same_layout)

@@ -106,6 +106,26 @@ def set_attention(spec: PipelineSpec, transformer: Any, backend: str) -> None:
         raise UserError(f"model.attention = {backend!r}: {' '.join(str(error).split())}") from error
 
 
+def leave_out_cudnn(fused: FuseReport | None, attention: str) -> None:
+    """Where blocks run unfused, keep PyTorch from choosing cuDNN for attention, in the whole process.
+
+    PyTorch plans cuDNN's backward pass once for a layout of query, key and value, with the strides of the first
+    gradient that it meets. It reads later gradients by those, whatever their own (pytorch/pytorch#191576). The strides
+    differ among diffusers' blocks of Flux, whose gradients are then wrong, or NaN. They do not among fused blocks.
+
+    Raises UserError where model.attention asks for cuDNN there.
+    """
+    if fused is not None and not fused.left:
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if attention.lower() == "_native_cudnn":
+        why = "model.fuse = false" if fused is None else next(iter(fused.left.values()))
+        raise UserError(
+            f"model.attention = {attention!r} gives wrong gradients in blocks that are not fused ({why}), because of a "
+            'fault in PyTorch; set model.attention = "native"'
+        )
+
+
 def blocks_of(spec: PipelineSpec, transformer: Any) -> dict[str, nn.Module]:
     """The blocks by name."""
     return {f"{kind}.{i}": block for kind in spec.blocks.values() for i, block in enumerate(getattr(transformer, kind))}
@@ -273,6 +293,7 @@ def load_pipeline(
     require_finite(vae, "vae", path)
     require_finite(transformer, "transformer", path)
     fused = prepare_transformer(spec, transformer, recipe.model, recipe.lora, recompute)
+    leave_out_cudnn(fused, recipe.model.attention)
     pipeline = read_json(pipeline_folder(path) / "model_index.json")
     return PipelineBackbone(
         spec, transformer, vae, scheduler, pipeline, encoded, num_trained_prompts, recipe, device, fused
