@@ -4,7 +4,8 @@
 
 Prints, per variant: registers, spilled bytes, the global accesses by width, and the bytes each element costs beside
 the least possible. Exits with 1 on a spill, on an access narrower than 16 bytes where latents or activations are read
-or written, or on more bytes than the least. Needs no GPU: ptxas, cuobjdump and nvdisasm come with triton.
+or written, on more bytes than the least, or on a sum that the lanes of a warp round differently. Needs no GPU: ptxas,
+cuobjdump and nvdisasm come with triton.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Code:
 
     registers: int
     spilled_bytes: int
+    uneven_sums: int
+    """sums over a warp's lanes in which each lane contracts its own product, and so gets a result of its own"""
     accesses: Counter[str]
     sass: str
 
@@ -70,7 +73,14 @@ def compile_variant(variant: Variant, disassemble: bool = True) -> Code:
     for kind, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)\b((?:\.\w+)*)", sass):
         width = re.search(r"\.(128|64|U16|U8|S8)\b", modifiers)
         accesses[f"{kind}.{width.group(1) if width else '32'}"] += 1
-    return Code(int(registers), spilled_bytes, accesses, sass)
+    return Code(int(registers), spilled_bytes, _uneven_sums(compiled.asm["ptx"]), accesses, sass)
+
+
+def _uneven_sums(ptx: str) -> int:
+    """`own * own + other`, where other came from another lane, whose product was rounded."""
+    others = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    addends = re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx)
+    return sum(addend in others for addend in addends)
 
 
 def _tool(name: str, *args: str) -> str:
@@ -82,6 +92,8 @@ def faults(variant: Variant, code: Code) -> list[str]:
     found = []
     if code.spilled_bytes:
         found.append(f"spills ({code.spilled_bytes})")
+    if code.uneven_sums:
+        found.append(f"lanes round a sum differently ({code.uneven_sums})")
     if variant.least is None:
         return found
     narrow = code.accesses_per_iteration(variant, wide=False)
@@ -131,7 +143,7 @@ def main() -> int:
             if args.sass:
                 args.sass.mkdir(parents=True, exist_ok=True)
                 (args.sass / f"{variant.name.replace(' ', '_')}.sass").write_text(code.sass)
-    verdict = "no spills, no narrow access where many elements are, no byte too many"
+    verdict = "no spills, no narrow access where many elements are, no byte too many, no uneven sum"
     print(f"{failed} variants with faults" if failed else verdict)
     return 1 if failed else 0
 

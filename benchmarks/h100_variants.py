@@ -13,13 +13,14 @@ from typing import Any
 import candidates
 import torch
 from launches import Launched, recorded
-from operator_calls import BF16, FP16, FP32, NAMES, compiled_calls
+from operator_calls import BF16, FP16, FP32, NAMES, Size, calls, compiled_calls
 from torch import Tensor
 
 KINDS = {**NAMES, torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}
 # float32 beside bf16: latents, or a drawn sample beside its means; weights beside activations. First float32, the dtype
 # of those kernels that know no other.
 DTYPES = ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32))
+TINY = Size(samples=1, image=2, text=1, heads=1, head=2)
 LATENTS = {
     "velocity_ptr", "old_ptr", "noise_ptr", "ref_ptr", "grad_ptr", "latents_ptr", "next_ptr", "given_ptr",
 }  # fmt: skip
@@ -66,7 +67,8 @@ class Variant:
 
 @functools.cache
 def all_variants() -> dict[str, Variant]:
-    """The variants by name, and each kernel once more with every size 1."""
+    """The variants by name, each kernel once more with every size 1, and those whose tile depends on the size with
+    the least of channels."""
     found: dict[Any, Variant] = {}
     for kinds in DTYPES:
         dtype = ",".join(KINDS[kind] for kind in dict.fromkeys(kinds))
@@ -78,6 +80,13 @@ def all_variants() -> dict[str, Variant]:
             variant = _variant(launch, dtype)
             found.setdefault((variant.kernel, *variant.signature.items(), *variant.constexprs.items()), variant)
     widest = {variant.kernel: variant for variant in sorted(found.values(), key=_n_used)}
+    with recorded() as launches:
+        for call in calls(FP32, "cpu", TINY):
+            call.run()
+    for launch in launches:
+        variant = _variant(launch, KINDS[FP32])
+        variant = replace(variant, name=f"{variant.name} {TINY.width} channels", least=None)
+        found.setdefault((variant.kernel, *variant.signature.items(), *variant.constexprs.items()), variant)
     return {variant.name: variant for variant in (*found.values(), *map(_with_sizes_of_one, widest.values()))}
 
 

@@ -315,7 +315,9 @@ def _strided(tensor: Tensor | None) -> tuple[Any, tuple[int, ...]]:
 
 def _tile(n_channels: int, streamed: list[Tensor | None], sums: bool = False) -> dict[str, int]:
     """Launch options for rows of this size: 16 elements a thread, 8 beside the registers of sums."""
-    block = triton.next_power_of_2(n_channels)
+    # Two elements a thread at least: of one, a sum of squares over lanes would contract each lane's own square, and the
+    # lanes would differ in their last bit.
+    block = max(triton.next_power_of_2(n_channels), 64)
     row_bytes = block * sum(tensor.element_size() for tensor in streamed if tensor is not None)
     num_warps = min(max(block // (256 if sums else 512), 1), 32)
     return {"BLOCK": block, "STAGES": 1 + min(ROWS_AHEAD, STAGED_BYTES // row_bytes), "num_warps": num_warps}
