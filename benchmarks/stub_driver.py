@@ -21,8 +21,9 @@ class _Driver:
 
     def __init__(self, launches: list[Any] | None) -> None:
         self.utils = SimpleNamespace(
-            # module, function, registers, spills, threads that a program may have
-            load_binary=lambda name, binary, shared, device: (None, (name, binary), 32, 0, 1024),
+            # module (without one Triton would load it again for each launch), function, registers, spills, threads that
+            # a program may have
+            load_binary=lambda name, binary, shared, device: (name, (name, binary), 32, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 228 * 1024},
         )
         self._launches = launches

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import launch, unit_stride
+from fastguard.kernels.common import cdiv, launch, next_power_of_2, unit_stride
 
 # Programs per sample, at most. They depend on the number of rows alone, so a sample's results are bitwise the same in
 # every batch and on every device. Without sums: up to four blocks of 8 warps on each of an H100's 132 multiprocessors.
@@ -239,8 +239,8 @@ def _launch_fwd(
     scale, stride_scale = _strided(scale)
     shift, stride_shift = _strided(shift)
     n_samples, n_rows, n_channels = normed.shape
-    rows_per_program = triton.cdiv(n_rows, PROGRAMS)
-    n_programs = triton.cdiv(n_rows, rows_per_program)
+    rows_per_program = cdiv(n_rows, PROGRAMS)
+    n_programs = cdiv(n_rows, rows_per_program)
     launch(
         _adaln_fwd_kernel,
         n_samples * n_programs,
@@ -274,8 +274,8 @@ def adaln_bwd(
     grad_residual = torch.empty((0,) if gate is None else x.shape, dtype=x.dtype, device=x.device)
     n_samples, n_rows, n_channels = x.shape
     n_sums = 2 * need_modulation + (residual is not None)
-    rows_per_program = max(1, triton.cdiv(n_rows, SUM_PROGRAMS if n_sums else PROGRAMS))
-    n_programs = triton.cdiv(n_rows, rows_per_program)
+    rows_per_program = max(1, cdiv(n_rows, SUM_PROGRAMS if n_sums else PROGRAMS))
+    n_programs = cdiv(n_rows, rows_per_program)
     partials = torch.empty((n_sums, n_samples, n_programs, n_channels), dtype=torch.float32, device=x.device)
     if grad_x.numel():
         grad, stride_grad = _strided(grad)
@@ -317,7 +317,7 @@ def _tile(n_channels: int, streamed: list[Tensor | None], sums: bool = False) ->
     """Launch options for rows of this size: 16 elements a thread, 8 beside the registers of sums."""
     # Two elements a thread at least: of one, a sum of squares over lanes would contract each lane's own square, and the
     # lanes would differ in their last bit.
-    block = max(triton.next_power_of_2(n_channels), 64)
+    block = max(next_power_of_2(n_channels), 64)
     row_bytes = block * sum(tensor.element_size() for tensor in streamed if tensor is not None)
     num_warps = min(max(block // (256 if sums else 512), 1), 32)
     return {"BLOCK": block, "STAGES": 1 + min(ROWS_AHEAD, STAGED_BYTES // row_bytes), "num_warps": num_warps}

@@ -96,6 +96,16 @@ MAX_LAUNCHES = 4096
 _LAUNCHES: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 
 
+def cdiv(n: int, size: int) -> int:
+    """Blocks of this size that hold n. Triton's own takes the host 4 us."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is not below n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """Where a kernel finds B samples (B, ...) of contiguous elements: a tensor that starts with them, and the stride
     from one to the next.

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, launch
+from fastguard.kernels.common import LAUNCH, cdiv, launch
 
 BLOCK_C = 1024
 BLOCK_N = LAUNCH.block // BLOCK_C
@@ -62,10 +62,10 @@ def dequantize_rows(scale: Tensor, codes: Tensor, dtype: torch.dtype, again: boo
     """
     n_rows, n_channels = codes.shape
     out = torch.empty((n_rows, n_channels), dtype=dtype, device=codes.device)
-    n_tiles = triton.cdiv(n_channels, BLOCK_C)
+    n_tiles = cdiv(n_channels, BLOCK_C)
     launch(
         _dequantize_rows_kernel,
-        triton.cdiv(n_rows, BLOCK_N) * n_tiles,
+        cdiv(n_rows, BLOCK_N) * n_tiles,
         (scale, codes, out),
         (n_rows, n_channels, n_tiles),
         IS_FLOAT8=codes.dtype == torch.uint8,
@@ -132,7 +132,7 @@ def dequantize_blocks(
     half_block = codes.numel() // n_blocks
     launch(
         _dequantize_blocks_kernel,
-        triton.cdiv(n_blocks, blocks := max(1, LAUNCH.block // half_block)),
+        cdiv(n_blocks, blocks := max(1, LAUNCH.block // half_block)),
         (absmax, codes, table, absmax_codes, absmax_table, absmax_offset, out),
         (n_blocks, n_nested),
         NESTED=absmax_codes is not None, HALF_BLOCK=half_block, BLOCKS=blocks, num_warps=LAUNCH.num_warps,

@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import BLOCK_C, BLOCK_S, LAUNCH, launch, tile_of_program, tokens_per_program, unit_stride
+from fastguard.kernels.common import (
+    BLOCK_C,
+    BLOCK_S,
+    LAUNCH,
+    cdiv,
+    launch,
+    tile_of_program,
+    tokens_per_program,
+    unit_stride,
+)
 
 
 @triton.jit
@@ -109,10 +118,10 @@ def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     x, y, gate = unit_stride(x), unit_stride(y), unit_stride(gate)
     n_samples, n_tokens, n_channels = x.shape
     tokens = tokens_per_program(n_tokens)
-    n_chunks = triton.cdiv(n_tokens, tokens)
+    n_chunks = cdiv(n_tokens, tokens)
     launch(
         _gated_residual_fwd_kernel,
-        n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),
+        n_samples * n_chunks * cdiv(n_channels, BLOCK_C),
         (x, y, gate, out),
         (x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), n_tokens, n_chunks, n_channels, tokens),
         BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=LAUNCH.num_warps,
@@ -127,7 +136,7 @@ def gated_residual_bwd(grad: Tensor, y: Tensor | None, gate: Tensor) -> tuple[Te
     """
     n_samples, n_tokens, n_channels = grad.shape
     tokens = tokens_per_program(n_tokens)
-    n_chunks = triton.cdiv(n_tokens, tokens)
+    n_chunks = cdiv(n_tokens, tokens)
     grad_y = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     shape = (0,) if y is None else (n_samples, n_chunks, n_channels)
     partials = torch.empty(shape, dtype=torch.float32, device=grad.device)
@@ -137,7 +146,7 @@ def gated_residual_bwd(grad: Tensor, y: Tensor | None, gate: Tensor) -> tuple[Te
         stride_y = (0, 0) if y is None else y.stride()[:2]
         launch(
             _gated_residual_bwd_kernel,
-            n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),
+            n_samples * n_chunks * cdiv(n_channels, BLOCK_C),
             (grad, y, gate, grad_y, partials),
             (grad.stride(0), grad.stride(1), *stride_y, gate.stride(0), n_tokens, n_chunks, n_channels, tokens),
             HAS_Y=y is not None, BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=LAUNCH.num_warps,

@@ -14,6 +14,7 @@ from fastguard.kernels.common import (
     BLOCK_C,
     BLOCK_S,
     LAUNCH,
+    cdiv,
     launch,
     logistic,
     tile_of_program,
@@ -150,8 +151,8 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, prefix: Tensor | None) -> Tens
     prefix = unit_stride(prefix.to(x.dtype)) if prefix is not None and n_prefix > 0 else None
     stride_prefix = (0, 0) if prefix is None else prefix.stride()[:2]
     tokens = tokens_per_program(n_tokens)
-    n_chunks = triton.cdiv(n_tokens, tokens)
-    n_tiles = triton.cdiv(n_channels, BLOCK_C) + triton.cdiv(n_prefix, BLOCK_C)
+    n_chunks = cdiv(n_tokens, tokens)
+    n_tiles = cdiv(n_channels, BLOCK_C) + cdiv(n_prefix, BLOCK_C)
     launch(
         _bias_gelu_fwd_kernel,
         n_samples * n_chunks * n_tiles,
@@ -175,10 +176,10 @@ def bias_gelu_bwd_(grad: Tensor, x: Tensor, bias: Tensor | None, need_output: bo
     bias = None if bias is None else unit_stride(bias)
     n_samples, n_tokens, n_channels = x.shape
     tokens = tokens_per_program(n_tokens)
-    n_chunks = triton.cdiv(n_tokens, tokens)
+    n_chunks = cdiv(n_tokens, tokens)
     launch(
         _bias_gelu_bwd_kernel,
-        n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),
+        n_samples * n_chunks * cdiv(n_channels, BLOCK_C),
         (grad, x, bias, output),
         (x.stride(0), x.stride(1), n_tokens, n_chunks, n_channels, tokens),
         HAS_BIAS=bias is not None, NEED_OUTPUT=need_output,

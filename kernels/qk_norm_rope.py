@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import Launch, launch, unit_stride
+from fastguard.kernels.common import Launch, cdiv, launch, next_power_of_2, unit_stride
 
 # 4 warps x 32 threads x 8 elements of each tensor: at D = 128 a tile of 4 tokens x 2 heads, one 16-byte access of bf16
 # each. A program keeps its tokens' cos and sin, and the norm weights, in registers over up to 8 heads.
@@ -387,7 +387,7 @@ def _tiles(n_heads: int, head_size: int) -> tuple[int, int, dict[str, int]]:
     """Groups of heads, heads of a group, and the sizes of a tile: powers of two, so that no head is masked."""
     heads_per_group = math.gcd(n_heads, HEADS_PER_PROGRAM)
     block_h = min(heads_per_group, HEADS_PER_TILE)
-    block_d = triton.next_power_of_2(head_size)
+    block_d = next_power_of_2(head_size)
     block_s = LAUNCH.block // (block_h * block_d)
     return n_heads // heads_per_group, heads_per_group, {"BLOCK_S": block_s, "BLOCK_H": block_h, "BLOCK_D": block_d}
 
@@ -444,7 +444,7 @@ def qk_norm_rope_fwd(
     v = torch.empty((0,) if text_value is None else (*shape, head_size), dtype=query.dtype, device=query.device)
     rstd = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
     image, text = _parts((query, key, value), (text_query, text_key, text_value))
-    n_blocks = triton.cdiv(n_text, tile["BLOCK_S"]) + triton.cdiv(n_image, tile["BLOCK_S"])
+    n_blocks = cdiv(n_text, tile["BLOCK_S"]) + cdiv(n_image, tile["BLOCK_S"])
     if q.numel() > 0:
         launch(
             _qk_norm_rope_fwd_kernel,
@@ -490,8 +490,8 @@ def qk_norm_rope_bwd(
 
     grads = [empty(n_image, exists) for exists in (True, True, has_text)]
     grads += [empty(n_text, has_text) for _ in range(3)]
-    n_text_blocks = triton.cdiv(n_text, tile["BLOCK_S"])
-    n_blocks = n_text_blocks + triton.cdiv(n_image, tile["BLOCK_S"])
+    n_text_blocks = cdiv(n_text, tile["BLOCK_S"])
+    n_blocks = n_text_blocks + cdiv(n_image, tile["BLOCK_S"])
     shape = (n_samples, n_blocks, n_groups, 2, head_size) if need_norms else (0,)
     partials = torch.empty(shape, dtype=torch.float32, device=query.device)
     outer = [None if grad is None else unit_stride(grad) for grad in (grad_q, grad_k, grad_v)]

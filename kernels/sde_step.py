@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, as_rows, entry_stride, launch
+from fastguard.kernels.common import LAUNCH, as_rows, cdiv, entry_stride, launch
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def sde_step(
     given, stride_given = (None, 0) if given is None else as_rows(given)
     n_samples = latents.shape[0]
     n_elements = latents.numel() // n_samples
-    n_blocks = -(-n_elements // LAUNCH.block)
+    n_blocks = cdiv(n_elements, LAUNCH.block)
     launch(
         _sde_step_kernel,
         n_samples * n_blocks,

@@ -14,6 +14,7 @@ from fastguard.kernels.common import (
     BLOCK_C,
     BLOCK_S,
     LAUNCH,
+    cdiv,
     launch,
     logistic,
     tile_of_program,
@@ -130,8 +131,8 @@ def swiglu_fwd(x: Tensor, prefix: Tensor | None) -> Tensor:
     prefix = unit_stride(prefix.to(x.dtype)) if prefix is not None and n_prefix > 0 else None
     stride_prefix = (0, 0) if prefix is None else prefix.stride()[:2]
     tokens = tokens_per_program(n_tokens)
-    n_chunks = triton.cdiv(n_tokens, tokens)
-    n_tiles = triton.cdiv(n_channels, BLOCK_C) + triton.cdiv(n_prefix, BLOCK_C)
+    n_chunks = cdiv(n_tokens, tokens)
+    n_tiles = cdiv(n_channels, BLOCK_C) + cdiv(n_prefix, BLOCK_C)
     launch(
         _swiglu_fwd_kernel,
         n_samples * n_chunks * n_tiles,
@@ -153,10 +154,10 @@ def swiglu_bwd_(grad: Tensor, x: Tensor, need_output: bool) -> Tensor:
     x = unit_stride(x)
     n_samples, n_tokens, n_channels = grad.shape
     tokens = tokens_per_program(n_tokens)
-    n_chunks = triton.cdiv(n_tokens, tokens)
+    n_chunks = cdiv(n_tokens, tokens)
     launch(
         _swiglu_bwd_kernel,
-        n_samples * n_chunks * triton.cdiv(n_channels, BLOCK_C),
+        n_samples * n_chunks * cdiv(n_channels, BLOCK_C),
         (grad, x, grad_x),
         (x.stride(0), x.stride(1), n_tokens, n_chunks, n_channels, tokens),
         NEED_OUTPUT=need_output, BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=LAUNCH.num_warps,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows, entry_stride, launch
+from fastguard.kernels.common import LAUNCH, MAX_PARTIALS, as_rows, cdiv, entry_stride, launch
 
 # The epilogue's tile of samples x partial sums: 8 x 64 (Flux 1024^2 has 64 partial sums a sample), or 32 x 16 where a
 # sample has 16 or fewer (512^2). Larger tiles, and longer columns of samples, spill registers.
@@ -323,7 +323,7 @@ def transition_partials(
     ref_rows, stride_ref = (None, 0) if ref is None else as_rows(ref)
     n_samples = velocity.shape[0]
     n_elements = velocity.numel() // n_samples
-    n_partials = min(-(-n_elements // LAUNCH.block), MAX_PARTIALS)  # triton.cdiv costs the host 4 us
+    n_partials = min(cdiv(n_elements, LAUNCH.block), MAX_PARTIALS)
     rows = 6 if spread is not None else 2 if ref is None else 3
     partials = velocity.new_empty(rows, n_samples, n_partials, dtype=torch.float32)
     launch(
@@ -416,7 +416,7 @@ def transition_bwd(
     ref, stride_ref = (None, 0) if ref is None else as_rows(ref)
     n_samples = noise.shape[0]
     n_elements = noise.numel() // n_samples
-    n_blocks = -(-n_elements // LAUNCH.block)
+    n_blocks = cdiv(n_elements, LAUNCH.block)
     launch(
         _transition_bwd_kernel,
         n_samples * n_blocks,
