@@ -4,8 +4,8 @@
     python benchmarks/bench_train_step.py --plan   the planner's predictions; needs no GPU
 
 A case is `lora` (rank 64, AdamW) or `full` (8-bit AdamW), at 512^2 or 1024^2, with fused or `unfused` blocks, at one
-level of model.recompute, as far as it could fit, frozen weights in `int8`, `float8` or `nf4` at a micro-batch of
-`x1` or `x3`, `compiled` (model.compile = "blocks") or not; no KL, no EMA.
+level of model.recompute, as far as it could fit, frozen weights in `int8`, `float8` or `nf4` or not, at a micro-batch
+of its own (`x1`, `x2`, `x3`) or the usual one, `compiled` (model.compile = "blocks") or not; no KL, no EMA.
 Each runs in a process of its own, held to 80 GB (1e9 bytes; the planner's unit) on larger cards too. Nothing is
 downloaded: weights and prompt embeddings are random, made on the device; all else is the trainer's own code, with the
 VAE in memory. The allocator is given expandable segments, so that fragmentation does not decide what fits.
@@ -66,10 +66,10 @@ REPEATS, ENOUGH_S = range(3, 11), 8.0
 """repetitions: at least 3, at most 10, none begun after so many seconds"""
 # What is trained, pixels (squared), blocks, recompute, compiled. First what a goal or a comparison hangs on.
 CASES = list(dict.fromkeys([
-    "lora-1024-none", "lora-1024-unfused-none", "lora-512-nf4-x3-block", "full-512-block", "lora-1024-pointwise",
-    "lora-512-block", "lora-1024-block", "lora-1024-mlp", "lora-1024-unfused-block", "lora-512-unfused-none",
-    "lora-512-none", "lora-512-pointwise", "lora-512-mlp", "lora-512-unfused-block", "full-512-unfused-block",
-    "full-512-pointwise", "full-512-mlp", "full-1024-block", "full-1024-unfused-block",
+    "lora-1024-none", "lora-1024-x2-none", "lora-1024-unfused-none", "lora-512-nf4-x3-block", "full-512-block",
+    "lora-1024-pointwise", "lora-512-block", "lora-1024-block", "lora-1024-mlp", "lora-1024-unfused-block",
+    "lora-512-unfused-none", "lora-512-none", "lora-512-pointwise", "lora-512-mlp", "lora-512-unfused-block",
+    "full-512-unfused-block", "full-512-pointwise", "full-512-mlp", "full-1024-block", "full-1024-unfused-block",
     "lora-1024-unfused-none-compiled", "lora-1024-none-compiled", "lora-512-unfused-none-compiled",
     "lora-512-none-compiled", "full-512-unfused-block-compiled", "full-512-block-compiled", "full-1024-block-compiled",
     "lora-1024-pointwise-compiled", "lora-1024-mlp-compiled", "lora-1024-nf4-x1-pointwise-compiled",

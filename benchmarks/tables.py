@@ -116,6 +116,7 @@ GOALS = (
     Goal("a fused block, forward + backward: faster than eager", 1.25, f"{BLOCK}'eager'", "times_base", "{:.2f}x"),
     Goal("the same: against torch.compile", 1.0, f"{BLOCK}'compiled'", "times_base", "{:.2f}x"),
     Goal("update at 1024^2, LoRA, no recomputation: MFU", 0.45, f"{CASE}'lora-1024-none' and phase == 'update'", "mfu"),
+    Goal("the same, two images at a time: MFU", 0.45, f"{CASE}'lora-1024-x2-none' and phase == 'update'", "mfu"),
     Goal("planner against the measured peaks: error", 0.05, STEPS, "planner_error", "{:.1%}", True),
     Goal("all parameters trained in 80 GB", 80e9 / 2**30, f"{CASE}'full-512-block'", "peak_gib", "{:.1f} GiB", True),
     Goal("LoRA, 512^2, nf4, recompute block: peak", 12, NF4, "peak_gib", "{:.1f} GiB", True),

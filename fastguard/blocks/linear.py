@@ -130,9 +130,7 @@ class Hidden(NamedTuple):
 
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else: no hooks, no replaced forward."""
-    hooked = (
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
+    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     return not hooked and has_own_forward(module)
 
 

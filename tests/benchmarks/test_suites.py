@@ -111,7 +111,7 @@ def test_a_plan_adds_up_and_cases_are_what_their_names_say() -> None:
     assert sum(found[f"planner update {part}_bytes"] for part in parts) == found["planner update peak_bytes"]
     assert found["planner both fits"] == 1
     assert found["planner update executed_per_needed"] == 1
-    assert len(bench_train_step.CASES) == 94
+    assert len(bench_train_step.CASES) == 95
     recipe = bench_train_step.recipe_of("full-512-unfused-block-compiled", toy=False)
     model, update = recipe.model, recipe.update
     assert (model.train, model.height, model.fuse, model.recompute) == ("full", 512, False, "block")
