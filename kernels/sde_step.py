@@ -19,20 +19,45 @@ def _box_muller(radius_bits, angle_bits):
 
     The radius takes u in (0, 1], so it reaches 6.66. The two high bits of the angle pick a quadrant, the rest an
     offset within +-pi/4 around its axis, where short Taylor series are exact to float32: the library's sin and cos
-    carry a reduction for huge arguments that needs stack memory.
+    carry a reduction for huge arguments that needs stack memory. The step waits for its arithmetic, not for memory, so
+    logarithm and quadrant take as few instructions as they can.
     """
-    radius = tl.sqrt(-2.0 * tl.log((radius_bits.to(tl.float32) + 1.0) * 2.3283064365386963e-10))
-    quadrant = angle_bits >> 30
+    radius = tl.sqrt(_minus_two_log(radius_bits.to(tl.float32) + 1.0))
     x = (angle_bits << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.657295198167899e-10  # pi / 4 / 2^31
     z = x * x
     sin = x * (1.0 + z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880)))))
     cos = 1.0 + z * (-1.0 / 2 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800)))))
-    turned = (quadrant & 1) == 1
-    first = tl.where(turned, sin, cos)
-    second = tl.where(turned, cos, sin)
-    first = tl.where(((quadrant + 1) & 2) == 2, -first, first)
-    second = tl.where((quadrant & 2) == 2, -second, second)
+    turned = (angle_bits & 0x40000000) != 0
+    first = _with_sign(tl.where(turned, sin, cos), angle_bits + 0x40000000)
+    second = _with_sign(tl.where(turned, cos, sin), angle_bits)
     return radius * first, radius * second
+
+
+@triton.jit
+def _minus_two_log(number):
+    """`-2 ln(number / 2^32)` of a float32 in [1, 2^32], to 1e-7 of it.
+
+    number = 2^k (1 + t) with t in [-1/3, 1/3), and -2 ln(1 + t) = t (t p(t) - 2), with the polynomial p whose largest
+    relative error is least (fitted to the series). The library's logarithm branches for 0, infinity and denormals.
+    """
+    bits = number.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -0x800000  # less the bits of 2/3
+    t = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    p = t * -0.28748124837875366 + 0.3074503540992737
+    p = t * p - 0.27841880917549133
+    p = t * p + 0.32838794589042664
+    p = t * p - 0.4003211557865143
+    p = t * p + 0.5001519322395325
+    p = t * p - 0.6666621565818787
+    p = t * p + 0.9999988079071045
+    # 2 ln 2, a power of two times the same float32 twice: at u = 1 they cancel.
+    return exponent.to(tl.float32) * (-1.3862943611198906 * 2**-23) + 32 * 1.3862943611198906 + t * (t * p - 2.0)
+
+
+@triton.jit
+def _with_sign(x, bits):
+    """x, or -x where the highest bit is set."""
+    return (x.to(tl.uint32, bitcast=True) ^ (bits & 0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
