@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastguard.kernels import (
     adaln,
+    column_sums,
     common,
     dequantize,
     gated_residual,
@@ -25,7 +26,7 @@ from fastguard.kernels import (
 )
 
 BLOCK_MODULES = (adaln, dequantize, gated_residual, gelu, qk_norm_rope, swiglu)
-KERNEL_MODULES = (transition, sde_step, *BLOCK_MODULES)
+KERNEL_MODULES = (transition, sde_step, column_sums, *BLOCK_MODULES)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastguard.kernels.column_sums import column_sums
 from fastguard.kernels.common import cdiv, launch, next_power_of_2, unit_stride
 
 # Programs per sample, at most. They depend on the number of rows alone, so a sample's results are bitwise the same in
@@ -299,7 +300,10 @@ def adaln_bwd(
             NEED_MODULATION=need_modulation, **_tile(n_channels, [grad, x, grad_summed, residual], n_sums > 0),
         )  # fmt: skip
     # Tensors of their own, since the outputs of an operator must not share memory.
-    sums = [part.sum(1) for part in partials]
+    shape = (n_samples, n_channels)
+    sums = [torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(n_sums)]
+    if sums:
+        column_sums(partials.flatten(0, 1), sums)
     grad_gate = partials.new_empty(0) if residual is None else sums.pop()
     grad_scale, grad_shift = sums or (partials.new_empty(0) for _ in range(2))
     return grad_x, grad_residual, grad_scale, grad_shift, grad_gate

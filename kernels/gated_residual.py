@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastguard.kernels.column_sums import column_sums
 from fastguard.kernels.common import (
     BLOCK_C,
     BLOCK_S,
@@ -132,7 +133,7 @@ def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def gated_residual_bwd(grad: Tensor, y: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y, in grad's dtype and contiguous, and of the gate, (B, C) float32: empty (0,) without y.
 
-    One launch, and a sum over the partial sums of each sample. The gradient of x is `grad` itself.
+    One launch, and one over the partial sums of each sample. The gradient of x is `grad` itself.
     """
     n_samples, n_tokens, n_channels = grad.shape
     tokens = tokens_per_program(n_tokens)
@@ -151,4 +152,8 @@ def gated_residual_bwd(grad: Tensor, y: Tensor | None, gate: Tensor) -> tuple[Te
             (grad.stride(0), grad.stride(1), *stride_y, gate.stride(0), n_tokens, n_chunks, n_channels, tokens),
             HAS_Y=y is not None, BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=LAUNCH.num_warps,
         )  # fmt: skip
-    return grad_y, partials if y is None else partials.sum(1)
+    if y is None:
+        return grad_y, partials
+    grad_gate = torch.empty((n_samples, n_channels), dtype=torch.float32, device=grad.device)
+    column_sums(partials, [grad_gate])
+    return grad_y, grad_gate

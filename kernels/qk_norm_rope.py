@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastguard.kernels.column_sums import column_sums
 from fastguard.kernels.common import Launch, cdiv, launch, next_power_of_2, unit_stride
 
 # 4 warps x 32 threads x 8 elements of each tensor: at D = 128 a tile of 4 tokens x 2 heads, one 16-byte access of bf16
@@ -507,7 +508,10 @@ def qk_norm_rope_bwd(
             HAS_TEXT=has_text, HAS_ROPE=cos is not None, ROTATED=rotated, NEED_NORMS=need_norms, HEAD_SIZE=head_size,
             **tile, num_warps=LAUNCH.num_warps,
         )  # fmt: skip
-    if need_norms:
-        streams = [partials[:, n_text_blocks:], partials[:, :n_text_blocks]][: 1 + has_text]
-        partials = torch.cat([stream.sum((0, 1, 2)) for stream in streams])
-    return (*grads, partials)
+    if not need_norms:
+        return (*grads, partials)
+    streams = [partials[:, n_text_blocks:], partials[:, :n_text_blocks]][: 1 + has_text]
+    grad_norms = torch.empty((2 * len(streams), head_size), dtype=torch.float32, device=query.device)
+    for stream, result in zip(streams, grad_norms.split(2), strict=True):
+        column_sums(stream.reshape(1, -1, 2 * head_size), [result])
+    return (*grads, grad_norms)
