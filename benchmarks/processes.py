@@ -7,6 +7,7 @@ finding as a line of JSON as soon as it has it, so that what came before a fault
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -47,8 +48,7 @@ class Processes:
         try:
             printed, errors = process.communicate(f"{name}\n", timeout=limit_s)
             if process.returncode:
-                last = errors.strip().splitlines()[-1:] or ["it said nothing"]
-                problem = f"exit status {process.returncode}: {last[0]}"
+                problem = f"exit status {process.returncode}: {reason(errors)}"
         except subprocess.TimeoutExpired:
             rows.stop(process)
             printed, errors = process.communicate()
@@ -59,6 +59,12 @@ class Processes:
         if problem:
             print(*errors.strip().splitlines()[-TOLD_LINES:], sep="\n", file=sys.stderr, flush=True)
             yield "", "", {rows.FAILED: problem}
+
+
+def reason(errors: str) -> str:
+    """The line with which a process that broke says why; a CUDA error has advice after it."""
+    lines = errors.strip().splitlines() or ["it said nothing"]
+    return ([line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)] or lines)[-1]
 
 
 def serve(measure: Callable[[str, bool], Measured]) -> None:

@@ -154,7 +154,9 @@ def measure(case, toy):
     print("noise")
     yield case, "rollout", {"toy": float(toy)}
     if case == "broken":
-        sys.exit("CUDA error: an illegal memory access")
+        raise RuntimeError("CUDA error: an illegal memory access\\nFor debugging, do this.")
+    if case == "silent":
+        sys.exit(3)
     if case == "hanging":
         time.sleep(60)
     if case == "large":
@@ -178,7 +180,9 @@ def test_cases_wait_for_their_turn_and_may_break_hang_or_not_fit(tmp_path: Path)
     assert lost == ["", "", {"out of memory": "after rollout: CUDA out of memory. Tried to allocate 9 GiB."}]
     before, (*_, broken) = chain.measure("broken")
     assert before == ["broken", "rollout", {"toy": 1}]
-    assert broken == {"failed": "exit status 1: CUDA error: an illegal memory access"}
+    assert broken == {"failed": "exit status 1: RuntimeError: CUDA error: an illegal memory access"}
+    *_, (*_, silent) = chain.measure("silent")
+    assert silent == {"failed": "exit status 3: noise"}
     assert chain._waiting is not None
     assert "noise" not in str(before)
     args.end = time.monotonic() + 0.5
