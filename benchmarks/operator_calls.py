@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastguard.loss.objectives import OBJECTIVES, build_objective
 from fastguard.ops.adaln import adaln_apply, adaln_bwd, adaln_fwd
+from fastguard.ops.add_product import add_product_
 from fastguard.ops.dequantize import dequantize_blocks, dequantize_rows
 from fastguard.ops.gated_residual import gated_residual_bwd, gated_residual_fwd
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
@@ -81,7 +82,7 @@ class Call:
         args = self.args
         if self.overwrites:
             args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
-        results = [t for t in tree_leaves(self.op(*args)) if t.numel()]
+        results = [t for t in tree_leaves(self.op(*args)) if t is not None and t.numel()]
         return [*results, args[0]] if self.overwrites else results
 
     def on(self, backend: str) -> Call:
@@ -196,7 +197,7 @@ def compiled_calls(dtype: torch.dtype, beside: torch.dtype) -> Iterator[Call]:
     size = replace(FLUX_512, samples=2)
     lists = [_block(n, size), _frozen_weights(n, size), *(_loss(n, (2, tokens, 64)) for tokens in (1024, 4096))]
     for call in itertools.chain(*lists):  # the two sizes of latents have a tile of the epilogue each
-        if call.op is not over_spaced_rows:  # which has no kernel of ours
+        if call.op not in (over_spaced_rows, add_product_):  # which have no kernel of ours
             yield call.on("triton")
 
 
@@ -304,6 +305,8 @@ def _block(n: Numbers, size: Size) -> Iterator[Call]:
     fwd, inplace = bias_gelu_fwd, bias_gelu_bwd_
     joined = n.normal(b, t + s, c)
     yield Call("over_spaced_rows", over_spaced_rows, (n.normal(b * s, c), joined[:, t:]))
+    low, up = n.normal(b * s, 4), n.normal(c, 4)
+    yield Call("add_product_", add_product_, (n.normal(b * s, c), low, up.T), overwrites=True)
     yield Call("bias_gelu_fwd", fwd, (wide, bias, None), "timed", eager=_eager_gelu)
     yield Call("bias_gelu_fwd prefix", fwd, (wide, bias, x), "timed", eager=_eager_gelu)
     yield Call("bias_gelu_fwd prefix, without bias", fwd, (wide, None, x))

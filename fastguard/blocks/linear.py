@@ -34,6 +34,7 @@ from fastguard.blocks.quantized import (
     weights_of,
 )
 from fastguard.ops.adaln import adaln_apply
+from fastguard.ops.add_product import add_product
 from fastguard.ops.gelu import bias_gelu_bwd_, bias_gelu_fwd
 from fastguard.ops.registry import autocast_to, backward_of_blocks
 from fastguard.ops.spaced_rows import over_spaced_rows
@@ -266,7 +267,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, 
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         # A dispatch mode may have saved the first result, as that of selective checkpointing does.
         return torch.addmm(out, low, up.T)
-    return out.addmm_(low, up.T)
+    return add_product(out, low, up.T)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -304,7 +305,7 @@ def _outputs(
 def _add_products(total: Tensor | None, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
     """`total + sum left right`, in place."""
     for left, right in zip(lefts, rights, strict=True):
-        total = left @ right if total is None else total.addmm_(left, right)
+        total = left @ right if total is None else add_product(total, left, right)
     assert total is not None
     return total
 
@@ -388,7 +389,7 @@ class ProjectionsFunction(torch.autograd.Function):
             if need_down:
                 grad_down = _over_rows(_rows(grad_low), n, ctx.backend)
             if grad_n is not None:
-                grad_n.addmm_(_rows(grad_low), down)
+                grad_n = add_product(grad_n, _rows(grad_low), down)
         if grad_n is not None:
             grad_n = _like_rows_of(grad_n, grads[0])
         return (grad_n, *(None,) * 6, grad_down, None, None, None, *grad_flat)
@@ -537,7 +538,7 @@ class ActivatedLinearFunction(torch.autograd.Function):
         def of_input_part(columns: slice) -> Tensor:
             part = dy @ weight[:, columns]
             if grad_low is not None:
-                part.addmm_(grad_low, down[:, columns])
+                part = add_product(part, grad_low, down[:, columns])
             return _like_rows_of(part, grad)
 
         recompute = ctx.needs_input and joined is None

@@ -142,7 +142,9 @@ def operator(
 
 
 def _contiguous(results: Any) -> Any:
-    return results.contiguous() if isinstance(results, Tensor) else tuple([each.contiguous() for each in results])
+    if results is None or isinstance(results, Tensor):
+        return None if results is None else results.contiguous()
+    return tuple([each.contiguous() for each in results])
 
 
 def _once_a_layout(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,9 +161,11 @@ def _once_a_layout(fake: Callable[..., Any]) -> Callable[..., Any]:
         key = tuple(map(_layout, args))
         if key not in known:
             results = fake(*args)
-            known[key] = _layout(results) if isinstance(results, Tensor) else list(map(_layout, results))
-        made = known[key]
-        return tuple(_empty(*layout) for layout in made) if isinstance(made, list) else _empty(*made)
+            several = () if results is None else (results,) if isinstance(results, Tensor) else results
+            known[key] = type(results), list(map(_layout, several))
+        kind, layouts = known[key]
+        made = [_empty(*layout) for layout in layouts]
+        return None if kind is type(None) else made[0] if issubclass(kind, Tensor) else tuple(made)
 
     return run
 

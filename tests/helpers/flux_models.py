@@ -92,24 +92,25 @@ def run(model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False
     return out.detach(), {name: grad.clone() for name, grad in gradients.items() if grad is not None}
 
 
-def handed_bytes(model: Any, inputs: dict[str, Any] | None = None) -> int:
-    """What a compiled model hands from forward to backward, as the default partitioner of inductor has it."""
-    handed: list[int] = []
+def compiled_graphs(model: Any, inputs: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """Forward and backward of a compiled model, as the default partitioner of inductor has them."""
+    graphs: list[Any] = []
 
-    def count(graph: Any, _: Any) -> Any:
-        results = [node for node in graph.graph.output_node().args[0] if node.op != "placeholder"]
-        handed.append(sum(node.meta["val"].nbytes for node in results))
+    def keep(graph: Any, _: Any) -> Any:
+        graphs.append(graph.graph)
         return make_boxed_func(graph.forward)
 
-    compiler = aot_autograd(
-        fw_compiler=count,
-        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
-        partition_fn=min_cut_rematerialization_partition,
-    )
+    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
     torch._dynamo.reset()
     torch.compile(model, backend=compiler, fullgraph=True)(**(inputs or make_inputs()))[0].square().sum().backward()
-    (found,) = handed
-    return found
+    forward, backward = graphs
+    return forward, backward
+
+
+def handed_bytes(model: Any, inputs: dict[str, Any] | None = None) -> int:
+    """What a compiled model hands from forward to backward."""
+    forward, _ = compiled_graphs(model, inputs)
+    return sum(node.meta["val"].nbytes for node in forward.output_node().args[0] if node.op != "placeholder")
 
 
 def batch_and_its_samples(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
