@@ -22,7 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -217,6 +217,7 @@ class ContiguousGradient(torch.autograd.Function):
         return grad.contiguous()
 
 
+@cache
 def give_attention_contiguous_gradients() -> None:
     """In this process, for the models whose own blocks do not."""
     modules: list[Any] = [transformer_flux, transformer_flux2]
@@ -301,6 +302,7 @@ def measure_in_child(case: str, toy: bool) -> Measured:
 @pytest.mark.parametrize("form", ["eager", "compiled", "fused none", "fused pointwise", "fused mlp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_block(benchmark: Any, kind: str, form: str) -> None:
+    give_attention_contiguous_gradients()
     size = KINDS[kind].size if CUDA else TOY
     blocks = Blocks(kind, size, DTYPE, DEVICE)
     blocks.assert_correct(form)

@@ -8,7 +8,9 @@ level of model.recompute, as far as it could fit, frozen weights in `int8`, `flo
 of its own (`x1`, `x2`, `x3`) or the usual one, `compiled` (model.compile = "blocks") or not; no KL, no EMA.
 Each runs in a process of its own, held to 80 GB (1e9 bytes; the planner's unit) on larger cards too. Nothing is
 downloaded: weights and prompt embeddings are random, made on the device; all else is the trainer's own code, with the
-VAE in memory. The allocator is given expandable segments, so that fragmentation does not decide what fits.
+VAE in memory. But unfused blocks give attention contiguous gradients, as fused ones do: with cuDNN, which the trainer
+then leaves out, theirs would be wrong. The allocator is given expandable segments, so that fragmentation does not
+decide what fits.
 
 The learning rate is 0, so that every repetition is a first update, whose ratios should be 1: how far they are from it
 is recorded. The clip range is wide, so that a ratio that is not 1 clips nothing: matmuls on gradients of zeros are
@@ -31,6 +33,7 @@ import naive
 import rows
 import torch
 from accelerate import Accelerator
+from bench_blocks import give_attention_contiguous_gradients
 from bench_loss import both
 from diffusers import FlowMatchEulerDiscreteScheduler
 from processes import CHILD, Processes, serve
@@ -40,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from fastguard.backbones.flux import Flux
-from fastguard.backbones.pipeline.backbone import PipelineBackbone, blocks_of, leave_out_cudnn, prepare_transformer
+from fastguard.backbones.pipeline.backbone import PipelineBackbone, blocks_of, prepare_transformer
 from fastguard.backbones.pipeline.skeleton import meta_transformer, meta_vae, pipeline_configs
 from fastguard.backbones.quantize import Format, quantize_layers
 from fastguard.blocks.compiled import compile_blocks
@@ -177,8 +180,8 @@ def build(case: str, toy: bool) -> TrainState:
     for module in (vae, transformer):
         fill(module, accelerator.device)
         module.eval()
-    fused = prepare_transformer(spec, transformer, recipe.model, recipe.lora, level_of(recipe))
-    leave_out_cudnn(fused, recipe.model.attention)
+    prepare_transformer(spec, transformer, recipe.model, recipe.lora, level_of(recipe))
+    give_attention_contiguous_gradients()
     if toy and recipe.model.compile == "blocks":  # inductor would spend minutes on compiling for the CPU
         compile_blocks(transformer, blocks_of(spec, transformer).values(), backend="aot_eager")
     for name, parameter in transformer.named_parameters():

@@ -7,13 +7,14 @@ finding as a line of JSON as soon as it has it, so that what came before a fault
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import rows
 import torch
@@ -22,6 +23,8 @@ from rows import Measured
 LIMIT_S = 420
 """in which a case has to be done"""
 CHILD = "--child"
+DONE = "done"
+"""a child's last answer"""
 TOLD_LINES = 40
 """of a child's last words, that are shown"""
 
@@ -55,10 +58,23 @@ class Processes:
             problem = f"not done after {limit_s:.0f} s"
         finally:
             rows.stop(process)
-        yield from (json.loads(line) for line in printed.splitlines() if line.startswith("["))
+        found = list(_findings(printed))
+        if found[-1:] == [DONE]:
+            found.pop()
+        elif problem is None:
+            problem = f"it ended before it was done: {reason(errors)}"
+        yield from found
         if problem:
             print(*errors.strip().splitlines()[-TOLD_LINES:], sep="\n", file=sys.stderr, flush=True)
             yield "", "", {rows.FAILED: problem}
+
+
+def _findings(printed: str) -> Iterator[Any]:
+    for line in printed.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return  # cut off, as the process ended
 
 
 def reason(errors: str) -> str:
@@ -75,12 +91,16 @@ def serve(measure: Callable[[str, bool], Measured]) -> None:
     name = sys.stdin.readline().strip()
     if not name:  # there is nobody to say so any more
         return
-    answers, phase = sys.stdout, "nothing"
-    with redirect_stdout(sys.stderr):  # libraries print, too
-        try:
-            for found in measure(name, "--toy" in sys.argv):
-                print(json.dumps(found), file=answers, flush=True)
-                phase = found[1]
-        except torch.OutOfMemoryError as error:
-            lost = {rows.OUT_OF_MEMORY: f"after {phase}: {str(error).splitlines()[0]}"}
-            print(json.dumps(["", "", lost]), file=answers, flush=True)
+    answers, phase = os.fdopen(os.dup(1), "w"), "nothing"
+    os.dup2(2, 1)  # libraries print, too
+
+    def answer(found: Any) -> None:
+        print(json.dumps(found), file=answers, flush=True)
+
+    try:
+        for found in measure(name, "--toy" in sys.argv):
+            answer(found)
+            phase = found[1]
+    except torch.OutOfMemoryError as error:
+        answer(["", "", {rows.OUT_OF_MEMORY: f"after {phase}: {str(error).splitlines()[0]}"}])
+    answer(DONE)

@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -281,11 +281,9 @@ def child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[s
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """End a process that `start` gave, and all that runs in its session."""
-    if process.poll() is not None:
-        return
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
+    """End a process that `start` gave, and all that runs in its session, even if the process itself has ended."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
         os.killpg(process.pid, signal.SIGKILL)

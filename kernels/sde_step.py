@@ -28,14 +28,14 @@ def _box_muller(radius_bits, angle_bits):
     sin = x * (1.0 + z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880)))))
     cos = 1.0 + z * (-1.0 / 2 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800)))))
     turned = (angle_bits & 0x40000000) != 0
-    first = _with_sign(tl.where(turned, sin, cos), angle_bits + 0x40000000)
+    first = _with_sign(tl.where(turned, sin, cos), angle_bits ^ (angle_bits << 1))
     second = _with_sign(tl.where(turned, cos, sin), angle_bits)
     return radius * first, radius * second
 
 
 @triton.jit
 def _minus_two_log(number):
-    """`-2 ln(number / 2^32)` of a float32 in [1, 2^32], to 1e-7 of it.
+    """`-2 ln(number / 2^32)` of a float32 in [1, 2^32], to 1.5e-7 of it where products and sums are contracted.
 
     number = 2^k (1 + t) with t in [-1/3, 1/3), and -2 ln(1 + t) = t (t p(t) - 2), with the polynomial p whose largest
     relative error is least (fitted to the series). The library's logarithm branches for 0, infinity and denormals.

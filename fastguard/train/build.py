@@ -69,6 +69,7 @@ def with_model(recipe: Recipe) -> Recipe:
 def load_backbone(recipe: Recipe, prompts: Prompts, accelerator: Accelerator, recompute: Recompute) -> Backbone:
     """Check the model's files, encode the prompts, free the encoders, then load what is trained."""
     family = family_of(recipe.model.kind)
+    family.check_attention(recipe.model)
     with accelerator.main_process_first():
         encoded = family.encode(recipe, prompts.all, accelerator.device)
     backbone = family.load(recipe, encoded, prompts.trained, accelerator.device, recompute)

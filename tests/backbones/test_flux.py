@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 from helpers.adapters import move
 from helpers.tiny_pipelines import make_tiny_flux
 from helpers.toys import MemoryRecorder, pool
@@ -343,13 +344,24 @@ def test_unfused_blocks_do_without_the_attention_whose_gradients_would_be_wrong(
             torch.backends.cuda.enable_cudnn_sdp(True)
             load(replace(recipe, model=replace(recipe.model, fuse=fuse)), encoded)
             assert torch.backends.cuda.cudnn_sdp_enabled() == fuse
-        with pytest.raises(UserError, match=r"'_native_cudnn' gives wrong gradients .* \(model.fuse = false\)"):
-            leave_out_cudnn(None, "_native_cudnn")
+        wrong = r"'_native_cudnn' gives wrong gradients .* \(model.fuse = false\)"
+        with pytest.raises(UserError, match=wrong):
+            leave_out_cudnn(Flux().spec, None, "_native_cudnn")
+        with pytest.raises(UserError, match=wrong):
+            Flux().check_attention(replace(recipe.model, fuse=False, attention="_native_cudnn"))
         some = FuseReport(("single_transformer_blocks.0",), {"transformer_blocks.0": "has hooks"}, {})
         with pytest.raises(UserError, match=r"not fused \(has hooks\)"):
-            leave_out_cudnn(some, "_native_cudnn")
+            leave_out_cudnn(Flux().spec, some, "_native_cudnn")
     finally:
         torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
+def test_native_attention_is_pytorchs_whatever_was_chosen_before(recipe: Recipe, encoded: EncodedPrompts) -> None:
+    """As the environment's DIFFUSERS_ATTN_BACKEND does, for processors that were given no backend."""
+    with attention_backend("_native_math"):
+        load(recipe, encoded)
+        active, _ = _AttentionBackendRegistry.get_active_backend()
+        assert active.value == recipe.model.attention == "native"
 
 
 def test_a_level_that_unfused_blocks_do_not_know_is_refused(recipe: Recipe, encoded: EncodedPrompts) -> None:

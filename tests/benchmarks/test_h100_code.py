@@ -26,6 +26,17 @@ def bad_kernel(velocity_ptr, grad_ptr, step, BLOCK: tl.constexpr):
     value = tl.load(velocity_ptr + step * lanes).to(tl.float32)
     tl.store(grad_ptr + lanes, value / tl.sum(value))
 
+@triton.jit
+def uneven_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.arange(0, BLOCK), x * tl.sum(x * x))
+
+for block in (32, 64):  # one element a thread, and two
+    variant = h100_code.Variant(
+        "uneven", uneven_kernel, {"x_ptr": "*fp32", "out_ptr": "*fp32", "BLOCK": "constexpr"}, {"BLOCK": block}, 1
+    )
+    print(h100_code.faults(variant, h100_code.compile_variant(variant)))
+
 variant = h100_code.Variant(
     "bad", bad_kernel, {"velocity_ptr": "*bf16", "grad_ptr": "*fp32", "step": "i32", "BLOCK": "constexpr"},
     {"BLOCK": 32768}, num_warps=4, tile=32768, scalars=0, least=6, stages=2,
@@ -62,7 +73,9 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 
 
 def test_a_bad_kernel_is_found_and_a_good_one_passes(printed: list[list[str]]) -> None:
-    bad, not_disassembled, *good, strict = printed[0]
+    uneven, even, bad, not_disassembled, *good, strict = printed[0]
+    assert "lanes round a sum differently" in uneven
+    assert even == "[]"
     for fault in ("spills", "narrow accesses", "bytes per element, 6 needed", "no load is staged"):
         assert fault in bad
     assert re.fullmatch(r"\['spills \(\d+\)'\]", not_disassembled)

@@ -145,18 +145,24 @@ def test_a_compiled_case_updates_with_ratios_of_1() -> None:
 
 # Stands in for a program that measures, and does what its case's name says.
 PROGRAM = """
-import sys, time
+import os, subprocess, sys, time
 from argparse import Namespace
 import torch
 from processes import CHILD, serve
 
 def measure(case, toy):
     print("noise")
+    os.write(1, b"[W1128 noise of a library\\n")
     yield case, "rollout", {"toy": float(toy)}
+    os.write(1, b"50%")
     if case == "broken":
         raise RuntimeError("CUDA error: an illegal memory access\\nFor debugging, do this.")
-    if case == "silent":
-        sys.exit(3)
+    if case == "orphan":
+        subprocess.Popen(["sleep", "60"])
+    if case in ("orphan", "silent"):
+        os._exit(3)
+    if case == "early":
+        os._exit(0)
     if case == "hanging":
         time.sleep(60)
     if case == "large":
@@ -178,16 +184,19 @@ def test_cases_wait_for_their_turn_and_may_break_hang_or_not_fit(tmp_path: Path)
     before, lost = chain.measure("large")
     assert before == ["large", "rollout", {"toy": 1}]
     assert lost == ["", "", {"out of memory": "after rollout: CUDA out of memory. Tried to allocate 9 GiB."}]
-    before, (*_, broken) = chain.measure("broken")
-    assert before == ["broken", "rollout", {"toy": 1}]
-    assert broken == {"failed": "exit status 1: RuntimeError: CUDA error: an illegal memory access"}
-    *_, (*_, silent) = chain.measure("silent")
-    assert silent == {"failed": "exit status 3: noise"}
+    for case, why in {
+        "broken": "exit status 1: RuntimeError: CUDA error: an illegal memory access",
+        "silent": "exit status 3: 50%",
+        "early": "it ended before it was done: 50%",
+    }.items():
+        before, lost = chain.measure(case)
+        assert before == [case, "rollout", {"toy": 1}]
+        assert lost[2]["failed"].startswith(why)
     assert chain._waiting is not None
-    assert "noise" not in str(before)
-    args.end = time.monotonic() + 0.5
-    *_, (*_, late) = chain.measure("hanging")
-    assert late == {"failed": "not done after 1 s"}
+    for case in ("hanging", "orphan"):  # whose own child holds the pipe
+        args.end = time.monotonic() + 0.5
+        *_, (*_, late) = chain.measure(case)
+        assert late == {"failed": "not done after 1 s"}
     chain._waiting.communicate("")  # as when its parent has ended
 
 

@@ -19,6 +19,10 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastguard as fg
+from fastguard.backbones.flux import Flux
+from fastguard.backbones.flux2 import Flux2Klein
+from fastguard.backbones.qwen_image import QwenImage
+from fastguard.backbones.sd3 import SD3
 from fastguard.blocks.architecture import FusedBlock
 from fastguard.blocks.fuse import ARCHITECTURES
 
@@ -259,3 +263,29 @@ def test_attention_gets_gradients_laid_out_as_its_results(
     blocks.training(f"fused {recompute}")
     assert same_layout
     assert all(same_layout)
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        (Flux, ["double", "single"]),
+        (Flux2Klein, ["flux2 double", "flux2 single"]),
+        (SD3, ["sd3.5", "sd3.5 dual"]),
+        (QwenImage, ["qwen_image"]),
+    ],
+)
+def test_where_diffusers_blocks_give_gradients_of_one_layout(family: Any, kinds: list[str], monkeypatch) -> None:
+    """For each layout of query, key and value: there the trainer lets cuDNN run in blocks that are not fused."""
+    layouts: dict[Any, set[Any]] = {}
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        of_inputs = tuple((t.shape, t.stride()) for t in (query, key, value))
+        out.register_hook(lambda grad: layouts.setdefault(of_inputs, set()).add(grad.stride()))
+        return out
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    for kind in kinds:
+        bench_blocks.Blocks(kind, bench_blocks.TOY, torch.float32, "cpu").training("eager")
+    assert layouts
+    assert all(len(found) == 1 for found in layouts.values()) == family().spec.one_gradient_layout

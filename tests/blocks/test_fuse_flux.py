@@ -331,6 +331,20 @@ def test_compiled_by_inductor(train: str, recompute: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_gradients_are_right_with_cudnn(recompute: Any) -> None:
+    """It plans its backward pass with the strides of the first gradient that it meets, of whatever block."""
+    model = make_transformer("full")
+    exact = run(model.double())
+    fg.fuse_flux(model.to("cuda", torch.bfloat16), recompute)
+    own = run(model)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        got = run(model, exact_attention=False)
+    for name, truth in exact[1].items():
+        assert distance(got[1][name].cpu(), truth) <= 2 * distance(own[1][name].cpu(), truth) + 0.01, name
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("recompute", ["none", "pointwise", "mlp"])
 @pytest.mark.parametrize("train", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["double", "single"])

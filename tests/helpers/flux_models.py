@@ -76,14 +76,19 @@ def make_inputs(
     }
 
 
-def run(model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False, **extra: Any) -> Result:
-    """The output and the gradients of every trained parameter, for a random upstream gradient."""
+def run(
+    model: Any, inputs: dict[str, Any] | None = None, autocast: bool = False, exact_attention: bool = True, **extra: Any
+) -> Result:
+    """The output and the gradients of every trained parameter, for a random upstream gradient.
+
+    exact_attention: by PyTorch's formula, not by one of its kernels, on a GPU.
+    """
     parameter = next(model.parameters())
     inputs = inputs or make_inputs(parameter.dtype, device=str(parameter.device))
     model.zero_grad()
-    # On a GPU float32 attention would go through tf32, three times each, and be a part of the difference.
-    exact_attention = sdpa_kernel(SDPBackend.MATH) if parameter.is_cuda else nullcontext()
-    with exact_attention:  # backward, too, which may run attention again
+    # On a GPU float32 attention would go through tf32, three times each, and be a part of the difference. In backward,
+    # too, which may run attention again.
+    with sdpa_kernel(SDPBackend.MATH) if parameter.is_cuda and exact_attention else nullcontext():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = model(**inputs, **extra)[0]
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))

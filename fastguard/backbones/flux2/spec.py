@@ -183,6 +183,7 @@ def _stacked(layers: Sequence[int], encoder: Any, ids: Tensor) -> Tensor:
 
 
 class _Flux2Spec(PipelineSpec):
+    one_gradient_layout = True
     blocks: ClassVar[Mapping[str, str]] = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
     text_parts = (TextPart(("text_encoder",), _encode),)
     layers: ClassVar[tuple[int, ...]]

@@ -129,10 +129,12 @@ class PipelineFamily(Family):
 
     def check_attention(self, model: ModelConfig) -> None:
         if model.attention != "native":
-            from fastguard.backbones.pipeline.backbone import set_attention
+            from fastguard.backbones.pipeline.backbone import refuse_cudnn, set_attention
             from fastguard.backbones.pipeline.skeleton import meta_transformer, pipeline_configs
 
             spec = self.spec
+            if not (model.fuse or spec.one_gradient_layout):
+                refuse_cudnn(model.attention, "model.fuse = false")
             set_attention(spec, meta_transformer(spec, pipeline_configs(spec, TINY), torch.float32), model.attention)
 
     def runs_on_cpu(self, model: ModelConfig) -> bool:

@@ -70,8 +70,7 @@ def prepare_transformer(
             report = FuseReport((), dict.fromkeys(blocks_of(spec, transformer), reason), {})
         if recompute in ("block", "offload"):
             transformer.enable_gradient_checkpointing(OffloadedCheckpoints() if recompute == "offload" else None)
-    if model.attention != "native":
-        set_attention(spec, transformer, model.attention)
+    set_attention(spec, transformer, model.attention)  # "native" too: the environment may name another one
     if model.compile == "blocks":
         compile_blocks(transformer, blocks_of(spec, transformer).values())
     return report
@@ -106,20 +105,26 @@ def set_attention(spec: PipelineSpec, transformer: Any, backend: str) -> None:
         raise UserError(f"model.attention = {backend!r}: {' '.join(str(error).split())}") from error
 
 
-def leave_out_cudnn(fused: FuseReport | None, attention: str) -> None:
+def leave_out_cudnn(spec: PipelineSpec, fused: FuseReport | None, attention: str) -> None:
     """Where blocks run unfused, keep PyTorch from choosing cuDNN for attention, in the whole process.
 
     PyTorch plans cuDNN's backward pass once for a layout of query, key and value, with the strides of the first
     gradient that it meets. It reads later gradients by those, whatever their own (pytorch/pytorch#191576). The strides
-    differ among diffusers' blocks of Flux, whose gradients are then wrong, or NaN. They do not among fused blocks.
+    differ among diffusers' blocks of Flux, whose gradients are then wrong, or NaN. They do not among fused blocks. What
+    a compiler makes of unfused blocks is not known.
 
-    Raises UserError where model.attention asks for cuDNN there.
+    Raises UserError where model.attention asks for cuDNN, and its gradients are known to be wrong.
     """
     if fused is not None and not fused.left:
         return
+    if not spec.one_gradient_layout:
+        refuse_cudnn(attention, "model.fuse = false" if fused is None else next(iter(fused.left.values())))
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def refuse_cudnn(attention: str, why: str) -> None:
+    """Raise UserError for cuDNN's attention in blocks that are not fused."""
     if attention.lower() == "_native_cudnn":
-        why = "model.fuse = false" if fused is None else next(iter(fused.left.values()))
         raise UserError(
             f"model.attention = {attention!r} gives wrong gradients in blocks that are not fused ({why}), because of a "
             'fault in PyTorch; set model.attention = "native"'
@@ -293,7 +298,7 @@ def load_pipeline(
     require_finite(vae, "vae", path)
     require_finite(transformer, "transformer", path)
     fused = prepare_transformer(spec, transformer, recipe.model, recipe.lora, recompute)
-    leave_out_cudnn(fused, recipe.model.attention)
+    leave_out_cudnn(spec, fused, recipe.model.attention)
     pipeline = read_json(pipeline_folder(path) / "model_index.json")
     return PipelineBackbone(
         spec, transformer, vae, scheduler, pipeline, encoded, num_trained_prompts, recipe, device, fused

@@ -120,6 +120,8 @@ class PipelineSpec(ABC):
     """in the order in which they are loaded: the one with the large embeddings comes last"""
     masked: ClassVar[bool] = False
     """whether attention has to pass over tokens in the middle of a sequence, by a mask"""
+    one_gradient_layout: ClassVar[bool] = False
+    """whether diffusers' own blocks give attention gradients of one layout, for each of query, key and value"""
 
     def __init__(self, family: PipelineFamily) -> None:
         self.family = family

@@ -154,6 +154,7 @@ class QwenImageSpec(PipelineSpec):
     known: ClassVar[Mapping[str, Configs]] = {"Qwen/Qwen-Image": QWEN_IMAGE, "Qwen/Qwen-Image-2512": QWEN_IMAGE}
     text_parts = (TextPart(("text_encoder",), _encode),)
     masked = True
+    one_gradient_layout = True
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         return 2 ** len(vae["temperal_downsample"])

@@ -128,6 +128,7 @@ class SD3Spec(PipelineSpec):
 
     pipeline = StableDiffusion3Pipeline
     parts = PARTS
+    one_gradient_layout = True
     blocks: ClassVar[Mapping[str, str]] = {"joint": "transformer_blocks"}
     known: ClassVar[Mapping[str, Configs]] = {
         "stabilityai/stable-diffusion-3.5-medium": {**OTHERS, "transformer": MEDIUM},
