@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -70,7 +71,9 @@ def prepare_transformer(
             report = FuseReport((), dict.fromkeys(blocks_of(spec, transformer), reason), {})
         if recompute in ("block", "offload"):
             transformer.enable_gradient_checkpointing(OffloadedCheckpoints() if recompute == "offload" else None)
-    set_attention(spec, transformer, model.attention)  # "native" too: the environment may name another one
+    active, _ = _AttentionBackendRegistry.get_active_backend()  # the environment may name one
+    if (model.attention, active.value) != ("native", "native"):
+        set_attention(spec, transformer, model.attention)
     if model.compile == "blocks":
         compile_blocks(transformer, blocks_of(spec, transformer).values())
     return report
