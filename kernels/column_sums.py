@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastguard.kernels.common import cdiv, launch
 
-# A program adds 128 partial sums of 32 channels, 128 bytes of each, in one access of 16 floats a thread: it waits for
-# memory once. More partial sums take a second launch.
+# A program adds 128 partial sums of 32 channels, 128 bytes of each. A thread has four 16-byte accesses in flight, and
+# waits for memory once. More partial sums take a second launch.
 BLOCK_P = 128
 BLOCK_C = 32
 NUM_WARPS = 8

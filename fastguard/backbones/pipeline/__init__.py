@@ -133,8 +133,8 @@ class PipelineFamily(Family):
             from fastguard.backbones.pipeline.skeleton import meta_transformer, pipeline_configs
 
             spec = self.spec
-            if not (model.fuse or spec.one_gradient_layout):
-                refuse_cudnn(model.attention, "model.fuse = false")
+            if not model.fuse:
+                refuse_cudnn(spec, model.attention, "model.fuse = false")
             set_attention(spec, meta_transformer(spec, pipeline_configs(spec, TINY), torch.float32), model.attention)
 
     def runs_on_cpu(self, model: ModelConfig) -> bool:

@@ -116,18 +116,17 @@ def leave_out_cudnn(spec: PipelineSpec, fused: FuseReport | None, attention: str
     differ among diffusers' blocks of Flux, whose gradients are then wrong, or NaN. They do not among fused blocks. What
     a compiler makes of unfused blocks is not known.
 
-    Raises UserError where model.attention asks for cuDNN, and its gradients are known to be wrong.
+    Raises UserError as `refuse_cudnn` does.
     """
     if fused is not None and not fused.left:
         return
-    if not spec.one_gradient_layout:
-        refuse_cudnn(attention, "model.fuse = false" if fused is None else next(iter(fused.left.values())))
+    refuse_cudnn(spec, attention, "model.fuse = false" if fused is None else next(iter(fused.left.values())))
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def refuse_cudnn(attention: str, why: str) -> None:
-    """Raise UserError for cuDNN's attention in blocks that are not fused."""
-    if attention.lower() == "_native_cudnn":
+def refuse_cudnn(spec: PipelineSpec, attention: str, why: str) -> None:
+    """Raise UserError for cuDNN's attention in blocks that are not fused, where its gradients are known to be wrong."""
+    if attention.lower() == "_native_cudnn" and not spec.one_gradient_layout:
         raise UserError(
             f"model.attention = {attention!r} gives wrong gradients in blocks that are not fused ({why}), because of a "
             'fault in PyTorch; set model.attention = "native"'
