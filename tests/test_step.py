@@ -258,3 +258,20 @@ def test_refusals() -> None:
     for wrong in (torch.int32, "bf16"):
         with pytest.raises(TypeError, match="noise_dtype must be a floating point torch.dtype"):
             fg.sde_step(x, x, step, seeds=seeds, noise_dtype=wrong)  # type: ignore[arg-type]
+
+
+def test_a_draw_is_exact_at_the_edges_of_its_words(kernel_device: str) -> None:
+    """0, the largest word, and those around which exponent, sign and quadrant change."""
+    from helpers.draws import draw
+
+    powers = torch.cat([2 ** torch.arange(32), 2 ** torch.arange(1, 32) * 2 // 3, 2 ** torch.arange(1, 32) * 4 // 3])
+    near = (powers[:, None] + torch.arange(-3, 4)).flatten() % 2**32
+    angles = (torch.arange(16)[:, None] * 2**28 + torch.arange(-3, 4)).flatten() % 2**32
+    radius, angle = (part.flatten() for part in torch.meshgrid(near, angles, indexing="ij"))
+    log, first, second = (t.cpu().double() for t in draw(radius.to(kernel_device), angle.to(kernel_device)))
+    # The word is rounded to float32. The interpreter does not contract products and sums, as a GPU does.
+    want = -2 * torch.log((radius.float() + 1).double() / 2**32)
+    assert torch.equal(log == 0, want == 0)
+    torch.testing.assert_close(log, want, rtol=2e-6, atol=0)
+    for got, formula in zip((first, second), _box_muller(radius, angle), strict=True):
+        torch.testing.assert_close(got, formula.double(), rtol=4e-6, atol=1e-6)
